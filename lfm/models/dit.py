@@ -1,0 +1,204 @@
+"""The diffusion transformer (DiT) of Peebles & Xie 2022, as the velocity network of Dao et al. 2023.
+
+    tokens    = patches(state, spatial condition) W + position
+    signal    = time embedding + class embedding
+    block     x += g1 attention(n(x) (1 + a1) + b1);   x += g2 mlp(n(x) (1 + a2) + b2)
+    velocity  = unpatchify((n(x) (1 + a) + b) W)
+
+n, layer normalisation without weights; (b1, a1, g1, b2, a2, g2) = W silu(signal), the shift, scale and gate of each
+branch, zero at the start, so that every block begins as the identity (adaLN-Zero, figure 3 of the paper) and the
+network's first velocity is 0. mlp, two linears round a tanh-approximated GELU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lfm.errors import ConfigError
+from lfm.models.attention import BACKENDS, SelfAttention
+from lfm.models.embeddings import ClassEmbedding, TimeEmbedding, sincos_position_embedding
+from lfm.types import Condition
+
+# hidden_size, depth, num_heads; S to XL as published, Ti and XS for a CPU
+DIT_SIZES = {
+    "Ti": (192, 6, 3),
+    "XS": (256, 8, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """All that shapes a DiT. Raises ConfigError, naming the keys, where they do not fit together."""
+
+    latent_channels: int
+    latent_size: int
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    num_classes: int | None = None  # None: the model takes no class
+    class_dropout: float = 0.0  # above 0: the model has a null class, and can be guided
+    condition_channels: int = 0  # of Condition.spatial, concatenated to the state
+    time_scale: float = 1000.0  # 1 for the paper's own checkpoints
+    attention: str = "auto"  # auto | xformers | sdpa
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("latent_channels", "latent_size", "patch_size", "hidden_size", "depth", "num_heads", "num_classes")
+        for name in counts:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % 4:
+            raise ConfigError(f"hidden_size {self.hidden_size} must be a multiple of 4, for the position embedding")
+        if self.latent_size % self.patch_size:
+            raise ConfigError(f"latent_size {self.latent_size} must be a multiple of patch_size {self.patch_size}")
+        if not 0 <= self.class_dropout < 1:
+            raise ConfigError(f"class_dropout {self.class_dropout}: must be at least 0 and below 1")
+        if self.class_dropout and self.num_classes is None:
+            raise ConfigError(f"class_dropout {self.class_dropout} needs num_classes: set it, or class_dropout to 0")
+        if self.attention not in BACKENDS:
+            raise ConfigError(f"attention {self.attention!r}: must be one of {', '.join(BACKENDS)}")
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.latent_size // self.patch_size) ** 2
+
+
+class DiT(nn.Module):
+    """The velocity network: state, time and condition -> velocity."""
+
+    position: Tensor  # float32 (tokens, hidden_size), fixed
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, patch, side = config.hidden_size, config.patch_size, config.latent_size // config.patch_size
+        channels = config.latent_channels + config.condition_channels
+        self.patch_embedding = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.time_embedding = TimeEmbedding(width, scale=config.time_scale)
+        self.class_embedding = (
+            None
+            if config.num_classes is None
+            else ClassEmbedding(config.num_classes, width, with_null=config.class_dropout > 0)
+        )
+        self.register_buffer("position", sincos_position_embedding(width, side, side), persistent=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final = FinalLayer(config)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Zero what scales a branch or the output, normal embeddings, the rest Xavier-uniform (Peebles & Xie 2022)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "modulation" in name or name.startswith("final"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("time_embedding", "class_embedding")):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.xavier_uniform_(parameter.detach().flatten(1))  # the patch convolution as the linear that it is
+
+    def forward(self, state: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """Velocity, float32 (B, C, h, w), at state (B, C, h, w) and time (B,).
+
+        Raises ConfigError for a condition that the model does not take, or that it takes and is missing.
+        """
+        self._check(state, condition)
+        inputs = state if condition.spatial is None else torch.cat([state, condition.spatial], 1)  # (B, C + K, h, w)
+        patches = self.patch_embedding(inputs.to(self.patch_embedding.weight.dtype))  # (B, hidden, h/p, w/p)
+        tokens = patches.flatten(2).transpose(1, 2)  # (B, tokens, hidden)
+        tokens = tokens + self.position.to(tokens.dtype)  # (B, tokens, hidden)
+        signal = self.time_embedding(time)  # (B, hidden)
+        if self.class_embedding is not None:
+            signal = signal + self.class_embedding(condition.class_index)  # (B, hidden)
+        for block in self.blocks:
+            tokens = self._run(block, tokens, signal)  # (B, tokens, hidden)
+        return self._unpatchify(self.final(tokens, signal)).float()  # (B, C, h, w)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _run(self, block: nn.Module, tokens: Tensor, signal: Tensor) -> Tensor:
+        if self.config.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, signal, use_reentrant=False)
+        return block(tokens, signal)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, tokens, p * p * C) -> (B, C, h, w)."""
+        config = self.config
+        side, patch = config.latent_size // config.patch_size, config.patch_size
+        grid = patches.unflatten(2, (patch, patch, config.latent_channels)).unflatten(1, (side, side))
+        return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _check(self, state: Tensor, condition: Condition) -> None:
+        config = self.config
+        expected = (config.latent_channels, config.latent_size, config.latent_size)
+        assert state.shape[1:] == expected, f"state {tuple(state.shape[1:])}, the model takes {expected}"
+        if condition.class_index is None and config.num_classes is not None:
+            raise ConfigError(f"the model was trained with {config.num_classes} classes: give a class index")
+        if condition.class_index is not None and config.num_classes is None:
+            raise ConfigError("the model was trained without classes: give no class index")
+        channels = 0 if condition.spatial is None else condition.spatial.shape[1]
+        if channels != config.condition_channels:
+            takes = config.condition_channels
+            raise ConfigError(
+                f"the model takes {takes} channels of spatial condition (condition_channels), not {channels}"
+            )
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each modulated and gated by the signal."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = SelfAttention(width, config.num_heads, config.attention)
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, tokens: Tensor, signal: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal)[:, None].chunk(6, -1)  # (B, 1, hidden)
+        tokens = tokens + gate1 * self.attention(_modulate(self.norm(tokens), shift1, scale1))  # (B, tokens, hidden)
+        return tokens + gate2 * self.mlp(_modulate(self.norm(tokens), shift2, scale2))  # (B, tokens, hidden)
+
+
+class FinalLayer(nn.Module):
+    """The modulated tokens (B, tokens, hidden) as patches of velocity (B, tokens, p * p * C)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, config.patch_size**2 * config.latent_channels)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, tokens: Tensor, signal: Tensor) -> Tensor:
+        shift, scale = self.modulation(signal)[:, None].chunk(2, -1)  # (B, 1, hidden)
+        return self.linear(_modulate(self.norm(tokens), shift, scale))  # (B, tokens, p * p * C)
+
+
+def _modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return tokens * (1 + scale) + shift
+
+
+def flops_per_sample(config: DiTConfig) -> int:
+    """Floating-point operations of one forward pass for one latent: matrix products only, two per multiply-add."""
+    width, tokens, patch_area = config.hidden_size, config.num_tokens, config.patch_size**2
+    inner = int(width * config.mlp_ratio)
+    patching = tokens * width * patch_area * (config.latent_channels + config.condition_channels)
+    time = 256 * width + width**2
+    attention = 4 * tokens * width**2 + 2 * tokens**2 * width
+    block = attention + 2 * tokens * width * inner + 6 * width**2
+    final = tokens * width * patch_area * config.latent_channels + 2 * width**2
+    return 2 * (patching + time + config.depth * block + final)

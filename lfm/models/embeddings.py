@@ -1,0 +1,63 @@
+"""Numbers as vectors of the network's width: time, class and position.
+
+    time       MLP([cos(a_1), ..., cos(a_n), sin(a_1), ..., sin(a_n)]),  a_i = scale t P^(-i/n),  i = 0 .. n - 1
+    class      one learned row per class, and one more for the null class
+    position   [e(column), e(row)],  e(p) = [sin(p w_0), ..., sin(p w_m), cos(p w_0), ..., cos(p w_m)],
+               w_i = P^(-i/m),  m = width / 4 frequencies
+
+P = 10000, the longest period over 2 pi; n = half the frequency size. Peebles & Xie 2022; the scale is ours: a time in
+[0, 1] times 1000 lets most frequencies vary, while 1 is what the paper's own checkpoints were trained with.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+MAX_PERIOD = 10000.0
+
+
+class TimeEmbedding(nn.Module):
+    """Time (B,) -> (B, hidden_size), in the dtype of the weights; frequencies and angles are float32."""
+
+    def __init__(self, hidden_size: int, frequency_size: int = 256, scale: float = 1000.0) -> None:
+        super().__init__()
+        assert frequency_size % 2 == 0, f"frequency_size {frequency_size}"
+        self.frequency_size = frequency_size
+        self.scale = scale
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def frequencies(self, time: Tensor) -> Tensor:
+        """cos, then sin, of the angles of `time` (B,): float32 (B, frequency_size)."""
+        half = self.frequency_size // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=time.device) / half
+        angles = self.scale * time.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponent)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, time: Tensor) -> Tensor:
+        return self.mlp(self.frequencies(time).to(next(self.parameters()).dtype))
+
+
+class ClassEmbedding(nn.Module):
+    """Class index int64 (B,) -> (B, hidden_size); index `num_classes` is the null class, where `with_null`."""
+
+    def __init__(self, num_classes: int, hidden_size: int, with_null: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + int(with_null), hidden_size)
+
+    def forward(self, class_index: Tensor) -> Tensor:
+        return self.table(class_index)
+
+
+def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Tensor:
+    """The embedding of a grid's points, row by row: float32 (height * width, hidden_size), a multiple of 4."""
+    assert hidden_size % 4 == 0, f"hidden_size {hidden_size}"
+    count = hidden_size // 4
+    frequencies = MAX_PERIOD ** (-torch.arange(count, dtype=torch.float64) / count)
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
