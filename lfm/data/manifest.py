@@ -1,0 +1,203 @@
+"""What says that a data set of shards is there, whole, and what it is.
+
+    recipe.json      written first: everything that decides the shards' bytes. It claims the folder.
+    000000.tar       a shard
+    000000.json      its record, written after it: its presence means that the shard is done
+    manifest.json    the records merged, written last: its presence means that the data set is complete
+
+Whoever finds every record there writes the manifest, so that no process need wait for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lfm import storage
+from lfm.errors import ConfigError, DataError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+RECIPE = "recipe.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Reject(_Record):
+    """A source that is not in the shards, and why."""
+
+    source: str
+    reason: str  # a word or two, to count by
+    detail: str = ""
+
+
+class ShardRecord(_Record):
+    """One shard: a plain tar, and what is known of its content."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    crc32: int
+    class_counts: tuple[int, ...] = ()
+    rejects: tuple[Reject, ...] = ()
+    channel_sums: tuple[tuple[float, float], ...] = ()  # latents: sum of values and of squares, by channel
+    values_per_channel: int = 0
+
+
+class ClassRecord(_Record):
+    """One entry of the label map."""
+
+    index: int
+    name: str
+    count: int
+
+
+class AutoencoderRecord(_Record):
+    """Which autoencoder the latents are of: another one with the same shapes would decode them to rubbish."""
+
+    name: str  # `embedded`, a path or a hub id
+    content_hash: str
+    downsample_factor: int
+    latent_channels: int
+    scale_factor: float
+    shift: float
+
+
+class Member(_Record):
+    """One file of each latent sample: data of fixed size, at a fixed place in the sample's stretch of the tar."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # of the data, in bytes from the sample's start
+
+
+class Manifest(_Record):
+    """A complete data set of shards."""
+
+    kind: Literal["raw", "latents"]
+    version: int = VERSION
+    image_size: int
+    classes: tuple[ClassRecord, ...] = ()
+    recipe: dict[str, Any]
+    parent_digest: str | None = None  # latents: of the raw manifest
+    autoencoder: AutoencoderRecord | None = None
+    members: tuple[Member, ...] = ()  # latents: constant over all shards
+    stride: int = 0  # latents: bytes from one sample to the next
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Over all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def rejects(self) -> list[Reject]:
+        """Over all shards."""
+        return [reject for shard in self.shards for reject in shard.rejects]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the whole data set's content and description."""
+        return digest(self.model_dump(mode="json"))
+
+
+def digest(value: Any) -> str:
+    """The sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load(folder: str, kind: Literal["raw", "latents"]) -> Manifest:
+    """The manifest of `folder`.
+
+    Raises:
+        DataError: there is none (the data set is not complete), it is of the other kind, or it is not readable.
+    """
+    path = storage.join(folder, MANIFEST)
+    made_by = {"raw": "lfm shard", "latents": "lfm encode"}[kind]
+    if not storage.exists(path):
+        if storage.exists(storage.join(folder, RECIPE)):
+            raise DataError(f"{folder}: the shards are not complete; run the same `{made_by}` again to finish them")
+        raise DataError(f"{folder}: no {MANIFEST} there; make the shards with `{made_by}` first")
+    content = storage.read_json(path)
+    if isinstance(content, dict) and content.get("kind") != kind:
+        raise DataError(
+            f"{path}: holds {content.get('kind')} shards, {kind} ones are needed; make them with `{made_by}`"
+        )
+    return _parse(Manifest, path, content)
+
+
+def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool) -> None:
+    """Begin or continue the data set of `recipe` in `folder`.
+
+    Raises:
+        ConfigError: the folder holds shards made otherwise, or something else; nothing is changed.
+    """
+    path = storage.join(folder, RECIPE)
+    names = storage.sizes(folder)
+    if RECIPE in names:
+        before = storage.read_json(path)
+        if before == json.loads(json.dumps(recipe)):
+            return
+        if not overwrite:
+            changed = sorted(key for key in {*before, *recipe} if before.get(key) != recipe.get(key))
+            differences = ", ".join(
+                f"{key} ({_short(before.get(key))}, now {_short(recipe.get(key))})" for key in changed
+            )
+            raise ConfigError(
+                f"{folder}: holds shards made otherwise: {differences}; choose another folder or --overwrite"
+            )
+    elif names and not overwrite:
+        raise ConfigError(f"{folder}: is not empty and holds no shards of lfm; choose another folder or --overwrite")
+    for name in sorted(names, key=lambda name: name != MANIFEST):
+        storage.remove(storage.join(folder, name))
+    storage.write_json(path, recipe)
+
+
+def commit(folder: str, record: ShardRecord) -> None:
+    """Publish the record of a shard that is already in place."""
+    storage.write_json(storage.join(folder, _record_name(record.name)), record.model_dump(mode="json"))
+
+
+def done(folder: str) -> set[str]:
+    """The names of the shards that are done, by one listing."""
+    names = storage.sizes(folder)
+    return {name for name in names if name.endswith(".tar") and _record_name(name) in names}
+
+
+def record(folder: str, shard: str) -> ShardRecord:
+    """The record of one shard that is done."""
+    path = storage.join(folder, _record_name(shard))
+    return _parse(ShardRecord, path, storage.read_json(path))
+
+
+def publish(folder: str, manifest: Manifest) -> None:
+    """Write the manifest; from now on the data set is complete."""
+    storage.sweep(folder)
+    storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json"))
+
+
+def _record_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".json"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _parse(model: Any, path: str, content: Any) -> Any:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path}: {where}: {first['msg'].lower()}; was it made by another version of lfm?") from error

@@ -1,0 +1,79 @@
+"""The order of samples: a pure function of (shard sizes, seed), for an endless stream of epochs.
+
+The stream's position q is sample q mod N of epoch q div N. In every epoch the shards are permuted; consecutive shards
+form a window; inside a window all samples are permuted. So a reader holds one window of shards, needs the next ones in a
+known sequence, and finds any position by computing one epoch's shard permutation and one window: nothing else is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+
+class Order:
+    """Where each position of the stream lies.
+
+    Args:
+        shard_sizes: samples in each shard.
+        seed: of the permutations.
+        window: how many shards are shuffled together.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+        self.shard_sizes = np.asarray(shard_sizes, np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        if self.num_samples == 0:
+            raise ValueError("an order needs at least one sample")
+        self.seed, self.window = seed, window
+        # Two of each are in use while a batch crosses a border, and one more when it wraps round a small epoch.
+        self._epoch = lru_cache(maxsize=3)(self._permute_shards)
+        self._window = lru_cache(maxsize=3)(self._permute_window)
+
+    def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row, int64 (count,) each, of `count` positions from `position` on."""
+        shards, rows = np.empty(count, np.int64), np.empty(count, np.int64)
+        filled = 0
+        while filled < count:
+            epoch, within = divmod(position + filled, self.num_samples)
+            window_ends = self._epoch(epoch)[1]
+            window = int(np.searchsorted(window_ends, within, side="right"))
+            start = int(window_ends[window - 1]) if window else 0
+            window_shards, window_rows = self._window(epoch, window)
+            taken = slice(within - start, within - start + count - filled)
+            length = len(window_shards[taken])
+            shards[filled : filled + length], rows[filled : filled + length] = window_shards[taken], window_rows[taken]
+            filled += length
+        return shards, rows
+
+    def upcoming_shards(self, position: int, count: int) -> list[int]:
+        """The next `count` different shards that the stream needs from `position` on, in its own sequence."""
+        wanted: dict[int, None] = {}
+        epoch, within = divmod(position, self.num_samples)
+        count = min(count, int((self.shard_sizes > 0).sum()))
+        while len(wanted) < count:
+            permutation, window_ends = self._epoch(epoch)
+            first = int(np.searchsorted(window_ends, within, side="right")) * self.window
+            wanted.update(dict.fromkeys(int(shard) for shard in permutation[first:] if self.shard_sizes[shard]))
+            epoch, within = epoch + 1, 0
+        return list(wanted)[:count]
+
+    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's sequence of shards, and the position within the epoch at which each window ends."""
+        permutation = _random(self.seed, epoch).permutation(len(self.shard_sizes))
+        starts = np.arange(0, len(permutation), self.window)
+        return permutation, np.cumsum(np.add.reduceat(self.shard_sizes[permutation], starts))
+
+    def _permute_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row of every position of a window."""
+        shards = self._epoch(epoch)[0][window * self.window : (window + 1) * self.window]
+        sizes = self.shard_sizes[shards]
+        rows = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        permutation = _random(self.seed, epoch, window).permutation(len(rows))
+        return np.repeat(shards, sizes)[permutation], rows[permutation]
+
+
+def _random(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
