@@ -1,0 +1,35 @@
+# Two targets do all the set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test autoencoder clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	$(BIN)/lfm demo
+
+test: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# torch first, and alone: what comes after takes the one that is there. DeepSpeed's build asks for it.
+$(VENV)/ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[s3,test]'
+	touch $@
+
+# Makes again the autoencoder that comes with the package: about an hour on two cores.
+autoencoder: $(VENV)/ready
+	$(BIN)/lfm scenes build/autoencoder/scenes --num 6000 --seed 1
+	$(BIN)/lfm scenes build/autoencoder/leaves --num 6000 --seed 1 --kind leaves
+	$(BIN)/lfm shard build/autoencoder/scenes/images build/autoencoder/raw-scenes --image-size 64
+	$(BIN)/lfm shard build/autoencoder/leaves/images build/autoencoder/raw-leaves --image-size 64
+	$(BIN)/lfm autoencoder build/autoencoder/raw-scenes build/autoencoder/raw-leaves lfm/assets/autoencoder \
+		--num-steps 4500 --precision bf16
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

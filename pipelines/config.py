@@ -1,0 +1,214 @@
+"""The schema of an experiment: one YAML file -> frozen values, every key known, all arithmetic checked beforehand."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lfm.errors import ConfigError
+
+# What DeepSpeed's JSON must leave to the YAML, and the YAML's key for it: each number has one owner.
+OWNED_BY_YAML = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "optimizer": "train.learning_rate",
+    "scheduler": "train.schedule",
+    "gradient_clipping": "train.gradient_clipping",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """Which latents, and how they are shuffled."""
+
+    shards: str  # folder or URL of latent shards
+    window: PositiveInt = 8  # shards shuffled together
+    cache: str | None = None  # folder for copies of remote shards
+
+
+class ModelConfig(_Section):
+    """The network. A `size` of the DiT family, or its three numbers."""
+
+    size: str | None = None
+    hidden_size: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    patch_size: PositiveInt = 2
+    mlp_ratio: PositiveFloat = 4.0
+    time_scale: PositiveFloat = 1000.0  # the paper's own code has 1
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    activation_checkpointing: bool = False
+
+
+class FlowConfig(_Section):
+    """The probability path and the distribution of times."""
+
+    sigma_min: float = Field(default=1e-5, ge=0, lt=1)
+    time: Literal["uniform", "logit_normal"] = "uniform"
+
+
+class TrainConfig(_Section):
+    """The optimization. A step is one optimizer update of `global_batch` samples."""
+
+    seed: int = Field(default=0, ge=0)
+    num_steps: PositiveInt
+    global_batch: PositiveInt = 256
+    micro_batch: PositiveInt | None = None  # samples per forward pass of one rank; by default all of its part
+    learning_rate: PositiveFloat = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clipping: float = Field(default=0.0, ge=0)  # 0 means none
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    checkpoint_every: PositiveInt = 1000  # steps
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 10  # steps
+
+
+class ExperimentConfig(_Section):
+    """One experiment, as its YAML file says."""
+
+    run: str  # folder for checkpoints, weights and logs
+    condition: Literal["none", "class"] = "none"
+    class_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that train the null class
+    data: DataConfig
+    model: ModelConfig
+    flow: FlowConfig = FlowConfig()
+    train: TrainConfig
+    deepspeed: str | dict[str, Any]  # a JSON file relative to the YAML, and then its content
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The experiment of a YAML file, with `--set key.key=value` put over it.
+
+    Raises:
+        ConfigError: names file and key and the repair.
+    """
+    content = _read_yaml(Path(path))
+    for override in overrides:
+        _put(content, override)
+    config = validate(content, Path(path).name)
+    settings = config.deepspeed
+    if isinstance(settings, str):
+        settings = _read_json(Path(path).parent / settings)
+    for key, owner in OWNED_BY_YAML.items():
+        if key in settings:
+            raise ConfigError(f"{config.deepspeed}: {key}: belongs to the YAML; remove it here and set {owner} there")
+    config = config.model_copy(update={"deepspeed": settings})
+    _check(config, Path(path).name)
+    return config
+
+
+def validate(content: Any, name: str) -> ExperimentConfig:
+    """A parsed YAML or JSON value as an experiment.
+
+    Raises:
+        ConfigError: the first wrong key.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name}: must hold keys and values")
+    try:
+        return ExperimentConfig.model_validate(content)
+    except ValidationError as error:
+        # An unknown key explains a missing one better than the other way round.
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        raise ConfigError(f"{name}: {_explain(first)}") from error
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The keys at which two configurations differ, with both values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}):
+            yield from differences(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
+    elif before != after:
+        yield path, before, after
+
+
+def _explain(error: Any) -> str:
+    where = [str(part) for part in error["loc"] if part not in ("str", "dict[str,any]")]
+    if error["type"] == "extra_forbidden":
+        section: Any = ExperimentConfig
+        for part in where[:-1]:
+            section = next(t for t in (section.model_fields[part].annotation,) if t)
+        near = difflib.get_close_matches(where[-1], section.model_fields, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(section.model_fields)}"
+        return f"{'.'.join(where)}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{'.'.join(where)}: missing; add it"
+    return f"{'.'.join(where)}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: {str(error.strerror).lower()}") from error
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"deepspeed: {path}: {str(error.strerror).lower()}") from error
+    except ValueError as error:
+        raise ConfigError(f"deepspeed: {path}: not valid JSON ({error})") from error
+
+
+def _put(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: must be key=value, as in --set train.num_steps=10")
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"--set {override}: {section} holds a value, no keys")
+    content[last] = YAML(typ="safe", pure=True).load(io.StringIO(value))
+
+
+def _check(config: ExperimentConfig, name: str) -> None:
+    """What one key alone cannot tell."""
+    train, model = config.train, config.model
+    numbers = (model.hidden_size, model.depth, model.num_heads)
+    if (model.size is None) == (None in numbers):
+        raise ConfigError(f"{name}: model: give either size, or all of hidden_size, depth and num_heads")
+    if train.warmup_steps > train.num_steps:
+        raise ConfigError(
+            f"{name}: train.warmup_steps {train.warmup_steps} is more than train.num_steps {train.num_steps}"
+        )
+    if train.micro_batch and train.global_batch % train.micro_batch:
+        raise ConfigError(
+            f"{name}: train.global_batch {train.global_batch} is no multiple of train.micro_batch {train.micro_batch}"
+        )
+    if config.class_dropout and config.condition == "none":
+        raise ConfigError(f"{name}: class_dropout: needs condition: class")
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage") if isinstance(config.deepspeed, dict) else None
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{name}: deepspeed: zero_optimization.stage is {stage}; choose 1, 2 or 3")
+
+
+def as_yaml(config: ExperimentConfig) -> str:
+    """The resolved experiment as YAML."""
+    text = io.StringIO()
+    YAML(typ="safe", pure=True).dump(config.model_dump(mode="json"), text)
+    return text.getvalue().rstrip()

@@ -1,0 +1,219 @@
+"""`lfm sample`: noise -> latents by an ODE solver over the EMA weights -> pictures.
+
+A picture depends on its seed, its class and the solver alone. The record beside the pictures says all that made them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from lfm import checkpoint, solvers, storage
+from lfm.autoencoder import Autoencoder
+from lfm.checkpoint import WeightsHeader
+from lfm.conditioning import check_class_index, class_condition, null_condition
+from lfm.data.draws import picture_noise
+from lfm.errors import ConfigError
+from lfm.guidance import CountedVelocity, Guided, NetworkVelocity
+from lfm.models.dit import DiT
+from lfm.types import Condition, ImageBatch, SolverResult
+from lfm.world import World
+from pipelines import factory, pictures
+from pipelines.progress import Progress
+
+GRID = "grid.png"
+RECORD = "samples.json"
+DEFAULT_STEPS = 25
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What `lfm sample` is told."""
+
+    run: str
+    out: str
+    seeds: str = "0-15"
+    class_index: str | None = None  # such as 3 or 0-9 or 1,4; seeds take turns; by default all classes take turns
+    guidance_scale: float = 1.0
+    solver: str = "heun"
+    num_steps: int | None = None
+    atol: float | None = None
+    rtol: float | None = None
+    batch_size: int = 32
+    autoencoder: str | None = None  # where the one of the weights is now, if it has moved
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Where the pictures are, and what they cost; the grid is None after a dry run."""
+
+    plan: str
+    grid: str | None
+    classes: tuple[int, ...]
+    mean_nfe: float
+
+
+def run(config: SampleConfig, world: World) -> SampleResult:
+    """Make a picture per seed, and a grid of them.
+
+    Raises:
+        ConfigError, CheckpointError: before anything is computed.
+    """
+    weights, header = checkpoint.load_weights(config.run)
+    seeds = numbers("--seeds", config.seeds)
+    if config.batch_size < 1:
+        raise ConfigError(f"--batch-size {config.batch_size}: must be at least 1")
+    num_steps = config.num_steps
+    if config.solver in solvers.SOLVERS and not solvers.SOLVERS[config.solver].adaptive:
+        num_steps = num_steps or DEFAULT_STEPS
+    solvers.check_options(config.solver, num_steps=num_steps, atol=config.atol, rtol=config.rtol)
+    classes = _classes(config, header, len(seeds))
+    if config.guidance_scale != 1:
+        null_condition(_condition(classes[:1], header), header.model.num_classes, header.model.class_dropout)
+    autoencoder = _autoencoder(config, header, world)
+    plan = (
+        f"{len(seeds)} pictures of {header.image_size} x {header.image_size} pixels from {config.run} "
+        f"({header.samples_seen:,} samples seen), {config.solver}"
+        f"{f' in {num_steps} steps' if num_steps else ''}, guidance {config.guidance_scale:g} -> {config.out}"
+    )
+    if config.dry_run:
+        return SampleResult(plan, None, classes, 0.0)
+    _check_out(config)
+    model = DiT(header.model)
+    model.load_state_dict(weights)
+    sampler = Sampler(model.to(factory.device(world)).eval(), header, autoencoder, config, num_steps)
+    finished, nfe = [], []
+    with Progress("sample", len(seeds), "pictures") as bar:
+        for start in range(0, len(seeds), config.batch_size):
+            part = slice(start, start + config.batch_size)
+            images, result = sampler.sample(seeds[part], classes[part])
+            for seed, image in zip(seeds[part], images.images.permute(0, 2, 3, 1).numpy(), strict=True):
+                pictures.save(image, storage.join(config.out, f"{seed:06d}.png"))
+                finished.append(image)
+            nfe += result.nfe.tolist()
+            bar.advance(len(seeds[part]), nfe=f"{np.mean(nfe):.0f}")
+    grid = storage.join(config.out, GRID)
+    pictures.save(pictures.grid(np.stack(finished), enlarge=max(1, 128 // header.image_size)), grid)
+    storage.write_json(storage.join(config.out, RECORD), _record(config, header, seeds, classes, nfe, num_steps))
+    return SampleResult(plan, grid, classes, float(np.mean(nfe)))
+
+
+class Sampler:
+    """Pictures of seeds and classes by one model, solver and guidance."""
+
+    def __init__(
+        self, model: DiT, header: WeightsHeader, autoencoder: Autoencoder, config: SampleConfig, num_steps: int | None
+    ) -> None:
+        self.model, self.header, self.autoencoder, self.config = model, header, autoencoder, config
+        self.num_steps = num_steps
+
+    def sample(self, seeds: list[int], classes: tuple[int, ...]) -> tuple[ImageBatch, SolverResult]:
+        """The pictures of these seeds, on the CPU; `classes` as long as `seeds`, or empty for a model without."""
+        result = self.solve(seeds, classes)
+        images = self.autoencoder.decode(result.latents).cpu()
+        return ImageBatch(images, torch.tensor(seeds)), result
+
+    def solve(self, seeds: list[int], classes: tuple[int, ...]) -> SolverResult:
+        """The latents of these seeds."""
+        shape = (self.header.model.latent_channels, *[self.header.model.latent_size] * 2)
+        device = self.model.position.device
+        noise = torch.from_numpy(picture_noise(seeds, shape)).to(device)
+        velocity = self._velocity(_condition(classes, self.header).to(device), len(seeds))
+        latents = solvers.solve(
+            self.config.solver, velocity, noise, num_steps=self.num_steps, atol=self.config.atol, rtol=self.config.rtol
+        )
+        return SolverResult(latents, velocity.nfe.cpu())
+
+    def _velocity(self, condition: Condition, count: int) -> CountedVelocity:
+        conditional = NetworkVelocity(self.model, condition, count)
+        if self.config.guidance_scale == 1:
+            return conditional
+        null = null_condition(condition, self.header.model.num_classes, self.header.model.class_dropout)
+        return Guided(conditional, NetworkVelocity(self.model, null, count), self.config.guidance_scale)
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """The numbers of a list such as 0-15 or 3,5,8-9.
+
+    Raises:
+        ConfigError: it is no such list, or names a number twice.
+    """
+    result: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ConfigError(f"{flag} {text}: must be numbers and ranges, as in 0-15 or 3,5,8-9")
+        result += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(result)) != len(result):
+        raise ConfigError(f"{flag} {text}: names a number twice")
+    return result
+
+
+def _classes(config: SampleConfig, header: WeightsHeader, count: int) -> tuple[int, ...]:
+    """The class of each picture; empty for a model without classes."""
+    if config.class_index is None:
+        return tuple(index % len(header.classes) for index in range(count)) if header.model.num_classes else ()
+    wanted = numbers("--class-index", config.class_index)
+    if header.model.num_classes is None:
+        raise ConfigError(f"--class-index {config.class_index}: the model was trained without classes; leave it out")
+    check_class_index(torch.tensor(wanted), header.model.num_classes)
+    return tuple(wanted[index % len(wanted)] for index in range(count))
+
+
+def _condition(classes: tuple[int, ...], header: WeightsHeader) -> Condition:
+    return class_condition(classes, header.model.num_classes) if classes else Condition()
+
+
+def _autoencoder(config: SampleConfig, header: WeightsHeader, world: World) -> Autoencoder:
+    """The autoencoder of the latents that the model was trained on, and no other."""
+    name = config.autoencoder or header.autoencoder.name
+    autoencoder = factory.autoencoder(name, world)
+    if autoencoder.content_hash != header.autoencoder.content_hash:
+        raise ConfigError(
+            f"autoencoder {name} ({autoencoder.content_hash[:12]}): {config.run} was trained on latents of "
+            f"{header.autoencoder.name} ({header.autoencoder.content_hash[:12]}); name that one with --autoencoder"
+        )
+    return autoencoder
+
+
+def _check_out(config: SampleConfig) -> None:
+    names = storage.sizes(config.out)
+    if names and RECORD not in names and not config.overwrite:
+        raise ConfigError(
+            f"{config.out}: is not empty and holds no samples of lfm; choose another --out, or --overwrite"
+        )
+    for name in names if RECORD in names or config.overwrite else ():
+        if name.endswith(".png") or name == RECORD:
+            storage.remove(storage.join(config.out, name))
+
+
+def _record(
+    config: SampleConfig, header: WeightsHeader, seeds: list[int], classes: tuple[int, ...], nfe: list[int],
+    num_steps: int | None,
+) -> dict:  # fmt: skip
+    def entries() -> Iterator[dict]:
+        for row, seed in enumerate(seeds):
+            label = header.classes[classes[row]] if classes else None
+            yield {
+                "file": f"{seed:06d}.png",
+                "seed": seed,
+                "class_index": label and label.index,
+                "class_name": label and label.name,
+                "nfe": nfe[row],
+            }
+
+    return {
+        "settings": asdict(config) | {"num_steps": num_steps},
+        "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
+        "samples_seen": header.samples_seen,
+        "autoencoder": header.autoencoder.model_dump(),
+        "code_version": factory.code_version(),
+        "trained_by": header.code_version,
+        "pictures": list(entries()),
+    }

@@ -1,0 +1,78 @@
+"""`lfm scenes`: the drawn data set as folders of pictures, for the demo and for the embedded autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lfm import storage
+from lfm.data.leaves import draw_leaves
+from lfm.data.scenes import CLASS_NAMES, draw_scene
+from lfm.errors import ConfigError
+from pipelines import pictures
+from pipelines.progress import Progress
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """What `lfm scenes` is told."""
+
+    dest: str
+    num: int = 4096
+    image_size: int = 64
+    seed: int = 0
+    kind: str = "scenes"  # scenes, or leaves: what the embedded autoencoder learns photographs from
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class ScenesResult:
+    """What is there now."""
+
+    plan: str
+
+
+def _scene_files(config: ScenesConfig, index: int) -> dict[str, np.ndarray]:
+    """A scene's picture in its class's folder; map and mask beside the pictures' folder."""
+    scene = draw_scene(config.seed, index, config.image_size)
+    name = f"{CLASS_NAMES[scene.class_index]}/{index:06d}.png"
+    return {
+        f"images/{name}": scene.image,
+        f"segmentations/{name}": scene.segmentation,
+        f"masks/{name}": scene.mask * 255,
+    }
+
+
+def _leaves_files(config: ScenesConfig, index: int) -> dict[str, np.ndarray]:
+    return {f"images/leaves/{index:06d}.png": draw_leaves(config.seed, index, config.image_size)}
+
+
+KINDS: dict[str, Callable[[ScenesConfig, int], dict[str, np.ndarray]]] = {
+    "scenes": _scene_files,
+    "leaves": _leaves_files,
+}
+
+
+def run(config: ScenesConfig) -> ScenesResult:
+    """Draw pictures that are not there yet; DEST/images is a source for `lfm shard`.
+
+    Raises:
+        ConfigError: unknown kind, or numbers that make no sense.
+    """
+    if config.kind not in KINDS:
+        raise ConfigError(f"--kind {config.kind}: unknown; one of {', '.join(KINDS)}")
+    for flag, value in (("--num", config.num), ("--image-size", config.image_size)):
+        if value < 1:
+            raise ConfigError(f"{flag} {value}: must be at least 1")
+    plan = f"{config.num:,} {config.kind} of {config.image_size} x {config.image_size} pixels -> {config.dest}/images"
+    if config.dry_run:
+        return ScenesResult(plan)
+    with Progress("scenes", config.num, "pictures") as bar:
+        for index in range(config.num):
+            for name, pixels in KINDS[config.kind](config, index).items():
+                path = storage.join(config.dest, name)
+                pictures.save(pixels, path)
+            bar.advance(1)
+    return ScenesResult(plan)
