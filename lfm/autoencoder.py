@@ -38,6 +38,8 @@ class Autoencoder:
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model.eval().requires_grad_(False), name
         config = model.config
+        if "latent_channels" not in config:
+            raise ConfigError(f"autoencoder {name}: is a {type(model).__name__}, which is no autoencoder")
         self.scale_factor = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
         self.latent_channels = int(config["latent_channels"])
@@ -110,21 +112,25 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     diffusers = import_diffusers()
     try:
         config = diffusers.AutoencoderKL.load_config(location, **subfolder)
+        if not isinstance(config, dict):
+            raise ConfigError(f"autoencoder {name}: its config.json holds no keys and values")
         model_class = getattr(diffusers, config.get("_class_name", ""), None)
         if model_class is None:
             raise ConfigError(f"autoencoder {name}: its config.json names no autoencoder that diffusers knows")
         model, info = model_class.from_pretrained(
-            location, **subfolder, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+            location, **subfolder, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
         raise ConfigError(f"autoencoder {name}: cannot be loaded: {reason}") from error
     wrong = {kind: keys for kind, keys in info.items() if keys and kind != "error_msgs"}
     if wrong:
         counts = ", ".join(f"{len(keys)} {kind.replace('_', ' ')}" for kind, keys in wrong.items())
         example = next(iter(next(iter(wrong.values()))))
         raise ConfigError(f"autoencoder {name}: its weights do not match its config.json: {counts}, such as {example}")
-    return Autoencoder(model.to(device), name)
+    loaded = Autoencoder(model, name)  # its hash is of the float32 weights, whatever it computes in
+    torch.nn.Module.to(model, device, dtype)  # diffusers' own warns of every cast
+    return loaded
 
 
 def import_diffusers() -> Any:

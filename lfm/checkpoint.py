@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lfm import storage
 from lfm.data.manifest import AutoencoderRecord, ClassRecord
-from lfm.errors import CheckpointError
+from lfm.errors import CheckpointError, LfmError
 from lfm.models.dit import DiTConfig
 
 WEIGHTS = "weights.safetensors"
@@ -75,6 +75,7 @@ def save_weights(path: str, tensors: dict[str, Tensor], header: WeightsHeader) -
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {_HEADER: header.to_json()}
         )
+        temporary.chmod(0o644)  # safetensors writes for the owner alone
 
 
 def load_weights(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
@@ -93,8 +94,11 @@ def load_weights(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
             if header is None:
                 raise CheckpointError(f"{path}: has no header of lfm; bring it in with `lfm import`")
             return {name: file.get_tensor(name) for name in file.keys()}, WeightsHeader.from_json(header)  # noqa: SIM118
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); is it truncated, or of another version?") from error
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, LfmError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cannot be read ({reason}); is it truncated, or of another version?") from error
 
 
 class RunFolder:
@@ -126,6 +130,7 @@ class RunFolder:
         """Remove what a killed run left half-written."""
         for path in self.checkpoints.glob(f"{storage.TEMPORARY_PREFIX}*"):
             shutil.rmtree(path)
+        storage.sweep(str(self.path))
 
     def publish(self, samples_seen: int, state: dict[str, Any], keep: int) -> Path:
         """Make the checkpoint that was written under its temporary name visible, and drop the oldest beyond `keep`.
@@ -136,11 +141,11 @@ class RunFolder:
         storage.write_json(str(temporary / STATE), state)
         for path in temporary.rglob("*"):
             _flush(path)
+        with storage.writing(str(self.path / WEIGHTS)) as weights:  # first: never older than the newest checkpoint
+            shutil.copyfile(temporary / WEIGHTS, weights)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(self.checkpoints)
-        with storage.writing(str(self.path / WEIGHTS)) as weights:
-            shutil.copyfile(final / WEIGHTS, weights)
         for path in self.complete()[:-keep]:
             shutil.rmtree(path)
         return final

@@ -16,6 +16,7 @@ import os
 import shutil
 import socket
 import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,10 +26,11 @@ from typing import IO, Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from lfm.errors import DataError, StorageError
+from lfm.errors import DataError, LfmError, StorageError
 
 TEMPORARY_PREFIX = ".writing-"
 _PIECE = 1 << 20
+_NO_SPACE = "{}: no space left on the disk; make room and run the same command"
 
 
 def is_local(path: str) -> bool:
@@ -38,7 +40,7 @@ def is_local(path: str) -> bool:
 
 def join(folder: str, *names: str) -> str:
     """The path or URL of an entry of `folder`."""
-    return "/".join([folder.rstrip("/") or "/", *names])
+    return "/".join([folder.removesuffix("/") if not folder.endswith("://") else folder[:-1], *names])
 
 
 @contextlib.contextmanager
@@ -48,15 +50,20 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise StorageError(f"{path}: no such file") from error
-    except (OSError, ValueError, ImportError) as error:
+    except LfmError:
+        raise
+    except Exception as error:  # each protocol's library raises its own kinds
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise StorageError(f"{path}: no space left on the disk; make room and run the same command") from error
-        raise StorageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+            raise StorageError(_NO_SPACE.format(path)) from error
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path}: {' '.join(str(reason).split())}") from error
 
 
 def exists(path: str) -> bool:
     """Whether something is there."""
     with _naming(path):
+        if is_local(path):
+            return Path(path).exists()
         filesystem, inner = url_to_fs(path)
         return bool(filesystem.exists(inner))
 
@@ -64,6 +71,9 @@ def exists(path: str) -> bool:
 def sizes(folder: str) -> dict[str, int]:
     """Names and sizes in bytes of the files directly in `folder`, by one listing; empty where there is no such folder."""
     with _naming(folder):
+        if is_local(folder):
+            entries_here = os.scandir(folder) if Path(folder).exists() else ()
+            return {entry.name: entry.stat().st_size for entry in entries_here if entry.is_file()}
         filesystem, inner = url_to_fs(folder)
         filesystem.invalidate_cache(inner)
         try:
@@ -80,6 +90,12 @@ def find(folder: str) -> list[str]:
         StorageError: there is no such folder.
     """
     with _naming(folder):
+        if is_local(folder):
+            if not Path(folder).is_dir():
+                raise StorageError(f"{folder}: no such folder")
+            walk = os.walk(folder, followlinks=True)
+            found = (Path(at, name).relative_to(folder).as_posix() for at, _, names in walk for name in names)
+            return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
         filesystem, inner = url_to_fs(folder)
         if not filesystem.isdir(inner):
             raise StorageError(f"{folder}: no such folder")
@@ -90,12 +106,12 @@ def find(folder: str) -> list[str]:
 def open_read(path: str) -> IO[bytes]:
     """A binary file object for reading from the start."""
     with _naming(path):
-        return fsspec.open(path, "rb").open()
+        return Path(path).open("rb") if is_local(path) else fsspec.open(path, "rb").open()
 
 
 def read_bytes(path: str) -> bytes:
     """The whole content."""
-    with _naming(path), fsspec.open(path, "rb") as file:
+    with _naming(path), open_read(path) as file:
         return file.read()
 
 
@@ -112,40 +128,48 @@ def read_json(path: str) -> Any:
 
 
 @contextlib.contextmanager
-def writing(path: str) -> Iterator[Path]:
+def writing(path: str, *, flush: bool = True) -> Iterator[Path]:
     """A local temporary file that becomes `path` when the block ends well, and vanishes when it does not.
 
     It stays locked while it is written, so that `sweep` tells what a killed writer left from what is still being
-    written.
+    written. Without `flush` it survives a killed process, but perhaps not a power cut.
     """
-    if is_local(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     name = path.rsplit("/", 1)[-1]
-    unique = f"{TEMPORARY_PREFIX}{name}.{socket.gethostname()}.{os.getpid()}"
+    unique = f"{TEMPORARY_PREFIX}{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     temporary = Path(path).with_name(unique) if is_local(path) else Path(tempfile.gettempdir()) / unique
-    with _naming(path):
-        try:
-            with temporary.open("wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with _naming(path):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            lock = temporary.open("wb")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock:
+            try:
                 yield temporary
-                _publish(temporary, path)
-        finally:
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise StorageError(_NO_SPACE.format(path)) from error
+                raise
+            with _naming(path):
+                _publish(temporary, path, flush)
+    finally:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _publish(temporary: Path, path: str) -> None:
+def _publish(temporary: Path, path: str, flush: bool) -> None:
     if is_local(path):
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     else:
         filesystem, inner = url_to_fs(path)
         filesystem.put_file(str(temporary), inner)
 
 
-def write_bytes(path: str, content: bytes) -> None:
+def write_bytes(path: str, content: bytes, *, flush: bool = True) -> None:
     """Publish `content` under `path` in one step."""
-    with writing(path) as temporary:
+    with writing(path, flush=flush) as temporary:
         temporary.write_bytes(content)
 
 
@@ -165,7 +189,7 @@ def remove(path: str) -> None:
 def sweep(folder: str) -> None:
     """Remove the temporary files that killed writers left in a local `folder`; those of living writers stay."""
     for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*") if is_local(folder) else ():
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
 
@@ -195,40 +219,41 @@ class Cache:
 
     folder: Path = field(default_factory=lambda: Path.home() / ".cache" / "lfm")
 
-    def fetch(self, path: str, size: int, crc32: int) -> Path:
+    def fetch(self, path: str, size: int, crc32: int, *, verify_local: bool = False) -> Path:
         """The local path of a file whose size in bytes and crc32 are known.
 
-        One process downloads, the others wait for it: the kernel drops a dead process's lock.
+        One process downloads, the others wait for it: the kernel drops a dead process's lock. What arrives is always
+        verified; a file that is local already has its size checked, and its checksum with `verify_local`.
 
         Raises:
             StorageError: it cannot be read.
-            DataError: what arrived is not what the manifest lists.
+            DataError: it is not what the manifest lists.
         """
         if is_local(path):
             local = Path(path)
             if not local.is_file():
                 raise StorageError(f"{path}: no such file")
-            if local.stat().st_size != size:
-                raise DataError(
-                    f"{path}: {local.stat().st_size} bytes, the manifest lists {size}; make the shard again"
-                )
+            _require(path, local, size, crc32 if verify_local else None)
             return local
         identity = hashlib.sha256(f"{path} {size} {crc32}".encode()).hexdigest()[:32]
         local = self.folder / f"{identity}-{path.rsplit('/', 1)[-1]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{identity}.lock").open("wb") as lock:
+        with _naming(str(self.folder)):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / f"{identity}.lock").open("wb")
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (local.is_file() and local.stat().st_size == size):
-                self._download(path, local, size, crc32)
+                with writing(str(local)) as temporary:
+                    with _naming(path), open_read(path) as source, temporary.open("wb") as target:
+                        shutil.copyfileobj(source, target, _PIECE)
+                    _require(path, temporary, size, crc32)
         return local
 
-    def _download(self, path: str, local: Path, size: int, crc32: int) -> None:
-        with writing(str(local)) as temporary:
-            with open_read(path) as source, temporary.open("wb") as target:
-                shutil.copyfileobj(source, target, _PIECE)
-            arrived = checksums(temporary)
-            if (arrived.bytes, arrived.crc32) != (size, crc32):
-                raise DataError(
-                    f"{path}: arrived with {arrived.bytes} bytes and checksum {arrived.crc32:08x}, "
-                    f"the manifest lists {size} and {crc32:08x}; make the shard again"
-                )
+
+def _require(path: str, local: Path, size: int, crc32: int | None) -> None:
+    """Refuse a local copy of `path` that is not what the manifest lists."""
+    found = local.stat().st_size
+    if found != size:
+        raise DataError(f"{path}: {found} bytes, the manifest lists {size}; make the shard again")
+    if crc32 is not None and (arrived := checksums(local).crc32) != crc32:
+        raise DataError(f"{path}: checksum {arrived:08x}, the manifest lists {crc32:08x}; make the shard again")

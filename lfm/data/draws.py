@@ -41,6 +41,6 @@ def picture_noise(seeds: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np
     """The noise that each seed's picture begins with: float32 (len(seeds), *shape), standard normal."""
     noise = np.empty((len(seeds), *shape), np.float32)
     for row, seed in enumerate(seeds):
-        random = np.random.Generator(np.random.Philox(key=[_PICTURES, int(seed)]))
+        random = np.random.Generator(np.random.Philox(key=np.array([_PICTURES, int(seed)], np.uint64)))
         random.standard_normal(out=noise[row], dtype=np.float32)
     return noise

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lfm import storage
 from lfm.errors import ConfigError, DataError
 
-VERSION = 1
+VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 
@@ -82,7 +82,7 @@ class Manifest(_Record):
     """A complete data set of shards."""
 
     kind: Literal["raw", "latents"]
-    version: int = VERSION
+    version: Literal[1] = VERSION
     image_size: int
     classes: tuple[ClassRecord, ...] = ()
     recipe: dict[str, Any]
@@ -136,30 +136,42 @@ def load(folder: str, kind: Literal["raw", "latents"]) -> Manifest:
 
 
 def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool) -> None:
-    """Begin or continue the data set of `recipe` in `folder`.
+    """Begin or continue the data set of `recipe` in `folder`; `overwrite` replaces shards made otherwise.
 
     Raises:
         ConfigError: the folder holds shards made otherwise, or something else; nothing is changed.
     """
     path = storage.join(folder, RECIPE)
     names = storage.sizes(folder)
+    recipe = json.loads(json.dumps(recipe))  # as it reads back: no tuples
     if RECIPE in names:
-        before = storage.read_json(path)
-        if before == json.loads(json.dumps(recipe)):
+        changed = _changes(path, recipe)
+        if not changed:
             return
         if not overwrite:
-            changed = sorted(key for key in {*before, *recipe} if before.get(key) != recipe.get(key))
-            differences = ", ".join(
-                f"{key} ({_short(before.get(key))}, now {_short(recipe.get(key))})" for key in changed
-            )
-            raise ConfigError(
-                f"{folder}: holds shards made otherwise: {differences}; choose another folder or --overwrite"
-            )
-    elif names and not overwrite:
-        raise ConfigError(f"{folder}: is not empty and holds no shards of lfm; choose another folder or --overwrite")
+            raise ConfigError(f"{folder}: holds shards made otherwise: {changed}; choose another folder or --overwrite")
+    elif storage.exists(folder) and storage.find(folder):
+        raise ConfigError(f"{folder}: holds something else than shards of lfm; choose another folder")
     for name in sorted(names, key=lambda name: name != MANIFEST):
-        storage.remove(storage.join(folder, name))
+        if name.endswith((".tar", ".json")):
+            storage.remove(storage.join(folder, name))
     storage.write_json(path, recipe)
+
+
+def _changes(path: str, recipe: dict[str, Any]) -> str:
+    """In words, what a recipe has that is not in the file, and the other way round; empty where they are equal."""
+    try:
+        before = storage.read_json(path)
+    except DataError:
+        return f"{RECIPE} is not readable"
+    if not isinstance(before, dict):
+        return f"{RECIPE} is no recipe of lfm"
+    nothing = object()
+    return ", ".join(
+        f"{key} ({_short(before.get(key))}, now {_short(recipe.get(key))})"
+        for key in sorted({*before, *recipe})
+        if before.get(key, nothing) != recipe.get(key, nothing)
+    )
 
 
 def commit(folder: str, record: ShardRecord) -> None:

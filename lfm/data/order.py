@@ -75,5 +75,6 @@ class Order:
         return np.repeat(shards, sizes)[permutation], rows[permutation]
 
 
-def _random(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+def _random(seed: int, *place: int) -> np.random.Generator:
+    # As spawn_key: plain entropy is padded with zeros, so that (epoch,) and (epoch, 0) would be one and the same.
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=place)))

@@ -92,8 +92,8 @@ def draw_scene(seed: int, index: int, image_size: int) -> Scene:
         segments[cloud] = SEGMENTS_BEHIND.index("cloud")
         image[cloud] = 0.99
 
-    size, tilt = random.uniform(0.26, 0.36), np.deg2rad(random.uniform(-10, 10))
-    centre_x, centre_y = random.uniform((0.4, 0.45), (0.6, 0.6))
+    size, tilt = random.uniform(0.28, 0.36), np.deg2rad(random.uniform(-8, 8))
+    centre_x, centre_y = random.uniform((0.44, 0.47), (0.56, 0.57))
     across, down = (x - centre_x) / size, (y - centre_y) / size
     turned_x, turned_y = np.cos(tilt) * across + np.sin(tilt) * down, np.cos(tilt) * down - np.sin(tilt) * across
     shape = OUTLINES[CLASS_NAMES[class_index]](turned_x, turned_y)

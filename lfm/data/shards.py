@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -77,7 +78,7 @@ def read_raw(stream: IO[bytes], name: str) -> Iterator[RawSample]:
     Raises:
         DataError: a member is missing or cannot be read.
     """
-    for members in group_by_keys(tar_file_expander([{"url": name, "stream": stream}])):
+    for members in _groups(stream, name):
         image = next((members[suffix] for suffix in (*FORMATS, "jpg") if suffix in members), None)
         if image is None:
             raise DataError(f"{name}: sample {members['__key__']} has no picture; make the shard again")
@@ -90,8 +91,15 @@ def read_raw(stream: IO[bytes], name: str) -> Iterator[RawSample]:
                 segmentation=_grey(members, "seg.png", lambda levels: levels),
                 metadata=json.loads(members.get("json", b"{}")),
             )
-        except (Rejected, ValueError) as error:
+        except (Rejected, ValueError, OSError, SyntaxError) as error:
             raise DataError(f"{name}: sample {members['__key__']}: {error}; make the shard again") from error
+
+
+def _groups(stream: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise DataError(f"{name}: cannot be read as a tar ({error.args[0]}); make the shard again") from error
 
 
 def _grey(members: dict[str, Any], suffix: str, change: Any) -> np.ndarray | None:
@@ -154,7 +162,9 @@ class LatentShard:
         if len(mapped) < samples * stride:
             raise DataError(f"{path}: truncated: {len(mapped)} bytes, {samples} samples need {samples * stride}")
         self.columns = {
-            member.suffix: np.ndarray(
+            member.suffix: np.zeros((0, *member.shape), member.dtype)
+            if not samples
+            else np.ndarray(
                 (samples, *member.shape),
                 np.dtype(member.dtype),
                 buffer=mapped,

@@ -37,7 +37,7 @@ def folder(root: str, split: str | None = None) -> Source:
     tops = {path.split("/")[0] for path in paths if "/" in path}
     if not tops:
         return Source(root, tuple(SourceItem(path) for path in paths))
-    if not split and tops <= set(SPLITS):
+    if not split and {top.lower() for top in tops} <= set(SPLITS):
         raise ConfigError(f"{root}: holds the splits {', '.join(sorted(tops))}; choose one, as in --split {min(tops)}")
     if loose := [path for path in paths if "/" not in path]:
         raise DataError(

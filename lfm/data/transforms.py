@@ -14,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lfm.errors import DataError
 
+# Not all that Pillow knows: some it hands to other programs (EPS to Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LARGEST_PIXELS = 200_000_000  # above this a file is taken for a decompression bomb
 BACKGROUND = (255, 255, 255)  # what shows through where alpha is below one
 
@@ -39,7 +41,7 @@ def decode(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
             if image.width * image.height > LARGEST_PIXELS:
                 raise Rejected("too large", f"{image.width} x {image.height} pixels")
             image.load()
@@ -48,7 +50,9 @@ def decode(content: bytes) -> Image.Image:
         raise Rejected("not a picture") from error
     except Image.DecompressionBombError as error:
         raise Rejected("too large", str(error)) from error
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError) as error:
+    except Rejected:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything: struct.error, TypeError, RuntimeError, ...
         raise Rejected("cannot be decoded", str(error)) from error
 
 
@@ -67,6 +71,8 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if max(image.size) * scale * size > LARGEST_PIXELS:
+        raise Rejected("too narrow", f"{image.width} x {image.height} pixels")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[top : top + size, left : left + size]
