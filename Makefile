@@ -22,14 +22,14 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[s3,test]'
 	touch $@
 
-# Makes again the autoencoder that comes with the package: about an hour on two cores.
+# Makes again the autoencoder that comes with the package: about half an hour on two cores.
 autoencoder: $(VENV)/ready
 	$(BIN)/lfm scenes build/autoencoder/scenes --num 6000 --seed 1
 	$(BIN)/lfm scenes build/autoencoder/leaves --num 6000 --seed 1 --kind leaves
 	$(BIN)/lfm shard build/autoencoder/scenes/images build/autoencoder/raw-scenes --image-size 64
 	$(BIN)/lfm shard build/autoencoder/leaves/images build/autoencoder/raw-leaves --image-size 64
 	$(BIN)/lfm autoencoder build/autoencoder/raw-scenes build/autoencoder/raw-leaves lfm/assets/autoencoder \
-		--num-steps 4500 --precision bf16
+		--num-steps 3000 --precision bf16
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

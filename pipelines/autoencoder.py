@@ -115,7 +115,7 @@ class Pictures:
         """All pictures of a shard: uint8 (samples, H, W, 3)."""
         shard = self.manifest.shards[index]
         path = storage.join(self.folder, shard.name)
-        with self.cache.fetch(path, shard.bytes, shard.crc32).open("rb") as stream:
+        with self.cache.fetch(path, shard.bytes, shard.crc32, verify_local=True).open("rb") as stream:
             return np.stack([sample.image for sample in read_raw(stream, path)])
 
 

@@ -92,7 +92,7 @@ def _encode_shard(
 ) -> None:
     """Encode one raw shard, write the latent shard and then its record."""
     raw_path = storage.join(config.raw, shard.name)
-    local = cache.fetch(raw_path, shard.bytes, shard.crc32)
+    local = cache.fetch(raw_path, shard.bytes, shard.crc32, verify_local=True)
     sums = np.zeros((autoencoder.latent_channels, 2))
     values = 0
 

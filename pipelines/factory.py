@@ -22,17 +22,27 @@ from lfm.models.dit import DIT_SIZES, DiTConfig
 from lfm.world import World
 from pipelines.config import ExperimentConfig
 
+_PLACE = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def world() -> World:
-    """This process's place, as torchrun, the deepspeed launcher and Slurm's own variables tell it."""
-    get = os.environ.get
-    return World(
-        rank=int(get("RANK", get("SLURM_PROCID", 0))),
-        local_rank=int(get("LOCAL_RANK", get("SLURM_LOCALID", 0))),
-        size=int(get("WORLD_SIZE", get("SLURM_NTASKS", 1))),
-    )
+    """This process's place, as torchrun and the deepspeed launcher tell it; alone where there is no launcher.
+
+    Raises:
+        ConfigError: a variable of the launcher is no number, or they contradict each other.
+    """
+    try:
+        place = World(*(int(os.environ.get(*variable)) for variable in _PLACE))
+    except ValueError as error:
+        raise ConfigError(
+            f"RANK, LOCAL_RANK, WORLD_SIZE: must be numbers ({error}); unset them, or use a launcher"
+        ) from error
+    if not 0 <= place.rank < place.size or place.local_rank < 0:
+        raise ConfigError(
+            f"RANK {place.rank}, WORLD_SIZE {place.size}: contradict each other; unset them, or use a launcher"
+        )
+    return place
 
 
 def device(world: World) -> torch.device:

@@ -25,9 +25,9 @@ def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 2, enlarg
     return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
 
 
-def save(image: np.ndarray | Image.Image, path: str | Path) -> None:
+def save(image: np.ndarray | Image.Image, path: str | Path, *, flush: bool = True) -> None:
     """Publish a picture, uint8 (H, W, 3), as PNG."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    storage.write_bytes(str(path), buffer.getvalue())
+    storage.write_bytes(str(path), buffer.getvalue(), flush=flush)

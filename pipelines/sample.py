@@ -71,7 +71,7 @@ def run(config: SampleConfig, world: World) -> SampleResult:
         raise ConfigError(f"--batch-size {config.batch_size}: must be at least 1")
     num_steps = config.num_steps
     if config.solver in solvers.SOLVERS and not solvers.SOLVERS[config.solver].adaptive:
-        num_steps = num_steps or DEFAULT_STEPS
+        num_steps = DEFAULT_STEPS if num_steps is None else num_steps
     solvers.check_options(config.solver, num_steps=num_steps, atol=config.atol, rtol=config.rtol)
     classes = _classes(config, header, len(seeds))
     if config.guidance_scale != 1:

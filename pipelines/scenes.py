@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -56,7 +60,7 @@ KINDS: dict[str, Callable[[ScenesConfig, int], dict[str, np.ndarray]]] = {
 
 
 def run(config: ScenesConfig) -> ScenesResult:
-    """Draw pictures that are not there yet; DEST/images is a source for `lfm shard`.
+    """Draw the pictures, on every core; DEST/images is then a source for `lfm shard`.
 
     Raises:
         ConfigError: unknown kind, or numbers that make no sense.
@@ -69,10 +73,13 @@ def run(config: ScenesConfig) -> ScenesResult:
     plan = f"{config.num:,} {config.kind} of {config.image_size} x {config.image_size} pixels -> {config.dest}/images"
     if config.dry_run:
         return ScenesResult(plan)
-    with Progress("scenes", config.num, "pictures") as bar:
-        for index in range(config.num):
-            for name, pixels in KINDS[config.kind](config, index).items():
-                path = storage.join(config.dest, name)
-                pictures.save(pixels, path)
+    spawn = multiprocessing.get_context("spawn")
+    with Progress("scenes", config.num, "pictures") as bar, ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+        for _ in pool.map(partial(_draw, config), range(config.num), chunksize=64):
             bar.advance(1)
     return ScenesResult(plan)
+
+
+def _draw(config: ScenesConfig, index: int) -> None:
+    for name, pixels in KINDS[config.kind](config, index).items():
+        pictures.save(pixels, storage.join(config.dest, name), flush=False)

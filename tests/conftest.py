@@ -1,0 +1,74 @@
+"""A small real data set, made once by the stages themselves: drawn scenes -> raw shards -> latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from lfm.autoencoder import import_diffusers
+from lfm.world import World
+from pipelines import encode, scenes, shard
+from pipelines.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class SmallSet:
+    """Where its parts are."""
+
+    pictures: Path
+    raw: Path
+    latents: Path
+    autoencoder: Path
+
+
+def make_autoencoder(folder: Path, seed: int) -> Path:
+    """A tiny AutoencoderKL with random weights, in diffusers' format."""
+    torch.manual_seed(seed)
+    model = import_diffusers().AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.8,
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
+    """40 scenes of 16 pixels in 3 raw shards, and their latents (4, 8, 8) with flips."""
+    root = tmp_path_factory.mktemp("small")
+    autoencoder = make_autoencoder(root / "autoencoder", seed=0)
+    scenes.run(scenes.ScenesConfig(str(root / "scenes"), num=40, image_size=16))
+    pictures, raw, latents = root / "scenes" / "images", root / "raw", root / "latents"
+    shard.run(shard.ShardConfig(str(pictures), str(raw), image_size=16, samples_per_shard=16))
+    encode.run(encode.EncodeConfig(str(raw), str(latents), str(autoencoder), flips=True), ALONE)
+    return SmallSet(pictures, raw, latents, autoencoder)
+
+
+def lfm(*arguments: object, env: dict[str, str] | None = None, command: click.Command = main) -> Result:
+    """Run a command line, in this process: a start of Python and torch for each would take the tests' whole time."""
+    result = CliRunner(env=env).invoke(command, list(map(str, arguments)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def assert_one_line(result: Result, *parts: object) -> None:
+    """The command ended as a user's mistake must: exit code 2 and one line that holds `parts`."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.exit_code == 2, result.output
+    assert len(lines) == 1, result.stderr
+    for part in parts:
+        assert str(part) in lines[0], lines[0]

@@ -1,0 +1,278 @@
+"""The stages from raw pictures to pictures, by their commands, and what they say to bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import REPOSITORY, SmallSet, assert_one_line, lfm, make_autoencoder
+from PIL import Image
+
+from lfm import checkpoint
+from lfm.checkpoint import WeightsHeader, save_weights
+from lfm.data import manifest as manifests
+from lfm.models.dit import DiT, DiTConfig
+from pipelines.shard import ShardConfig, run
+
+
+def picture_folder(root: Path, count: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """Random JPEGs in class folders."""
+    random = np.random.default_rng(0)
+    for index in range(count):
+        path = root / classes[index % len(classes)] / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
+    return root
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file and its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def weights(small_set: SmallSet, tmp_path: Path) -> Path:
+    """An untrained class-conditional model for the small set's latents, as a run folder."""
+    manifest = manifests.load(str(small_set.latents), "latents")
+    assert manifest.autoencoder is not None
+    model = DiT(DiTConfig(4, 8, 2, 32, 1, 2, num_classes=8, class_dropout=0.1))
+    header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    save_weights(str(run_folder / checkpoint.WEIGHTS), model.state_dict(), header)
+    return run_folder
+
+
+# --- shard ------------------------------------------------------------------------------------------------------
+
+
+def test_equal_input_gives_equal_bytes_whatever_the_workers(tmp_path: Path) -> None:
+    source = picture_folder(tmp_path / "pictures", 30)
+    for name, workers in (("one", 1), ("two", 2)):
+        run(ShardConfig(str(source), str(tmp_path / name), image_size=16, samples_per_shard=8, workers=workers))
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_a_finished_shard_is_not_written_again_and_a_lost_one_is(tmp_path: Path) -> None:
+    config = ShardConfig(
+        str(picture_folder(tmp_path / "p", 30)), str(tmp_path / "raw"), image_size=16, samples_per_shard=8
+    )
+    run(config)
+    before = tree(tmp_path / "raw")
+    kept, lost = tmp_path / "raw" / "000000.tar", tmp_path / "raw" / "000002.tar"
+    time_before = kept.stat().st_mtime_ns
+    lost.unlink()
+    (tmp_path / "raw" / manifests.MANIFEST).unlink()
+    run(config)
+    assert tree(tmp_path / "raw") == before
+    assert kept.stat().st_mtime_ns == time_before
+
+
+def test_a_corrupt_picture_is_rejected_named_and_counted(tmp_path: Path) -> None:
+    source = picture_folder(tmp_path / "pictures", 30)
+    bad = source / "cat" / "broken.jpg"
+    bad.write_bytes((source / "cat" / "0.jpg").read_bytes()[:200])
+    refused = lfm("shard", source, tmp_path / "raw", "--image-size", 16)
+    assert_one_line(refused, "1 of 31", "cat/broken.jpg", "--max-rejected")
+    assert not (tmp_path / "raw" / manifests.MANIFEST).exists()
+    accepted = lfm("shard", source, tmp_path / "raw", "--image-size", 16, "--max-rejected", 0.1)
+    assert accepted.exit_code == 0, accepted.stderr
+    manifest = manifests.load(str(tmp_path / "raw"), "raw")
+    assert manifest.num_samples == 30
+    assert [reject.source for reject in manifest.rejects] == ["cat/broken.jpg"]
+
+
+def test_a_folder_without_pictures_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_one_line(lfm("shard", tmp_path / "empty", tmp_path / "raw"), tmp_path / "empty", "no pictures")
+    assert_one_line(lfm("shard", tmp_path / "nowhere", tmp_path / "raw"), tmp_path / "nowhere", "no such folder")
+    assert not (tmp_path / "raw").exists()
+
+
+def test_the_destination_of_other_shards_is_refused(small_set: SmallSet, tmp_path: Path) -> None:
+    shutil.copytree(small_set.raw, tmp_path / "raw")
+    before = tree(tmp_path / "raw")
+    assert_one_line(lfm("shard", small_set.pictures, tmp_path / "raw", "--image-size", 8), "image_size", "--overwrite")
+    assert tree(tmp_path / "raw") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--layout", "foldr"), "--layout foldr"),
+        (("--format", "gif"), "--format gif"),
+        (("--image-size", 0), "--image-size 0"),
+        (("--workers", 0), "--workers 0"),
+        (("--max-rejected", 2), "--max-rejected 2"),
+        (("--split", "train"), "no such folder"),
+    ],
+)
+def test_a_wrong_flag_is_named(small_set: SmallSet, tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:
+    assert_one_line(lfm("shard", small_set.pictures, tmp_path / "raw", *arguments), said)
+    assert not (tmp_path / "raw").exists()
+
+
+def test_a_misspelt_command_or_flag_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    command, flag = lfm("shrad", "a", "b"), lfm("shard", "a", "b", "--image-sise", 3)
+    assert command.exit_code == flag.exit_code == 2
+    assert "shard" in command.stderr and "--image-size" in flag.stderr
+
+
+# --- encode -----------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_those_of_the_pictures_and_mirrors_those_of_the_mirrored_pictures(small_set: SmallSet) -> None:
+    from lfm import autoencoder
+
+    model = autoencoder.load(str(small_set.autoencoder))
+    raw = webdataset.WebDataset(str(small_set.raw / "000001.tar"), shardshuffle=False).decode("rgb8")
+    latents = webdataset.WebDataset(str(small_set.latents / "000001.tar"), shardshuffle=False).decode()
+    count = 0
+    for picture, latent in zip(raw, latents, strict=True):
+        assert picture["__key__"] == latent["__key__"] and picture["cls"] == latent["cls"]
+        image = torch.from_numpy(picture["webp"].copy()).permute(2, 0, 1)[None]
+        for name, pixels in (("latent.npy", image), ("latent_flip.npy", image.flip(3))):
+            posterior = model.encode(pixels)
+            expected = torch.cat([posterior.mean, posterior.std], 1)[0].numpy()
+            np.testing.assert_allclose(latent[name].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
+        assert not np.allclose(latent["latent_flip.npy"], latent["latent.npy"][..., ::-1], atol=2e-3)
+        count += 1
+    assert count == 16
+
+
+def test_tar_and_vanilla_webdataset_read_both_kinds_of_shard(small_set: SmallSet) -> None:
+    for folder, first in ((small_set.raw, "000000000000.cls"), (small_set.latents, "000000000000.cls")):
+        names = subprocess.run(
+            ["tar", "tf", folder / "000000.tar"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert names[0] == first and len({name.split(".")[0] for name in names}) == 16
+        shards = sorted(map(str, folder.glob("*.tar")))
+        assert len(list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))) == 40
+
+
+def test_two_ranks_make_the_same_bytes_as_one(small_set: SmallSet, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        result = lfm("encode", small_set.raw, tmp_path / "latents", "--autoencoder", small_set.autoencoder, "--flips",
+                     env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        assert (tmp_path / "latents" / manifests.MANIFEST).exists() == (rank == 1)
+    assert {n: c for n, c in tree(tmp_path / "latents").items() if n.endswith(".tar")} == {
+        n: c for n, c in tree(small_set.latents).items() if n.endswith(".tar")
+    }
+    assert (
+        manifests.load(str(tmp_path / "latents"), "latents").digest
+        == manifests.load(str(small_set.latents), "latents").digest
+    )
+
+
+def test_a_truncated_raw_shard_is_named(small_set: SmallSet, tmp_path: Path) -> None:
+    shutil.copytree(small_set.raw, tmp_path / "raw")
+    path = tmp_path / "raw" / "000001.tar"
+    path.write_bytes(path.read_bytes()[:-3000])
+    result = lfm("encode", tmp_path / "raw", tmp_path / "latents", "--autoencoder", small_set.autoencoder)
+    assert_one_line(result, path)
+    assert not (tmp_path / "latents" / manifests.MANIFEST).exists()
+    assert sorted(name for name in tree(tmp_path / "latents") if name.startswith(".")) == []
+
+
+def test_raw_shards_with_a_flipped_bit_are_named(small_set: SmallSet, tmp_path: Path) -> None:
+    shutil.copytree(small_set.raw, tmp_path / "raw")
+    path = tmp_path / "raw" / "000002.tar"
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(bytes(content))
+    result = lfm("encode", tmp_path / "raw", tmp_path / "latents", "--autoencoder", small_set.autoencoder)
+    assert_one_line(result, path, "make the shard again")
+
+
+def test_encode_needs_raw_shards(small_set: SmallSet, tmp_path: Path) -> None:
+    flags = ("--autoencoder", small_set.autoencoder)
+    assert_one_line(lfm("encode", tmp_path, tmp_path / "out", *flags), "lfm shard")
+    assert_one_line(lfm("encode", small_set.latents, tmp_path / "out", *flags), "holds latents shards")
+    assert_one_line(lfm("encode", small_set.raw, tmp_path / "out", "--autoencoder", tmp_path / "no"), tmp_path / "no")
+    assert not (tmp_path / "out").exists()
+
+
+# --- sample -----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_depends_on_its_seed_and_class_alone(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:
+    common = ("sample", weights, "--class-index", 2, "--num-steps", 2, "--guidance-scale", 2)
+    assert lfm(*common, "--seeds", "0-5", "--batch-size", 4, "--out", tmp_path / "a").exit_code == 0
+    assert lfm(*common, "--seeds", "5,3", "--batch-size", 1, "--out", tmp_path / "b").exit_code == 0
+    for name in ("000003.png", "000005.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    record = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert record["nfe"]["mean"] == 2 * 2 * 2  # heun evaluates twice a step, guidance doubles it
+    assert [picture["class_index"] for picture in record["pictures"]] == [2] * 6
+    assert Image.open(io.BytesIO((tmp_path / "a" / "grid.png").read_bytes())).size[0] > 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--class-index", 8), "class index 8: the model knows classes 0 to 7"),
+        (("--class-index", "x"), "--class-index x"),
+        (("--seeds", "5-3"), "--seeds 5-3"),
+        (("--seeds", "1,1"), "names a number twice"),
+        (("--solver", "huen"), "did you mean heun"),
+        (("--solver", "dopri5", "--num-steps", 3), "--num-steps"),
+        (("--atol", 1e-3), "--atol"),
+        (("--num-steps", 0), "--num-steps 0"),
+    ],
+)
+def test_sample_names_a_wrong_flag(weights: Path, tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:
+    assert_one_line(lfm("sample", weights, "--out", tmp_path / "out", *arguments), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_refuses_another_autoencoder_naming_both(weights: Path, tmp_path: Path) -> None:
+    other = make_autoencoder(tmp_path / "other", seed=1)
+    result = lfm("sample", weights, "--out", tmp_path / "out", "--autoencoder", other)
+    assert_one_line(result, other, "was trained on latents of")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_refuses_a_folder_without_weights_and_a_truncated_file(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    assert_one_line(lfm("sample", tmp_path / "nothing", "--out", tmp_path / "out"), tmp_path / "nothing", "train first")
+    file = weights / checkpoint.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_one_line(lfm("sample", weights, "--out", tmp_path / "out"), file)
+
+
+def test_dry_runs_print_the_plan_and_write_nothing(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for arguments in (
+        ("shard", small_set.pictures, out, "--image-size", 16),
+        ("encode", small_set.raw, out, "--autoencoder", small_set.autoencoder),
+        ("sample", weights, "--out", out),
+        ("scenes", out),
+        ("autoencoder", small_set.raw, out),
+        ("demo", "--out", out),
+    ):
+        result = lfm(*arguments, "--dry-run")
+        assert result.exit_code == 0 and str(out) in result.stdout, (arguments, result.stderr)
+        assert not out.exists()
+
+
+def test_the_tar_members_of_a_raw_shard_name_their_source(small_set: SmallSet) -> None:
+    with tarfile.open(small_set.raw / "000000.tar") as tar:
+        metadata = json.loads(tar.extractfile("000000000000.json").read())  # type: ignore[union-attr]
+    assert (small_set.pictures / metadata["source"]).is_file()
+
+
+def test_the_package_resolves_from_the_repository() -> None:
+    import lfm as library
+    import pipelines
+
+    assert Path(library.__file__).parents[1] == Path(pipelines.__file__).parents[1]
+    assert (REPOSITORY / "launch" / "train.py").is_file()
