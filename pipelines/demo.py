@@ -91,7 +91,7 @@ def commands(out: Path) -> dict[str, list[str]]:
         ],
         "sample": [
             *(lfm, "sample", str(out / "run"), "--out", str(out / "samples"), "--seeds", f"0-{NUM_PICTURES - 1}"),
-            *("--guidance-scale", "2", "--num-steps", "20"),
+            *("--guidance-scale", "3", "--num-steps", "20"),
         ],
     }
 

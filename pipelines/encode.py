@@ -7,7 +7,7 @@ this; after a crash the same command goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -78,62 +78,72 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     cache = factory.cache(config.cache)
     with Progress("encode", total, "pictures", done=before, quiet=not world.is_main) as bar:
         for shard in todo:
-            _encode_shard(config, autoencoder, shard, cache, bar, bool(raw.classes))
+            _encode_shard(config, autoencoder, raw, shard, cache, bar)
     return EncodeResult(summary, _publish_if_complete(config, raw, autoencoder, recipe, latent_shape))
+
+
+class _Sums:
+    """Counts latents as they pass, and adds up their means by channel."""
+
+    def __init__(self, channels: int) -> None:
+        self.samples, self.values = 0, 0
+        self.by_channel = np.zeros((channels, 2))  # of values and of their squares
+
+    def watch(self, samples: Iterable[LatentSample]) -> Iterator[LatentSample]:
+        """The samples as they come."""
+        for sample in samples:
+            mean = sample.posterior[: len(self.by_channel)].astype(np.float64)
+            self.by_channel += np.stack([mean.sum((1, 2)), (mean**2).sum((1, 2))], axis=1)
+            self.samples, self.values = self.samples + 1, self.values + mean[0].size
+            yield sample
 
 
 def _encode_shard(
     config: EncodeConfig,
     autoencoder: Autoencoder,
+    raw: Manifest,
     shard: ShardRecord,
     cache: storage.Cache,
     bar: Progress,
-    with_classes: bool,
 ) -> None:
     """Encode one raw shard, write the latent shard and then its record."""
     raw_path = storage.join(config.raw, shard.name)
     local = cache.fetch(raw_path, shard.bytes, shard.crc32, verify_local=True)
-    sums = np.zeros((autoencoder.latent_channels, 2))
-    values = 0
-
-    def encoded() -> Iterator[LatentSample]:
-        nonlocal values
-        with local.open("rb") as stream:
-            samples = read_raw(stream, raw_path)
-            while batch := list(islice(samples, config.batch_size)):
-                for sample in _encode_batch(autoencoder, batch, config.flips):
-                    mean = sample.posterior[: len(sums)].astype(np.float64)
-                    sums[:] += np.stack([mean.sum((1, 2)), (mean**2).sum((1, 2))], axis=1)
-                    values += mean[0].size
-                    yield sample
-                bar.advance(len(batch))
-
-    with storage.writing(storage.join(config.dest, shard.name)) as temporary:
-        written = 0
-
-        def members() -> Iterator[dict]:
-            nonlocal written
-            for sample in encoded():
-                if with_classes and sample.class_index is None:
-                    raise DataError(f"{raw_path}: sample {sample.key} has no class; make the shard again")
-                written += 1
-                yield latent_members(sample)
-
-        write_tar(temporary, members())
-        if written != shard.samples:
+    sums = _Sums(autoencoder.latent_channels)
+    with storage.writing(storage.join(config.dest, shard.name)) as temporary, local.open("rb") as stream:
+        pictures = _with_classes(read_raw(stream, raw_path), raw_path) if raw.classes else read_raw(stream, raw_path)
+        latents = sums.watch(_encode(config, autoencoder, pictures, bar))
+        write_tar(temporary, (latent_members(latent) for latent in latents))
+        if sums.samples != shard.samples:
             raise DataError(
-                f"{raw_path}: holds {written} samples, its record says {shard.samples}; make the shard again"
+                f"{raw_path}: holds {sums.samples} samples, its record says {shard.samples}; shard it again"
             )
         checksums = storage.checksums(temporary)
     record = ShardRecord(
         name=shard.name,
-        samples=written,
+        samples=sums.samples,
         **asdict(checksums),
         class_counts=shard.class_counts,
-        channel_sums=tuple((float(total), float(squares)) for total, squares in sums),
-        values_per_channel=values,
+        channel_sums=tuple((float(total), float(squares)) for total, squares in sums.by_channel),
+        values_per_channel=sums.values,
     )
     manifests.commit(config.dest, record)
+
+
+def _with_classes(samples: Iterable[RawSample], path: str) -> Iterator[RawSample]:
+    """The samples, none of which may lack a class: every latent sample must have the same members."""
+    for sample in samples:
+        if sample.class_index is None:
+            raise DataError(f"{path}: sample {sample.key} has no class; make the shard again")
+        yield sample
+
+
+def _encode(
+    config: EncodeConfig, autoencoder: Autoencoder, samples: Iterator[RawSample], bar: Progress
+) -> Iterator[LatentSample]:
+    while batch := list(islice(samples, config.batch_size)):
+        yield from _encode_batch(autoencoder, batch, config.flips)
+        bar.advance(len(batch))
 
 
 def _encode_batch(autoencoder: Autoencoder, batch: list[RawSample], flips: bool) -> Iterator[LatentSample]:

@@ -145,7 +145,7 @@ def write_shard(job: Job) -> ShardRecord:
     counts = [0] * job.num_classes
     path = storage.join(job.config.dest, job.name)
     with storage.writing(path) as temporary:
-        samples = list_counting(_samples(job, rejects), counts)
+        samples = _count_classes(_samples(job, rejects), counts)
         write_tar(temporary, (raw_members(sample, job.config.image_format) for sample in samples))
         sums = storage.checksums(temporary)
     written = len(job.items) - len(rejects)
@@ -156,7 +156,7 @@ def write_shard(job: Job) -> ShardRecord:
     return record
 
 
-def list_counting(samples: Iterator[RawSample], counts: list[int]) -> Iterator[RawSample]:
+def _count_classes(samples: Iterator[RawSample], counts: list[int]) -> Iterator[RawSample]:
     """The samples as they come, their classes counted on the way."""
     for sample in samples:
         if sample.class_index is not None:

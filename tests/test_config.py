@@ -1,0 +1,78 @@
+"""The experiment's schema: every shipped configuration loads, every mistake names file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest
+from lfm.errors import ConfigError
+from lfm.models.dit import DiT
+from lfm.world import World
+from pipelines import config as configs
+from pipelines import factory
+
+SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def manifest(image_size: int, num_classes: int) -> Manifest:
+    record = AutoencoderRecord(
+        name="a", content_hash="0", downsample_factor=4, latent_channels=4, scale_factor=1.0, shift=0.0
+    )
+    classes = tuple(ClassRecord(index=index, name=str(index), count=1) for index in range(num_classes))
+    return Manifest(kind="latents", image_size=image_size, classes=classes, recipe={}, autoencoder=record, shards=())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_builds_its_model(path: Path) -> None:
+    import torch
+
+    config = configs.load(str(path))
+    with torch.device("meta"):
+        model = DiT(factory.model_config(config, manifest(64, 10)))
+    assert model.num_parameters > 1e6
+    assert factory.deepspeed_settings(config, World())["train_batch_size"] == config.train.global_batch
+    first = path.read_text().splitlines()[:3]
+    assert (
+        "launch/train.py" in first[0] and f"configs/{path.name}" in first[0] and all(x.startswith("# ") for x in first)
+    )
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config = configs.load(str(SHIPPED[0]))
+    again = tmp_path / "again.yaml"
+    again.write_text(configs.as_yaml(config))
+    assert configs.load(str(again)) == config
+
+
+@settings(max_examples=30, deadline=None)
+@given(global_batch=st.integers(1, 64), micro_batch=st.none() | st.integers(1, 16), ranks=st.integers(1, 9))
+def test_batches_add_up_or_are_refused_naming_the_keys(global_batch: int, micro_batch: int | None, ranks: int) -> None:
+    config = configs.load(str(SHIPPED[0]))
+    train = config.train.model_copy(update={"global_batch": global_batch, "micro_batch": micro_batch})
+    try:
+        found = factory.deepspeed_settings(config.model_copy(update={"train": train}), World(size=ranks))
+    except ConfigError as error:
+        assert "train.global_batch" in str(error)
+        assert global_batch % ranks or (micro_batch and (global_batch // ranks) % micro_batch)
+    else:
+        micro, steps = found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]
+        assert micro * steps * ranks == global_batch
+
+
+def test_a_launcher_that_contradicts_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x"}, {"WORLD_SIZE": "0"}):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with pytest.raises(ConfigError, match="unset them"):
+                factory.world()
+
+
+def test_differences_name_every_changed_key() -> None:
+    before, after = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4}, "e": 5}
+    assert list(configs.differences(before, after)) == [("b.c", 2, 4), ("b.d", 3, None), ("e", None, 5)]
