@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,20 +80,28 @@ def save_weights(path: str, tensors: dict[str, Tensor], header: WeightsHeader) -
 
 
 def load_weights(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
-    """The EMA weights of a run folder, a checkpoint folder or a weights file.
+    """The EMA weights of a run folder, a checkpoint folder or a weights file, by path or URL.
 
     Raises:
         CheckpointError: there are none, or the file is not one of ours.
     """
-    path = Path(run)
-    path = path / WEIGHTS if path.is_dir() else path
-    if not path.is_file():
+    path = run if run.endswith(".safetensors") else storage.join(run, WEIGHTS)
+    if not storage.exists(path):
         raise CheckpointError(f"{run}: no {WEIGHTS} there; train first, or name the run's folder")
+    if storage.is_local(path):
+        return _read_weights(path, path)
+    with tempfile.NamedTemporaryFile() as copy:
+        copy.write(storage.read_bytes(path))
+        copy.flush()
+        return _read_weights(copy.name, path)
+
+
+def _read_weights(local: str, path: str) -> tuple[dict[str, Tensor], WeightsHeader]:
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(local, "pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
             if header is None:
-                raise CheckpointError(f"{path}: has no header of lfm; bring it in with `lfm import`")
+                raise CheckpointError(f"{path}: has no header of lfm; it was not written by `launch/train.py`")
             return {name: file.get_tensor(name) for name in file.keys()}, WeightsHeader.from_json(header)  # noqa: SIM118
     except CheckpointError:
         raise

@@ -6,8 +6,8 @@ A picture depends on its seed, its class and the solver alone. The record beside
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +84,8 @@ def run(config: SampleConfig, world: World) -> SampleResult:
     )
     if config.dry_run:
         return SampleResult(plan, None, classes, 0.0)
-    _check_out(config)
+    settings = _settings(config, header, num_steps)
+    _claim(config, settings)
     model = DiT(header.model)
     model.load_state_dict(weights)
     sampler = Sampler(model.to(factory.device(world)).eval(), header, autoencoder, config, num_steps)
@@ -94,13 +95,13 @@ def run(config: SampleConfig, world: World) -> SampleResult:
             part = slice(start, start + config.batch_size)
             images, result = sampler.sample(seeds[part], classes[part])
             for seed, image in zip(seeds[part], images.images.permute(0, 2, 3, 1).numpy(), strict=True):
-                pictures.save(image, storage.join(config.out, f"{seed:06d}.png"))
+                pictures.save(image, storage.join(config.out, _file(seed)))
                 finished.append(image)
             nfe += result.nfe.tolist()
             bar.advance(len(seeds[part]), nfe=f"{np.mean(nfe):.0f}")
     grid = storage.join(config.out, GRID)
     pictures.save(pictures.grid(np.stack(finished), enlarge=max(1, 128 // header.image_size)), grid)
-    storage.write_json(storage.join(config.out, RECORD), _record(config, header, seeds, classes, nfe, num_steps))
+    storage.write_json(storage.join(config.out, RECORD), _record(settings, header, seeds, classes, nfe))
     return SampleResult(plan, grid, classes, float(np.mean(nfe)))
 
 
@@ -182,38 +183,51 @@ def _autoencoder(config: SampleConfig, header: WeightsHeader, world: World) -> A
     return autoencoder
 
 
-def _check_out(config: SampleConfig) -> None:
-    names = storage.sizes(config.out)
-    if names and RECORD not in names and not config.overwrite:
-        raise ConfigError(
-            f"{config.out}: is not empty and holds no samples of lfm; choose another --out, or --overwrite"
-        )
-    for name in names if RECORD in names or config.overwrite else ():
-        if name.endswith(".png") or name == RECORD:
-            storage.remove(storage.join(config.out, name))
+def _settings(config: SampleConfig, header: WeightsHeader, num_steps: int | None) -> dict:
+    """All that decides the pictures: what `out` may hold and be written again."""
+    free = ("out", "autoencoder", "batch_size", "overwrite", "dry_run")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
+    return settings | {"num_steps": num_steps, "samples_seen": header.samples_seen, "data": header.manifest_digest}
+
+
+def _claim(config: SampleConfig, settings: dict) -> None:
+    """Begin or repeat the samples of these settings in `out`; nothing else that is there is touched."""
+    names, path = storage.sizes(config.out), storage.join(config.out, RECORD)
+    if RECORD in names:
+        before = storage.read_json(path).get("settings", {})
+        changed = ", ".join(sorted(key for key in settings if settings[key] != before.get(key)))
+        if changed and not config.overwrite:
+            raise ConfigError(f"{config.out}: holds samples of another {changed}; choose another --out, or --overwrite")
+        for name in names if changed else ():
+            if re.fullmatch(r"\d{6,}\.png", name):
+                storage.remove(storage.join(config.out, name))
+    elif names:
+        raise ConfigError(f"{config.out}: holds something else than samples of lfm; choose another --out")
+    storage.write_json(path, {"settings": settings, "pictures": []})
 
 
 def _record(
-    config: SampleConfig, header: WeightsHeader, seeds: list[int], classes: tuple[int, ...], nfe: list[int],
-    num_steps: int | None,
-) -> dict:  # fmt: skip
-    def entries() -> Iterator[dict]:
-        for row, seed in enumerate(seeds):
-            label = header.classes[classes[row]] if classes else None
-            yield {
-                "file": f"{seed:06d}.png",
+    settings: dict, header: WeightsHeader, seeds: list[int], classes: tuple[int, ...], nfe: list[int]
+) -> dict[str, Any]:
+    labels = [header.classes[index] for index in classes] if classes else [None] * len(seeds)
+    return {
+        "settings": settings,
+        "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
+        "autoencoder": header.autoencoder.model_dump(),
+        "trained_by": header.code_version,
+        "sampled_by": factory.code_version(),
+        "pictures": [
+            {
+                "file": _file(seed),
                 "seed": seed,
                 "class_index": label and label.index,
                 "class_name": label and label.name,
-                "nfe": nfe[row],
+                "nfe": evaluations,
             }
-
-    return {
-        "settings": asdict(config) | {"num_steps": num_steps},
-        "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
-        "samples_seen": header.samples_seen,
-        "autoencoder": header.autoencoder.model_dump(),
-        "code_version": factory.code_version(),
-        "trained_by": header.code_version,
-        "pictures": list(entries()),
+            for seed, label, evaluations in zip(seeds, labels, nfe, strict=True)
+        ],
     }
+
+
+def _file(seed: int) -> str:
+    return f"{seed:06d}.png"

@@ -102,7 +102,7 @@ def test_weights_that_are_missing_or_not_ours_are_one_line(tmp_path: Path) -> No
         with pytest.raises(CheckpointError, match=f"^{place}: no weights.safetensors there; train first"):
             load_weights(str(place))
     save_file(TENSORS | {"t": torch.ones(1)}, tmp_path / WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"no header of lfm.*lfm import"):
+    with pytest.raises(CheckpointError, match="no header of lfm"):
         load_weights(str(tmp_path))
     (tmp_path / WEIGHTS).write_text("this is a text and no weights file")
     with pytest.raises(CheckpointError):

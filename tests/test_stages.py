@@ -234,6 +234,28 @@ def test_sample_names_a_wrong_flag(weights: Path, tmp_path: Path, arguments: tup
     assert not (tmp_path / "out").exists()
 
 
+def test_only_overwrite_loses_samples_and_the_same_command_repeats_them(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("sample", weights, "--out", out, "--num-steps", 1, "--seeds", "0-2")
+    assert lfm(*command).exit_code == 0
+    before = tree(out)
+    (out / "000001.png").unlink()
+    (out / "samples.json").write_text(json.dumps(json.loads(before["samples.json"]) | {"pictures": []}))  # as if killed
+    assert lfm(*command).exit_code == 0 and tree(out) == before
+    other = (*command[:-1], "3-4")
+    assert_one_line(lfm(*other), out, "seeds", "--overwrite")
+    assert tree(out) == before
+    (out / "notes.txt").write_text("mine")
+    assert lfm(*other, "--overwrite").exit_code == 0
+    assert sorted(tree(out)) == ["000003.png", "000004.png", "grid.png", "notes.txt", "samples.json"]
+
+
+def test_sample_refuses_a_folder_of_other_things(weights: Path, small_set: SmallSet) -> None:
+    before = tree(small_set.raw)
+    assert_one_line(lfm("sample", weights, "--out", small_set.raw, "--overwrite"), small_set.raw, "something else")
+    assert tree(small_set.raw) == before
+
+
 def test_sample_refuses_another_autoencoder_naming_both(weights: Path, tmp_path: Path) -> None:
     other = make_autoencoder(tmp_path / "other", seed=1)
     result = lfm("sample", weights, "--out", tmp_path / "out", "--autoencoder", other)
