@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def start_processes(world: World) -> Any:
     logging.getLogger("xformers").setLevel(logging.ERROR)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # DeepSpeed's calls into torch, not ours, are what it warns of.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)

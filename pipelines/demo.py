@@ -61,7 +61,7 @@ def run(config: DemoConfig) -> DemoResult:
     for name, command in stages.items():
         print(f"\n$ {' '.join(command)}", flush=True)
         began = time.monotonic()
-        if subprocess.run(command, env=_environment()).returncode:
+        if subprocess.run(command, env=_environment(_num_ranks() if name == "train" else 1)).returncode:
             raise LfmError(f"demo: the stage `{name}` failed, see above; the same command goes on from there")
         lines.append(f"{name:>8} {duration(time.monotonic() - began):>8}")
     samples = Path(config.out) / "samples"
@@ -86,7 +86,8 @@ def commands(out: Path) -> dict[str, list[str]]:
         "shard": [lfm, "shard", str(out / "scenes" / "images"), str(out / "raw"), "--image-size", str(IMAGE_SIZE)],
         "encode": [lfm, "encode", str(out / "raw"), str(out / "latents")],
         "train": [
-            *(str(programs / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(_free_port()), str(script)),
+            *(str(programs / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(_free_port())),
+            *("--log_level", "error", str(script)),
             *("--config", str(config), "--set", f"run={out / 'run'}", "--set", f"data.shards={out / 'latents'}"),
         ],
         "sample": [
@@ -104,15 +105,23 @@ def recognised_share(samples: Path) -> float:
 
 
 def _num_ranks() -> int:
+    """A power of two, so that the batch can be shared out."""
     import torch
 
-    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    most = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return 1 << (most.bit_length() - 1)
 
 
-def _environment() -> dict[str, str]:
-    """With one thread pool per rank, none of which spins while another rank could work."""
-    threads = max(1, (os.cpu_count() or 1) // _num_ranks())
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+def _environment(processes: int) -> dict[str, str]:
+    """Each process has its part of the cores, and does not spin while another could work."""
+    import torch
+
+    return {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+        **os.environ,
+    }
 
 
 def _free_port() -> int:

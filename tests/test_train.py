@@ -146,6 +146,22 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(experiment: Path
 
 
 @pytest.mark.slow
+def test_bf16_follows_fp32_and_its_average_moves(experiment: Path, tmp_path: Path) -> None:
+    """An average kept in bf16 would not move at this decay."""
+    for precision in ("fp32", "bf16"):
+        overrides = (f"run={tmp_path / precision}", f"train.precision={precision}", "train.ema_decay=0.999")
+        assert train(experiment, *overrides).returncode == 0
+    fp32, bf16 = (torch.tensor(losses(tmp_path / precision)) for precision in ("fp32", "bf16"))
+    torch.testing.assert_close(bf16, fp32, atol=0.02, rtol=0)
+    first, second = (load_file(tmp_path / precision / "weights.safetensors") for precision in ("fp32", "bf16"))
+    assert {tensor.dtype for tensor in second.values()} == {torch.float32}
+    modulations = [tensor for name, tensor in second.items() if name.endswith("modulation.1.weight")]  # zero at first
+    assert modulations and all(tensor.std() > 0 for tensor in modulations)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=5e-3, rtol=0)
+
+
+@pytest.mark.slow
 def test_the_deepspeed_launcher_starts_it(experiment: Path, tmp_path: Path) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
