@@ -11,14 +11,18 @@ A weights file carries in its header everything that sampling must know and chec
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +37,7 @@ STATE = "state.json"
 _FOLDER = "checkpoints"
 _PREFIX = "samples-"
 _HEADER = "lfm"
+_REPAIR = "remove that folder to go on from the checkpoint before it"
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,22 @@ def _read_weights(local: str, path: str) -> tuple[dict[str, Tensor], WeightsHead
     except CheckpointError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, LfmError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: cannot be read ({reason}); is it truncated, or of another version?") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({_short(error)}); is it truncated, or of another version?"
+        ) from error
+
+
+class RunState(BaseModel):
+    """What a checkpoint says of itself: the last file that is written into it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples_seen: NonNegativeInt
+    world_size: PositiveInt
+    manifest_digest: str
+    code_version: str
+    config: dict[str, Any]  # the resolved experiment
+    files: dict[str, int] = {}  # crc32 of every other file
 
 
 class RunFolder:
@@ -129,27 +148,65 @@ class RunFolder:
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, the oldest first."""
-        return sorted(path for path in self.checkpoints.glob(f"{_PREFIX}*") if (path / STATE).is_file())
+        paths = self.checkpoints.glob(f"{_PREFIX}{'[0-9]' * 12}")
+        return sorted(path for path in paths if (path / STATE).is_file())
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from."""
         return next(reversed(self.complete()), None)
 
-    def clean(self) -> None:
-        """Remove what a killed run left half-written."""
-        for path in self.checkpoints.glob(f"{storage.TEMPORARY_PREFIX}*"):
-            shutil.rmtree(path)
-        storage.sweep(str(self.path))
+    def read_state(self, checkpoint: Path, *, verify: bool = True) -> RunState:
+        """The state of a checkpoint; with `verify` all of its files are checked against it.
 
-    def publish(self, samples_seen: int, state: dict[str, Any], keep: int) -> Path:
+        Raises:
+            CheckpointError: it is damaged; names the file.
+        """
+        try:
+            state = RunState.model_validate(storage.read_json(str(checkpoint / STATE)))
+            files = state.files.items() if verify else ()
+            wrong = [name for name, crc32 in files if storage.checksums(checkpoint / name).crc32 != crc32]
+        except (ValidationError, LfmError, OSError) as error:
+            raise CheckpointError(f"{checkpoint}: is damaged ({_short(error)}); {_REPAIR}") from error
+        if wrong:
+            raise CheckpointError(f"{checkpoint / wrong[0]}: is not what was written; {_REPAIR}")
+        return state
+
+    @contextlib.contextmanager
+    def only_one(self) -> Iterator[None]:
+        """Hold the folder for this process, and remove what a killed one left half-written.
+
+        Raises:
+            CheckpointError: another process is training into it, or it cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((self.path / ".lock").open("wb"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"{self.path}: another process trains into it; wait, or name another run"
+                ) from error
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path}: cannot be written: {error}; name another folder with run"
+                ) from error
+            for path in self.checkpoints.glob(f"{storage.TEMPORARY_PREFIX}*"):
+                storage.remove(str(path))
+            storage.sweep(str(self.path))
+            yield
+
+    def publish(self, samples_seen: int, state: RunState, keep: int) -> Path:
         """Make the checkpoint that was written under its temporary name visible, and drop the oldest beyond `keep`.
 
         Its weights become the run's.
         """
         temporary, final = (self.checkpoints / name(samples_seen) for name in (self.temporary_tag, self.tag))
-        storage.write_json(str(temporary / STATE), state)
-        for path in temporary.rglob("*"):
+        paths = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in paths:
             _flush(path)
+        files = {str(path.relative_to(temporary)): storage.checksums(path).crc32 for path in paths}
+        storage.write_json(str(temporary / STATE), state.model_copy(update={"files": files}).model_dump(mode="json"))
         with storage.writing(str(self.path / WEIGHTS)) as weights:  # first: never older than the newest checkpoint
             shutil.copyfile(temporary / WEIGHTS, weights)
         shutil.rmtree(final, ignore_errors=True)
@@ -158,6 +215,10 @@ class RunFolder:
         for path in self.complete()[:-keep]:
             shutil.rmtree(path)
         return final
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _flush(path: Path) -> None:

@@ -6,7 +6,6 @@ complete or not there.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import warnings
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lfm.ema import Ema
-from lfm.errors import CheckpointError
+from lfm.errors import CheckpointError, ConfigError, StorageError
 from lfm.world import World
 
 
@@ -44,13 +43,6 @@ def start_processes(world: World) -> Any:
     return deepspeed
 
 
-def stop_processes() -> None:
-    """Leave together: without this, one of twenty runs dies at exit."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 class Engine:
     """One rank's share of a model in training.
 
@@ -63,7 +55,10 @@ class Engine:
     def __init__(self, model: nn.Module, settings: dict[str, Any], world: World) -> None:
         deepspeed = start_processes(world)
         self.world = world
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+        except (ValueError, TypeError, AssertionError, KeyError) as error:
+            raise ConfigError(f"deepspeed: refuses the configuration: {_short(error)}") from error
         self.device = self.engine.device
         stage = self.engine.zero_optimization_stage()
         optimizer = self.engine.optimizer
@@ -99,6 +94,11 @@ class Engine:
         """Wait until every rank is here."""
         torch.distributed.barrier()
 
+    def close(self) -> None:
+        """Leave together: without this, one of twenty runs dies at exit."""
+        self.barrier()
+        torch.distributed.destroy_process_group()
+
     def ema_weights(self) -> dict[str, Tensor]:
         """The EMA of every parameter in float32, on the CPU of the main rank; empty elsewhere. All ranks must call it."""
         with self.ema.in_place():
@@ -113,7 +113,12 @@ class Engine:
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's files to `folder`/`tag`; all ranks must call it, and the files are complete when it returns."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        try:
+            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        except RuntimeError as error:  # what torch makes of a write that the disk refuses
+            raise StorageError(
+                f"{folder / tag}: cannot be written ({_short(error)}); is there no space left?"
+            ) from error
         self.barrier()
 
     def load(self, checkpoint: Path, ema: dict[str, Tensor]) -> None:
@@ -124,22 +129,19 @@ class Engine:
         """
         from deepspeed.utils import safe_set_full_fp32_param
 
-        # The EMA first: setting the masters may touch the parameters, and loading sets both right.
-        for name, parameter in self.engine.module.named_parameters():
-            safe_set_full_fp32_param(parameter, ema[name].to(self.device))
-        self.ema.restart()
-        with _one_line(checkpoint):
+        try:
+            # The EMA first: setting the masters may touch the parameters, and loading sets both right.
+            for name, parameter in self.engine.module.named_parameters():
+                safe_set_full_fp32_param(parameter, ema[name].to(self.device))
+            self.ema.restart()
             loaded, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        except Exception as error:  # DeepSpeed and pickle raise anything
+            raise CheckpointError(f"{checkpoint}: DeepSpeed cannot go on from it: {_short(error)}") from error
         if loaded is None:
             raise CheckpointError(
-                f"{checkpoint}: holds no state of this rank; go on with the number of ranks that wrote it"
+                f"{checkpoint}: DeepSpeed finds nothing there; remove that folder to go on from the one before"
             )
 
 
-@contextlib.contextmanager
-def _one_line(checkpoint: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, KeyError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{checkpoint}: DeepSpeed cannot go on from it: {reason}") from error
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

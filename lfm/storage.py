@@ -93,14 +93,22 @@ def find(folder: str) -> list[str]:
         if is_local(folder):
             if not Path(folder).is_dir():
                 raise StorageError(f"{folder}: no such folder")
-            walk = os.walk(folder, followlinks=True)
-            found = (Path(at, name).relative_to(folder).as_posix() for at, _, names in walk for name in names)
+            found = (path.relative_to(folder).as_posix() for path in _walk(Path(folder)))
             return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
         filesystem, inner = url_to_fs(folder)
         if not filesystem.isdir(inner):
             raise StorageError(f"{folder}: no such folder")
         below = (name[len(inner.rstrip("/")) + 1 :] for name in filesystem.find(inner))
         return sorted(name for name in below if not any(part.startswith(".") for part in name.split("/")))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below a local folder, through links too, but never round in a circle."""
+    seen: set[str] = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if os.path.realpath(Path(at, name)) not in seen]
+        yield from (path for path in (Path(at, name) for name in names) if path.is_file() or path.is_symlink())
 
 
 def open_read(path: str) -> IO[bytes]:
@@ -254,6 +262,10 @@ def _require(path: str, local: Path, size: int, crc32: int | None) -> None:
     """Refuse a local copy of `path` that is not what the manifest lists."""
     found = local.stat().st_size
     if found != size:
-        raise DataError(f"{path}: {found} bytes, the manifest lists {size}; make the shard again")
+        raise DataError(
+            f"{path}: {found} bytes, the manifest lists {size}; remove it and its record, and make it again"
+        )
     if crc32 is not None and (arrived := checksums(local).crc32) != crc32:
-        raise DataError(f"{path}: checksum {arrived:08x}, the manifest lists {crc32:08x}; make the shard again")
+        raise DataError(
+            f"{path}: checksum {arrived:08x}, the manifest lists {crc32:08x}; remove it and its record, and make it again"
+        )

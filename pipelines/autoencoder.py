@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,12 +28,14 @@ from lfm.data import manifest as manifests
 from lfm.data.order import Order
 from lfm.data.shards import read_raw
 from lfm.ema import Ema, decay_after
-from lfm.errors import CheckpointError, ConfigError
+from lfm.errors import CheckpointError, ConfigError, DataError
 from lfm.world import World
 from pipelines import factory
 from pipelines.progress import Progress
 
 STATE = "training.pt"
+CONFIG = "config.json"
+FILES = r"training\.pt|config\.json|recipe\.json|diffusion_pytorch_model\.safetensors"
 SCALE_PICTURES = 512  # that the scale factor is measured on
 
 
@@ -54,6 +57,7 @@ class AutoencoderConfig:
     save_every: int = 500
     seed: int = 0
     cache: str | None = None
+    overwrite: bool = False
     dry_run: bool = False
 
 
@@ -73,7 +77,7 @@ def run(config: AutoencoderConfig, world: World) -> AutoencoderResult:
     """
     if not storage.is_local(config.dest):
         raise ConfigError(f"{config.dest}: an autoencoder is written to a local folder; copy it afterwards")
-    if config.batch_size % len(config.raws) or config.batch_size < 1:
+    if config.batch_size % len(config.raws):
         raise ConfigError(
             f"--batch-size {config.batch_size}: must be a multiple of the {len(config.raws)} sets of shards"
         )
@@ -90,8 +94,17 @@ def run(config: AutoencoderConfig, world: World) -> AutoencoderResult:
     )
     if config.dry_run:
         return AutoencoderResult(plan, None)
+    if config.overwrite:  # it counts as done when this is there, so it goes first
+        storage.remove(storage.join(config.dest, CONFIG))
+    manifests.claim(config.dest, _recipe(config, pictures), overwrite=config.overwrite, owned=FILES)
+    if storage.exists(storage.join(config.dest, CONFIG)):
+        return AutoencoderResult(f"{plan}: is there already", None)
     trainer = Trainer(config, model, pictures, factory.device(world))
     psnr = trainer.run()
+    if not math.isfinite(psnr):
+        raise DataError(
+            f"{config.dest}: the loss is not finite; lower --learning-rate or --kl-weight and give --overwrite"
+        )
     trainer.export()
     return AutoencoderResult(plan, psnr)
 
@@ -157,7 +170,15 @@ class Trainer:
                 total, squares, values = total + mean.sum(), squares + (mean**2).sum(), values + mean.numel()
         deviation = math.sqrt(squares / values - (total / values) ** 2)
         model.register_to_config(scaling_factor=round(1 / deviation, 5))
-        model.save_pretrained(self.config.dest)
+        storage.sweep(self.config.dest)
+        with tempfile.TemporaryDirectory(dir=self.config.dest, prefix=storage.TEMPORARY_PREFIX) as folder:
+            model.save_pretrained(folder)
+            written = sorted(
+                Path(folder).iterdir(), key=lambda path: path.name == CONFIG
+            )  # what makes it complete, last
+            for path in written:
+                path.chmod(0o644)  # safetensors writes for the owner alone
+                path.replace(Path(self.config.dest, path.name))
         self.state_path.unlink(missing_ok=True)
 
     def _batch(self, step: int) -> Tensor:
@@ -192,7 +213,6 @@ class Trainer:
         with self.ema.in_place():
             average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         state = {
-            "config": _identity(self.config),
             "step": self.step,
             "model": self.model.state_dict(),
             "average": average,
@@ -204,23 +224,20 @@ class Trainer:
     def _resume(self) -> None:
         try:
             state = torch.load(self.state_path, map_location=self.device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            self.model.load_state_dict(state["average"])
+            self.ema.restart()
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        except Exception as error:  # pickle raises anything
             raise CheckpointError(f"{self.state_path}: cannot be read; remove it to begin again") from error
-        if state["config"] != _identity(self.config):
-            raise ConfigError(
-                f"{self.state_path}: is of other options; give those, remove it, or choose another folder"
-            )
-        self.model.load_state_dict(state["average"])
-        self.ema.restart()
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
 
 
-def _identity(config: AutoencoderConfig) -> str:
-    """The options that a killed run must be continued with."""
-    free = {"dest", "cache", "save_every", "dry_run"}
-    return manifests.digest({key: value for key, value in asdict(config).items() if key not in free})
+def _recipe(config: AutoencoderConfig, pictures: Sequence[Pictures]) -> dict[str, Any]:
+    """Everything that decides the weights, as it reads back from JSON."""
+    free = {"raws", "dest", "cache", "save_every", "overwrite", "dry_run"}
+    options = {key: value for key, value in asdict(config).items() if key not in free}
+    return {"kind": "autoencoder", "raws": [source.manifest.digest for source in pictures], **options}
 
 
 def _model(config: AutoencoderConfig, image_size: int) -> Any:

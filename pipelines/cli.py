@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import click
 
 from lfm.errors import LfmError
 
 
-class _OneLine(click.Group):
-    """Turns the user's mistakes into one line and exit code 2, and knows what a misspelt command meant."""
+class _OneLine(click.Command):
+    """Ends with one line and exit code 2 where the user can repair something."""
 
-    def invoke(self, ctx: click.Context) -> Any:
-        with one_line():
-            return super().invoke(ctx)
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs | {"standalone_mode": False})
+        except click.Abort:
+            click.echo("interrupted; the same command goes on", err=True)
+            sys.exit(130)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+        except click.ClickException as error:
+            _fail(error.format_message())
+        except (LfmError, OSError) as error:
+            if os.environ.get("LFM_TRACEBACK"):
+                raise
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                _fail(f"{error.filename or 'the disk'}: no space left; make room and run the same command")
+            _fail(str(error))
 
 
-@contextlib.contextmanager
-def one_line() -> Iterator[None]:
-    """Within the block an LfmError ends the process with one line and exit code 2."""
-    try:
-        yield
-    except LfmError as error:
-        if os.environ.get("LFM_TRACEBACK"):
-            raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+class _Commands(_OneLine, click.Group):
+    command_class = click.Command
 
 
-@click.group(cls=_OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Finite(click.FloatRange):
+    """A number in a range, and neither nan nor inf."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite", param, ctx)
+        return number
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+COUNT = click.IntRange(1, 10**9)
+SEED = click.IntRange(0, 2**63 - 1)
+PIXELS = click.IntRange(1, 16_384)
+SHARE = _Finite(0, 1)
+POSITIVE = _Finite(0, min_open=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="lfm")
 def main() -> None:
     """Flow matching in latent space: pictures -> shards -> latents -> a model -> pictures.
@@ -50,7 +78,7 @@ def main() -> None:
 
 
 _dry_run = click.option("--dry-run", is_flag=True, help="Print the configuration and the plan, and do nothing.")
-_overwrite = click.option("--overwrite", is_flag=True, help="Remove what is in the destination first.")
+_overwrite = click.option("--overwrite", is_flag=True, help="Begin anew, and remove what the command made before.")
 _cache = click.option("--cache", help="Folder for copies of remote shards.  [default: ~/.cache/lfm]")
 
 
@@ -64,14 +92,14 @@ def _show(config: Any, plan: str) -> None:
 @click.argument("source")
 @click.argument("dest")
 @click.option("--layout", default="folder", show_default=True, help="How the pictures lie in SOURCE.")
-@click.option("--image-size", type=int, default=256, show_default=True, help="Pixels, after resize and crop.")
+@click.option("--image-size", type=PIXELS, default=256, show_default=True, help="Pixels, after resize and crop.")
 @click.option("--split", help="A folder of SOURCE, such as train.")
-@click.option("--samples-per-shard", type=int, default=4096, show_default=True)
+@click.option("--samples-per-shard", type=COUNT, default=4096, show_default=True)
 @click.option("--format", "image_format", default="webp", show_default=True, help="webp or png, both lossless.")
 @click.option("--crop", default="centre", show_default=True, help="Rule for resize and crop: centre, as ADM does.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the dealing of pictures to shards.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
-@click.option("--max-rejected", type=float, default=0.01, show_default=True, help="Share that may be unusable.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the dealing of pictures to shards.")
+@click.option("--workers", type=COUNT, default=1, show_default=True, help="Processes.")
+@click.option("--max-rejected", type=SHARE, default=0.01, show_default=True, help="Share that may be unusable.")
 @_overwrite
 @_dry_run
 def shard(**options: Any) -> None:
@@ -94,7 +122,7 @@ def shard(**options: Any) -> None:
 @click.argument("dest")
 @click.option("--autoencoder", default="embedded", show_default=True, help="Path or hub id that diffusers loads.")
 @click.option("--flips", is_flag=True, help="Encode each picture's mirror too.")
-@click.option("--batch-size", type=int, default=32, show_default=True)
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16.")
 @_cache
 @_overwrite
@@ -119,12 +147,12 @@ def encode(**options: Any) -> None:
 @click.option("--out", required=True, help="Folder for the pictures.")
 @click.option("--seeds", default="0-15", show_default=True, help="One picture for each.")
 @click.option("--class-index", help="Such as 3, or 0-9: the seeds take turns.  [default: all classes]")
-@click.option("--guidance-scale", type=float, default=1.0, show_default=True, help="1 means none.")
+@click.option("--guidance-scale", type=_Finite(), default=1.0, show_default=True, help="1 means none.")
 @click.option("--solver", default="heun", show_default=True, help="euler, midpoint, heun, rk4, dopri5, bosh3, ...")
-@click.option("--num-steps", type=int, help="Of a fixed-step solver.  [default: 25]")
-@click.option("--atol", type=float, help="Of an adaptive solver.  [default: 1e-5]")
-@click.option("--rtol", type=float, help="Of an adaptive solver.  [default: 1e-5]")
-@click.option("--batch-size", type=int, default=32, show_default=True)
+@click.option("--num-steps", type=COUNT, help="Of a fixed-step solver.  [default: 25]")
+@click.option("--atol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
+@click.option("--rtol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--autoencoder", help="Where the run's autoencoder is now, if it has moved.")
 @_overwrite
 @_dry_run
@@ -144,14 +172,15 @@ def sample(**options: Any) -> None:
 @click.argument("raws", nargs=-1, required=True)
 @click.argument("dest")
 @click.option("--initialize-from", help="Path, hub id or `embedded` to fine-tune.  [default: new weights]")
-@click.option("--num-steps", type=int, default=20_000, show_default=True)
-@click.option("--batch-size", type=int, default=16, show_default=True)
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True)
-@click.option("--kl-weight", type=float, default=1e-3, show_default=True)
-@click.option("--latent-channels", type=int, default=4, show_default=True)
+@click.option("--num-steps", type=COUNT, default=20_000, show_default=True)
+@click.option("--batch-size", type=COUNT, default=16, show_default=True)
+@click.option("--learning-rate", type=POSITIVE, default=1e-3, show_default=True)
+@click.option("--kl-weight", type=_Finite(0), default=1e-3, show_default=True)
+@click.option("--latent-channels", type=COUNT, default=4, show_default=True)
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16 (autocast).")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @_cache
+@_overwrite
 @_dry_run
 def autoencoder(**options: Any) -> None:
     """Train an AutoencoderKL on the raw shards RAWS and write it to DEST."""
@@ -160,16 +189,16 @@ def autoencoder(**options: Any) -> None:
 
     config = AutoencoderConfig(**options)
     result = run(config, factory.world())
-    if result.psnr is None:
+    if config.dry_run:
         return _show(config, result.plan)
-    click.echo(f"{result.plan}, reconstructs at {result.psnr:.2f} dB")
+    click.echo(result.plan if result.psnr is None else f"{result.plan}, reconstructs at {result.psnr:.2f} dB")
 
 
 @main.command()
 @click.argument("dest")
-@click.option("--num", type=int, default=4096, show_default=True, help="Pictures.")
-@click.option("--image-size", type=int, default=64, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--num", type=COUNT, default=4096, show_default=True, help="Pictures.")
+@click.option("--image-size", type=PIXELS, default=64, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--kind", default="scenes", show_default=True, help="scenes, or leaves (for autoencoders).")
 @_dry_run
 def scenes(**options: Any) -> None:
@@ -211,24 +240,23 @@ def _train_options(command: Callable) -> Callable:
     return command
 
 
-@click.command()
+@click.command(cls=_OneLine)
 @_train_options
 def train(config: str, overrides: tuple[str, ...], allow_changes: bool, dry_run: bool, local_rank: int | None) -> None:
     """Train a DiT on latent shards. The same command resumes."""
-    with one_line():
-        from pipelines import config as configs
-        from pipelines import factory
-        from pipelines.train import run
+    from pipelines import config as configs
+    from pipelines import factory
+    from pipelines.train import run
 
-        experiment = configs.load(config, overrides)
-        world = factory.world()
-        result = run(experiment, world, dry_run=dry_run, allow_changes=allow_changes)
-        if dry_run:
-            click.echo(configs.as_yaml(experiment))
-            click.echo(result.plan)
-        elif world.is_main:
-            click.echo(f"{result.samples_seen:,} samples seen: {result.weights}")
-            click.echo(f"next: lfm sample {experiment.run} --out DIR")
+    experiment = configs.load(config, overrides)
+    world = factory.world()
+    result = run(experiment, world, dry_run=dry_run, allow_changes=allow_changes)
+    if dry_run:
+        click.echo(configs.as_yaml(experiment))
+        click.echo(result.plan)
+    elif world.is_main:
+        click.echo(f"{result.samples_seen:,} samples seen: {result.weights}")
+        click.echo(f"next: lfm sample {experiment.run} --out DIR")
 
 
 if __name__ == "__main__":

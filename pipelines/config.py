@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from ruamel.yaml import YAML
@@ -28,8 +28,11 @@ OWNED_BY_YAML = {
 }
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class DataConfig(_Section):
@@ -44,11 +47,11 @@ class ModelConfig(_Section):
     """The network. A `size` of the DiT family, or its three numbers."""
 
     size: str | None = None
-    hidden_size: PositiveInt | None = None
-    depth: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
+    hidden_size: int | None = Field(default=None, ge=1, le=16_384)
+    depth: int | None = Field(default=None, ge=1, le=1_000)
+    num_heads: int | None = Field(default=None, ge=1, le=1_024)
     patch_size: PositiveInt = 2
-    mlp_ratio: PositiveFloat = 4.0
+    mlp_ratio: float = Field(default=4.0, gt=0, le=64)
     time_scale: PositiveFloat = 1000.0  # the paper's own code has 1
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     activation_checkpointing: bool = False
@@ -64,14 +67,14 @@ class FlowConfig(_Section):
 class TrainConfig(_Section):
     """The optimization. A step is one optimizer update of `global_batch` samples."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     num_steps: PositiveInt
     global_batch: PositiveInt = 256
     micro_batch: PositiveInt | None = None  # samples per forward pass of one rank; by default all of its part
     learning_rate: PositiveFloat = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clipping: float = Field(default=0.0, ge=0)  # 0 means none
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -107,11 +110,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     settings = config.deepspeed
     if isinstance(settings, str):
         settings = _read_json(Path(path).parent / settings)
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
+        raise ConfigError(f"{config.deepspeed}: zero_optimization: missing; add it, with a stage of 1, 2 or 3")
     for key, owner in OWNED_BY_YAML.items():
         if key in settings:
             raise ConfigError(f"{config.deepspeed}: {key}: belongs to the YAML; remove it here and set {owner} there")
     config = config.model_copy(update={"deepspeed": settings})
-    _check(config, Path(path).name)
+    _check(config, settings, Path(path).name)
     return config
 
 
@@ -156,13 +161,18 @@ def _explain(error: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: {str(error.strerror).lower()}") from error
-    except YAMLError as error:
+        return _parse_yaml(path.read_text(), str(path)) or {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except (YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(f"{name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -183,10 +193,10 @@ def _put(content: dict[str, Any], override: str) -> None:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise ConfigError(f"--set {override}: {section} holds a value, no keys")
-    content[last] = YAML(typ="safe", pure=True).load(io.StringIO(value))
+    content[last] = _parse_yaml(value, f"--set {override}")
 
 
-def _check(config: ExperimentConfig, name: str) -> None:
+def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> None:
     """What one key alone cannot tell."""
     train, model = config.train, config.model
     numbers = (model.hidden_size, model.depth, model.num_heads)
@@ -202,8 +212,8 @@ def _check(config: ExperimentConfig, name: str) -> None:
         )
     if config.class_dropout and config.condition == "none":
         raise ConfigError(f"{name}: class_dropout: needs condition: class")
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage") if isinstance(config.deepspeed, dict) else None
-    if stage not in (1, 2, 3):
+    stage = settings["zero_optimization"].get("stage")
+    if type(stage) is not int or stage not in (1, 2, 3):
         raise ConfigError(f"{name}: deepspeed: zero_optimization.stage is {stage}; choose 1, 2 or 3")
 
 

@@ -19,7 +19,7 @@ from lfm.autoencoder import EMBEDDED, Autoencoder, check_storable
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest, ShardRecord
 from lfm.data.shards import latent_layout, latent_members, read_raw, write_tar
-from lfm.errors import ConfigError, DataError
+from lfm.errors import DataError
 from lfm.types import LatentSample, RawSample
 from lfm.world import World
 from pipelines import factory
@@ -55,8 +55,6 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     Raises:
         ConfigError, DataError, StorageError: nothing half-written is visible, and the same command continues.
     """
-    if config.batch_size < 1:
-        raise ConfigError(f"--batch-size {config.batch_size}: must be at least 1")
     raw = manifests.load(config.raw, "raw")
     autoencoder = factory.autoencoder(config.autoencoder, world, config.precision)
     latent_shape = (autoencoder.latent_channels, *[autoencoder.latent_size(raw.image_size)] * 2)
@@ -111,7 +109,7 @@ def _encode_shard(
     local = cache.fetch(raw_path, shard.bytes, shard.crc32, verify_local=True)
     sums = _Sums(autoencoder.latent_channels)
     with storage.writing(storage.join(config.dest, shard.name)) as temporary, local.open("rb") as stream:
-        pictures = _with_classes(read_raw(stream, raw_path), raw_path) if raw.classes else read_raw(stream, raw_path)
+        pictures = _checked(read_raw(stream, raw_path), raw, raw_path)
         latents = sums.watch(_encode(config, autoencoder, pictures, bar))
         write_tar(temporary, (latent_members(latent) for latent in latents))
         if sums.samples != shard.samples:
@@ -130,11 +128,15 @@ def _encode_shard(
     manifests.commit(config.dest, record)
 
 
-def _with_classes(samples: Iterable[RawSample], path: str) -> Iterator[RawSample]:
-    """The samples, none of which may lack a class: every latent sample must have the same members."""
+def _checked(samples: Iterable[RawSample], raw: Manifest, path: str) -> Iterator[RawSample]:
+    """The samples as they come, all of the same size and with the same members, as a constant stride needs."""
     for sample in samples:
-        if sample.class_index is None:
-            raise DataError(f"{path}: sample {sample.key} has no class; make the shard again")
+        if sample.image.shape != (raw.image_size, raw.image_size, 3):
+            raise DataError(
+                f"{path}: sample {sample.key} is {sample.image.shape}, not of size {raw.image_size}; shard again"
+            )
+        if raw.classes and sample.class_index is None:
+            raise DataError(f"{path}: sample {sample.key} has no class; shard again")
         yield sample
 
 
@@ -168,7 +170,7 @@ def _publish_if_complete(
 ) -> Manifest | None:
     if not {shard.name for shard in raw.shards} <= manifests.done(config.dest):
         return None
-    records = tuple(manifests.record(config.dest, shard.name) for shard in raw.shards)
+    records = manifests.records(config.dest, [shard.name for shard in raw.shards])
     sums = np.sum([record.channel_sums for record in records], axis=0) / sum(r.values_per_channel for r in records)
     members, stride = latent_layout(latent_shape, classes=bool(raw.classes), flips=config.flips)
     manifest = Manifest(

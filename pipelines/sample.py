@@ -17,7 +17,7 @@ from lfm.autoencoder import Autoencoder
 from lfm.checkpoint import WeightsHeader
 from lfm.conditioning import check_class_index, class_condition, null_condition
 from lfm.data.draws import picture_noise
-from lfm.errors import ConfigError
+from lfm.errors import CheckpointError, ConfigError
 from lfm.guidance import CountedVelocity, Guided, NetworkVelocity
 from lfm.models.dit import DiT
 from lfm.types import Condition, ImageBatch, SolverResult
@@ -28,6 +28,8 @@ from pipelines.progress import Progress
 GRID = "grid.png"
 RECORD = "samples.json"
 DEFAULT_STEPS = 25
+MOST_PICTURES = 1_000_000
+WIDEST_GRID = 20
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,6 @@ def run(config: SampleConfig, world: World) -> SampleResult:
     """
     weights, header = checkpoint.load_weights(config.run)
     seeds = numbers("--seeds", config.seeds)
-    if config.batch_size < 1:
-        raise ConfigError(f"--batch-size {config.batch_size}: must be at least 1")
     num_steps = config.num_steps
     if config.solver in solvers.SOLVERS and not solvers.SOLVERS[config.solver].adaptive:
         num_steps = DEFAULT_STEPS if num_steps is None else num_steps
@@ -85,9 +85,12 @@ def run(config: SampleConfig, world: World) -> SampleResult:
     if config.dry_run:
         return SampleResult(plan, None, classes, 0.0)
     settings = _settings(config, header, num_steps)
-    _claim(config, settings)
     model = DiT(header.model)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{config.run}: its weights do not fit its header; take another checkpoint") from error
+    _claim(config, settings, seeds)
     sampler = Sampler(model.to(factory.device(world)).eval(), header, autoencoder, config, num_steps)
     finished, nfe = [], []
     with Progress("sample", len(seeds), "pictures") as bar:
@@ -100,7 +103,8 @@ def run(config: SampleConfig, world: World) -> SampleResult:
             nfe += result.nfe.tolist()
             bar.advance(len(seeds[part]), nfe=f"{np.mean(nfe):.0f}")
     grid = storage.join(config.out, GRID)
-    pictures.save(pictures.grid(np.stack(finished), enlarge=max(1, 128 // header.image_size)), grid)
+    columns = len(set(classes)) if 1 < len(set(classes)) <= WIDEST_GRID else None  # a column for each class
+    pictures.save(pictures.grid(np.stack(finished), columns=columns, enlarge=max(1, 128 // header.image_size)), grid)
     storage.write_json(storage.join(config.out, RECORD), _record(settings, header, seeds, classes, nfe))
     return SampleResult(plan, grid, classes, float(np.mean(nfe)))
 
@@ -147,10 +151,13 @@ def numbers(flag: str, text: str) -> list[int]:
     """
     result: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"{flag} {text}: must be numbers and ranges, as in 0-15 or 3,5,8-9")
-        result += range(int(match[1]), int(match[2] or match[1]) + 1)
+            raise ConfigError(f"{flag} {text}: must be numbers and ranges, as in 0-15 or 3,5,8-9, below {10**18:.0e}")
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(result) + len(numbers) > MOST_PICTURES:
+            raise ConfigError(f"{flag} {text}: more than {MOST_PICTURES:,} at once; give them in parts")
+        result += numbers
     if len(set(result)) != len(result):
         raise ConfigError(f"{flag} {text}: names a number twice")
     return result
@@ -190,20 +197,21 @@ def _settings(config: SampleConfig, header: WeightsHeader, num_steps: int | None
     return settings | {"num_steps": num_steps, "samples_seen": header.samples_seen, "data": header.manifest_digest}
 
 
-def _claim(config: SampleConfig, settings: dict) -> None:
+def _claim(config: SampleConfig, settings: dict, seeds: list[int]) -> None:
     """Begin or repeat the samples of these settings in `out`; nothing else that is there is touched."""
     names, path = storage.sizes(config.out), storage.join(config.out, RECORD)
     if RECORD in names:
-        before = storage.read_json(path).get("settings", {})
-        changed = ", ".join(sorted(key for key in settings if settings[key] != before.get(key)))
+        before = storage.read_json(path)
+        if not isinstance(before, dict) or not isinstance(before.get("settings"), dict) or "files" not in before:
+            raise ConfigError(f"{path}: is no record of lfm; choose another --out")
+        changed = ", ".join(sorted(key for key in settings if settings[key] != before["settings"].get(key)))
         if changed and not config.overwrite:
             raise ConfigError(f"{config.out}: holds samples of another {changed}; choose another --out, or --overwrite")
-        for name in names if changed else ():
-            if re.fullmatch(r"\d{6,}\.png", name):
-                storage.remove(storage.join(config.out, name))
+        for name in before["files"] if changed else ():
+            storage.remove(storage.join(config.out, str(name).rsplit("/", 1)[-1]))
     elif names:
         raise ConfigError(f"{config.out}: holds something else than samples of lfm; choose another --out")
-    storage.write_json(path, {"settings": settings, "pictures": []})
+    storage.write_json(path, {"settings": settings, "files": [*map(_file, seeds), GRID]})
 
 
 def _record(
@@ -212,6 +220,7 @@ def _record(
     labels = [header.classes[index] for index in classes] if classes else [None] * len(seeds)
     return {
         "settings": settings,
+        "files": [*map(_file, seeds), GRID],
         "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
         "autoencoder": header.autoencoder.model_dump(),
         "trained_by": header.code_version,

@@ -91,9 +91,8 @@ def run(config: ShardConfig) -> ShardResult:
         "shard", len(source.items), "pictures", done=sum(len(job.items) for job in jobs if job.name in done)
     ) as bar:
         rejected = Rejections(config.max_rejected, len(source.items))
-        for job in jobs:
-            if job.name in done:
-                rejected.add(manifests.record(config.dest, job.name).rejects)
+        for record in manifests.records(config.dest, [job.name for job in jobs if job.name in done]):
+            rejected.add(record.rejects)
         for record in _write_all(todo, config.workers):
             rejected.add(record.rejects)
             bar.advance(record.samples + len(record.rejects), rejected=str(rejected.count))
@@ -197,7 +196,7 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[ShardRecord]:
 
 
 def _merge(config: ShardConfig, source: Source, recipe: dict, jobs: list[Job]) -> Manifest:
-    records = tuple(manifests.record(config.dest, job.name) for job in jobs)
+    records = manifests.records(config.dest, [job.name for job in jobs])
     if not sum(record.samples for record in records):
         raise DataError(f"{source.root}: not one picture could be used")
     counts = np.sum([record.class_counts for record in records], axis=0)
@@ -231,12 +230,3 @@ def _check(config: ShardConfig) -> None:
     ):
         if value not in allowed:
             raise ConfigError(f"{flag} {value}: unknown; one of {', '.join(allowed)}")
-    for flag, number in (
-        ("--image-size", config.image_size),
-        ("--samples-per-shard", config.samples_per_shard),
-        ("--workers", config.workers),
-    ):
-        if number < 1:
-            raise ConfigError(f"{flag} {number}: must be at least 1")
-    if not 0 <= config.max_rejected <= 1:
-        raise ConfigError(f"--max-rejected {config.max_rejected}: must lie between 0 and 1")

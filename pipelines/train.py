@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from lfm import checkpoint as checkpoints
 from lfm import storage
-from lfm.checkpoint import RunFolder, WeightsHeader
+from lfm.checkpoint import RunFolder, RunState, WeightsHeader
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
 from lfm.data.stream import LatentStream
@@ -65,21 +65,24 @@ def run(config: ExperimentConfig, world: World, *, dry_run: bool = False, allow_
     folder = RunFolder(config.run)
     newest = folder.newest()
     if newest:
-        _check_continues(config, manifest, newest, allow_changes)
+        _check_continues(
+            config, manifest, folder.read_state(newest, verify=world.is_main), newest, world, allow_changes
+        )
     torch.manual_seed(config.train.seed)  # of the initial weights alone
     model = DiT(model_config)
     plan = _plan(config, manifest, model, world, settings, newest)
     if dry_run:
         return TrainResult(plan, None, 0, None)
     header = _header(config, manifest, model_config)
-    engine = Engine(model, settings, world)
-    if world.is_main:
-        print(plan, flush=True)
-        folder.clean()
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
-    engine.barrier()
-    return Training(config, manifest, header, engine, folder).run(plan, newest)
+    with folder.only_one() if world.is_main else nullcontext():
+        engine = Engine(model, settings, world)
+        if world.is_main:
+            print(plan, flush=True)
+            storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
+        engine.barrier()
+        result = Training(config, manifest, header, engine, folder).run(plan, newest)
+        engine.close()
+        return result
 
 
 class Training:
@@ -110,11 +113,12 @@ class Training:
                 losses.append(self._step(next(batches).to(self.engine.device)))
                 step = self.samples_seen // batch
                 figures: dict[str, str] = {}
-                if step % self.train.log_every == 0 or self.samples_seen == total:
+                saves = step % self.train.checkpoint_every == 0 or self.samples_seen == total
+                if saves or step % self.train.log_every == 0:
                     self.loss = self._mean_over_ranks(losses)
                     figures = log.write(self.samples_seen, step, self.loss, self.engine, self.stream)
                     losses.clear()
-                if step % self.train.checkpoint_every == 0 or self.samples_seen == total:
+                if saves:
                     self._save()
                 bar.advance(batch, **figures)
         return TrainResult(plan, self.folder.path / checkpoints.WEIGHTS, self.samples_seen, self.loss)
@@ -140,8 +144,13 @@ class Training:
         return TIME_SAMPLERS[self.config.flow.time](uniform)
 
     def _mean_over_ranks(self, losses: list[torch.Tensor]) -> float:
-        mean = self.engine.sum_over_ranks(torch.stack(losses).mean()) / self.world.size
-        return float(mean)
+        mean = float(self.engine.sum_over_ranks(torch.stack(losses).mean()) / self.world.size)
+        if not math.isfinite(mean):
+            raise DataError(
+                f"the loss is {mean} at sample {self.samples_seen:,}: nothing of it was saved; lower train.learning_rate, "
+                "set train.gradient_clipping, or look for broken latents, and run the same command"
+            )
+        return mean
 
     def _save(self) -> None:
         weights = self.engine.ema_weights()
@@ -150,19 +159,19 @@ class Training:
         if self.world.is_main:
             header = WeightsHeader(**self.header, samples_seen=self.samples_seen)
             checkpoints.save_weights(str(self.folder.checkpoints / tag / checkpoints.WEIGHTS), weights, header)
-            state = {
-                "samples_seen": self.samples_seen,
-                "world_size": self.world.size,
-                "manifest_digest": header.manifest_digest,
-                "code_version": header.code_version,
-                "config": header.config,
-            }
+            state = RunState(
+                samples_seen=self.samples_seen,
+                world_size=self.world.size,
+                manifest_digest=header.manifest_digest,
+                code_version=header.code_version,
+                config=header.config,
+            )
             self.folder.publish(self.samples_seen, state, self.train.keep_checkpoints)
         self.engine.barrier()
 
     def _resume(self, newest: Path) -> None:
-        self.samples_seen = storage.read_json(str(newest / checkpoints.STATE))["samples_seen"]
-        weights, _ = checkpoints.load_weights(str(newest))
+        weights, header = checkpoints.load_weights(str(newest))
+        self.samples_seen = header.samples_seen
         self.engine.load(newest, weights)
 
 
@@ -173,9 +182,9 @@ class Log:
         self.quiet, self.path = quiet, path
         if quiet:
             return
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["samples_seen"] <= samples_seen]
-        storage.write_bytes(str(path), "".join(line + "\n" for line in kept).encode())
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line + "\n" for line in lines if _samples_seen(line) <= samples_seen]
+        storage.write_bytes(str(path), "".join(kept).encode())
         self.file = path.open("a", buffering=1)
         self.at, self.seen, self.waited = time.perf_counter(), samples_seen, 0.0
 
@@ -207,6 +216,14 @@ class Log:
             self.file.close()
 
 
+def _samples_seen(line: str) -> float:
+    """Of a line of the log; infinite where a kill cut it off."""
+    try:
+        return json.loads(line)["samples_seen"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def learning_rate_at(samples_seen: int, train: TrainConfig) -> float:
     """The learning rate of the step that begins at `samples_seen`: linear warm-up, then constant or half a cosine."""
     warmup, total = train.warmup_steps * train.global_batch, train.num_steps * train.global_batch
@@ -230,20 +247,27 @@ def _header(config: ExperimentConfig, manifest: Manifest, model_config: DiTConfi
     }
 
 
-def _check_continues(config: ExperimentConfig, manifest: Manifest, newest: Path, allow_changes: bool) -> None:
-    """Refuse to go on with other data or another configuration than the checkpoint's."""
-    state = storage.read_json(str(newest / checkpoints.STATE))
-    if state["manifest_digest"] != manifest.digest:
+def _check_continues(
+    config: ExperimentConfig, manifest: Manifest, state: RunState, newest: Path, world: World, allow_changes: bool
+) -> None:
+    """Refuse to go on with other data, ranks or configuration than the checkpoint's."""
+    if state.world_size != world.size:
+        raise ConfigError(
+            f"{newest}: was written by {state.world_size} ranks, now there are {world.size}; start as many"
+        )
+    if state.manifest_digest != manifest.digest:
         raise DataError(
             f"{config.data.shards}: other latents than {newest} was trained on; name those, or another folder with run"
         )
     changes = [
         f"{key} ({before}, now {after})"
-        for key, before, after in configs.differences(state["config"], config.model_dump(mode="json"))
+        for key, before, after in configs.differences(state.config, config.model_dump(mode="json"))
         if key not in FREE_KEYS
     ]
-    if config.train.schedule == "cosine" and state["config"]["train"]["num_steps"] != config.train.num_steps:
+    if config.train.schedule == "cosine" and state.config["train"]["num_steps"] != config.train.num_steps:
         changes.append("train.num_steps (the cosine schedule depends on it)")
+    if any(change.startswith("deepspeed.zero_optimization.stage") for change in changes):
+        raise ConfigError(f"{newest}: {', '.join(changes)}: a run keeps its ZeRO stage; name another folder with run")
     if changes and not allow_changes:
         raise ConfigError(f"{newest}: was made with another configuration: {', '.join(changes)}; name another folder "
                           "with run, or go on all the same with --allow-changes")  # fmt: skip

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lfm import storage
-from lfm.checkpoint import STATE, WEIGHTS, RunFolder, WeightsHeader, load_weights, save_weights
+from lfm.checkpoint import STATE, WEIGHTS, RunFolder, RunState, WeightsHeader, load_weights, save_weights
 from lfm.data.manifest import AutoencoderRecord, ClassRecord
 from lfm.errors import CheckpointError, LfmError
 from lfm.models.dit import DiTConfig
@@ -49,7 +49,8 @@ def write_checkpoint(run: RunFolder, samples_seen: int, keep: int = 2) -> Path:
     (folder / "rank_0" / "optimizer.pt").write_bytes(b"state")
     tensors = {"a": torch.full((2,), float(samples_seen))}
     save_weights(str(folder / WEIGHTS), tensors, dataclasses.replace(HEADER, samples_seen=samples_seen))
-    return run.publish(samples_seen, {"samples_seen": samples_seen}, keep)
+    state = RunState(samples_seen=samples_seen, world_size=1, manifest_digest="d", code_version="1", config={})
+    return run.publish(samples_seen, state, keep)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def test_publish_keeps_the_newest_ones(tmp_path_factory: pytest.TempPathFactory,
         final = write_checkpoint(run, samples_seen, keep)
         assert run.newest() == final
         assert run.complete() == [run.checkpoints / run.tag(count) for count in counts[max(0, number - keep) : number]]
-        assert storage.read_json(str(final / STATE)) == {"samples_seen": samples_seen}
+        assert run.read_state(final).samples_seen == samples_seen
         assert (final / "rank_0" / "optimizer.pt").read_bytes() == b"state"
         tensors, header = load_weights(str(run.path))
         assert header.samples_seen == samples_seen and tensors["a"][0] == torch.tensor(float(samples_seen))
@@ -184,11 +185,13 @@ def test_the_same_checkpoint_can_be_written_again(tmp_path: Path) -> None:
 
 def test_clean_removes_what_is_half_written_and_nothing_else(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
-    run.clean()  # of a run that has not begun
+    with run.only_one():  # of a run that has not begun
+        pass
     final = write_checkpoint(run, 100)
     half = run.checkpoints / run.temporary_tag(200)
     shutil.copytree(final, half)
-    run.clean()
+    with run.only_one():
+        pass
     assert not half.exists() and run.newest() == final and load_weights(str(run.path))
     assert load_weights(str(final))
 
@@ -199,7 +202,8 @@ def test_clean_removes_half_written_weights_too(tmp_path: Path) -> None:
     write_checkpoint(run, 100)
     half = tmp_path / f"{storage.TEMPORARY_PREFIX}{WEIGHTS}.host.1"
     half.write_bytes(b"half")
-    run.clean()
+    with run.only_one():
+        pass
     assert not half.exists()
 
 
@@ -217,10 +221,39 @@ def test_a_run_killed_while_it_publishes_has_the_weights_of_its_newest_checkpoin
         patch.setattr(shutil, "copyfile", die)
         write_checkpoint(run, 200)
     run = RunFolder(str(tmp_path))
-    run.clean()
-    newest = run.newest()
+    with run.only_one():
+        newest = run.newest()
     assert newest is not None
     assert load_weights(str(tmp_path))[1].samples_seen >= load_weights(str(newest))[1].samples_seen
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, STATE, "rank_0/optimizer.pt"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "junk"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path, name: str, damage: str) -> None:
+    run = RunFolder(str(tmp_path))
+    path = write_checkpoint(run, 100) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes({"flip": bytes(content), "truncate": content[:-1], "junk": b"[]"}[damage])
+    newest = run.newest()
+    if newest is None:  # without its state it is none
+        return
+    if name == STATE and damage == "flip":  # JSON may read as before
+        return
+    with pytest.raises(CheckpointError) as error:
+        run.read_state(newest)
+    assert str(newest) in str(error.value) and "remove that folder" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
+    one, other = RunFolder(str(tmp_path)), RunFolder(str(tmp_path))
+    with one.only_one(), pytest.raises(CheckpointError, match="another process"), other.only_one():
+        pass
+    with other.only_one():
+        pass
 
 
 def test_a_run_in_object_storage_is_refused() -> None:

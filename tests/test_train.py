@@ -182,6 +182,11 @@ def test_every_mistake_is_one_line_before_training(experiment: Path, small_set: 
         (("trian.num_steps=1",), "unknown key", "train"),
         (("train.num_steps=0",), "train.num_steps"),
         (("train.num_steps=x",), "train.num_steps"),
+        (("train.learning_rate=.inf",), "train.learning_rate"),
+        (("train.betas=[2, 3]",), "train.betas"),
+        ((f"train.seed={10**30}",), "train.seed"),
+        (("model.depth=99999999999",), "model.depth"),
+        (("run=[",), "--set run=["),
         (("train.micro_batch=3",), "train.global_batch", "train.micro_batch"),
         (("train.warmup_steps=30",), "train.warmup_steps", "train.num_steps"),
         (("model.size=S",), "model", "size", "hidden_size"),
@@ -199,6 +204,35 @@ def test_every_mistake_is_one_line_before_training(experiment: Path, small_set: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_launcher_without_an_address_or_a_broken_deepspeed_file_is_one_line(experiment: Path, tmp_path: Path) -> None:
+    for content in (
+        "3",
+        "null",
+        "[]",
+        "{}",
+        '{"zero_optimization": []}',
+        '{"zero_optimization": {"stage": true}}',
+        "{",
+    ):
+        (tmp_path / "ds.json").write_text(content)
+        assert_one_line(plan(experiment, "deepspeed=ds.json"), "deepspeed" if content == "{" else "zero_optimization")
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", b"[" * 3000, b"a: b: c", b"- a", b"x: 2020-13-45", b"\t- x", b"run: !x y"]
+)
+def test_a_yaml_that_is_none_is_one_line(experiment: Path, text: bytes) -> None:
+    experiment.write_bytes(text)
+    assert_one_line(plan(experiment), "small.yaml")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(experiment: Path, tmp_path: Path) -> None:
+    result = train(experiment, "train.learning_rate=1e30", "train.gradient_clipping=0")
+    assert result.returncode == 2 and "error: the loss is" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+
+
 def test_a_number_with_two_owners_is_refused_naming_both_keys(experiment: Path, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}')
     result = plan(experiment, "deepspeed=ds.json")
@@ -208,6 +242,11 @@ def test_a_number_with_two_owners_is_refused_naming_both_keys(experiment: Path, 
 @pytest.mark.slow
 def test_a_changed_configuration_is_shown_and_refused(experiment: Path) -> None:
     assert train(experiment, "train.num_steps=5").returncode == 0
+    other_stage = f"deepspeed={REPOSITORY / 'configs' / 'deepspeed' / 'zero3.json'}"
+    assert_one_line(plan(experiment, "train.num_steps=5", other_stage), "a run keeps its ZeRO stage")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert_one_line(plan(experiment, "train.num_steps=5"), "was written by 1 ranks, now there are 2")
     refused = plan(experiment, "train.num_steps=5", "train.learning_rate=2e-3", "model.depth=3")
     assert_one_line(refused, "train.learning_rate (0.001, now 0.002)", "model.depth (2, now 3)", "--allow-changes")
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from lfm import storage
 from lfm.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ from lfm.errors import ConfigError, DataError
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
+SHARD_FILES = r"\d{6}\.(tar|json)|manifest\.json|recipe\.json"
 
 
 class _Record(BaseModel):
@@ -39,9 +41,9 @@ class Reject(_Record):
 class ShardRecord(_Record):
     """One shard: a plain tar, and what is known of its content."""
 
-    name: str
-    samples: int
-    bytes: int
+    name: str = Field(pattern=r"^\d{6}\.tar$")
+    samples: NonNegativeInt
+    bytes: NonNegativeInt
     sha256: str
     crc32: int
     class_counts: tuple[int, ...] = ()
@@ -83,7 +85,7 @@ class Manifest(_Record):
 
     kind: Literal["raw", "latents"]
     version: Literal[1] = VERSION
-    image_size: int
+    image_size: PositiveInt
     classes: tuple[ClassRecord, ...] = ()
     recipe: dict[str, Any]
     parent_digest: str | None = None  # latents: of the raw manifest
@@ -135,25 +137,31 @@ def load(folder: str, kind: Literal["raw", "latents"]) -> Manifest:
     return _parse(Manifest, path, content)
 
 
-def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool) -> None:
-    """Begin or continue the data set of `recipe` in `folder`; `overwrite` replaces shards made otherwise.
+def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool, owned: str = SHARD_FILES) -> None:
+    """Begin or continue in `folder` what `recipe` describes; `overwrite` begins anew.
+
+    Args:
+        folder: path or URL.
+        recipe: everything that decides what will be there.
+        overwrite: remove what was there, but nothing that is not ours.
+        owned: matches the names of the files that are ours.
 
     Raises:
-        ConfigError: the folder holds shards made otherwise, or something else; nothing is changed.
+        ConfigError: the folder holds something made otherwise, or something else; nothing is changed.
     """
     path = storage.join(folder, RECIPE)
     names = storage.sizes(folder)
     recipe = json.loads(json.dumps(recipe))  # as it reads back: no tuples
     if RECIPE in names:
         changed = _changes(path, recipe)
-        if not changed:
+        if not changed and not overwrite:
             return
         if not overwrite:
-            raise ConfigError(f"{folder}: holds shards made otherwise: {changed}; choose another folder or --overwrite")
+            raise ConfigError(f"{folder}: was made otherwise: {changed}; choose another folder or --overwrite")
     elif storage.exists(folder) and storage.find(folder):
-        raise ConfigError(f"{folder}: holds something else than shards of lfm; choose another folder")
+        raise ConfigError(f"{folder}: holds something else, not made by lfm; choose another folder")
     for name in sorted(names, key=lambda name: name != MANIFEST):
-        if name.endswith((".tar", ".json")):
+        if re.fullmatch(owned, name):
             storage.remove(storage.join(folder, name))
     storage.write_json(path, recipe)
 
@@ -185,10 +193,26 @@ def done(folder: str) -> set[str]:
     return {name for name in names if name.endswith(".tar") and _record_name(name) in names}
 
 
-def record(folder: str, shard: str) -> ShardRecord:
-    """The record of one shard that is done."""
-    path = storage.join(folder, _record_name(shard))
-    return _parse(ShardRecord, path, storage.read_json(path))
+def records(folder: str, shards: list[str]) -> tuple[ShardRecord, ...]:
+    """The records of shards that are done, each checked against the size of its tar.
+
+    Raises:
+        DataError: names the file to remove, so that the same command makes the shard again.
+    """
+    sizes, found = storage.sizes(folder), []
+    for shard in shards:
+        path = storage.join(folder, _record_name(shard))
+        try:
+            record = _parse(ShardRecord, path, storage.read_json(path))
+        except DataError as error:
+            raise DataError(f"{error} Remove it, and the same command makes the shard again") from error
+        if sizes.get(shard) != record.bytes:
+            raise DataError(
+                f"{storage.join(folder, shard)}: {sizes.get(shard)} bytes, its record says {record.bytes}; remove it, "
+                "and the same command makes it again"
+            )
+        found.append(record)
+    return tuple(found)
 
 
 def publish(folder: str, manifest: Manifest) -> None:
