@@ -142,7 +142,7 @@ def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool) -> None:
         ConfigError: the folder holds shards made otherwise, or something else; nothing is changed.
     """
     path = storage.join(folder, RECIPE)
-    names = storage.sizes(folder)
+    names = set(storage.find(folder)) if storage.exists(folder) else set()  # one look: others may claim it meanwhile
     recipe = json.loads(json.dumps(recipe))  # as it reads back: no tuples
     if RECIPE in names:
         changed = _changes(path, recipe)
@@ -150,10 +150,10 @@ def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool) -> None:
             return
         if not overwrite:
             raise ConfigError(f"{folder}: holds shards made otherwise: {changed}; choose another folder or --overwrite")
-    elif storage.exists(folder) and storage.find(folder):
+    elif names:
         raise ConfigError(f"{folder}: holds something else than shards of lfm; choose another folder")
     for name in sorted(names, key=lambda name: name != MANIFEST):
-        if name.endswith((".tar", ".json")):
+        if name.endswith((".tar", ".json")) and "/" not in name:
             storage.remove(storage.join(folder, name))
     storage.write_json(path, recipe)
 

@@ -1,0 +1,176 @@
+"""Where the bytes of a source lie: each store is a function of (root, name), so that any process can read any item.
+
+file        root is a folder                    name is a path in it
+lmdb_value  root is an LMDB environment         name is a key
+tar_member  root is a folder of tars            name is `TAR#OFFSET+SIZE#MEMBER`
+table_cell  root is a folder of tables          name is `TABLE#GROUP#ROW#COLUMN`; a row group of parquet, or 0
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from webdataset.tariterators import group_by_keys
+
+from lfm import storage
+from lfm.data.transforms import FORMATS
+from lfm.errors import ConfigError, DataError, StorageError
+
+_BLOCK = 512
+
+
+def file(root: str, name: str) -> bytes:
+    """A file's content."""
+    return storage.read_bytes(storage.join(root, name))
+
+
+# --- LMDB --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _environment(root: str) -> Any:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ConfigError(f"{root}: is an LMDB, which needs `pip install lfm[lmdb]`") from error
+    if not storage.is_local(root):
+        raise ConfigError(f"{root}: an LMDB is read by mapping it; copy it to a local disk")
+    try:
+        return lmdb.open(root, readonly=True, lock=False, readahead=False, max_readers=512)
+    except lmdb.Error as error:
+        raise DataError(f"{root}: cannot be read as an LMDB ({error}); copy or download it again") from error
+
+
+def lmdb_keys(root: str) -> Iterator[str]:
+    """The keys in the order of the database: 0, 1, 10, 11, ..., 2."""
+    with _environment(root).begin() as transaction, transaction.cursor() as cursor:
+        for key in cursor.iternext(values=False):
+            yield key.decode("utf-8", "replace")
+
+
+def lmdb_value(root: str, name: str) -> bytes | np.ndarray:
+    """An encoded picture, or the array uint8 (side, side, 3) where the value is raw RGB."""
+    with _environment(root).begin() as transaction:
+        value = transaction.get(name.encode())
+    if value is None:
+        raise StorageError(f"{root}: no key {name}")
+    side = math.isqrt(len(value) // 3)
+    if not side or 3 * side * side != len(value) or _is_encoded(value):
+        return value
+    return np.frombuffer(value, np.uint8).reshape(side, side, 3)
+
+
+def _is_encoded(value: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(value), formats=FORMATS)
+    except (UnidentifiedImageError, OSError, ValueError):
+        return False
+    return True
+
+
+# --- tars --------------------------------------------------------------------------------------------------------
+
+
+def tar_samples(root: str, tar: str) -> Iterator[dict[str, str]]:
+    """The samples of a tar as vanilla webdataset groups them: `__key__`, and by suffix the name to read it under.
+
+    Raises:
+        DataError: the tar is damaged or ends early, or a sample has a suffix twice.
+    """
+    path = storage.join(root, tar)
+    try:
+        with storage.open_read(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            yield from group_by_keys(
+                {
+                    "fname": member.name,
+                    "__url__": path,
+                    "data": f"{tar}#{member.offset_data}+{member.size}#{member.name}",
+                }
+                for member in archive
+                if member.isreg() and not member.name.startswith("__")
+            )
+            stream.seek(archive.offset)
+            if stream.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a damaged header for the end
+                raise DataError(f"{path}: damaged or cut off at byte {archive.offset}; download it again")
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read as an uncompressed tar ({error.args[0]})") from error
+
+
+def tar_member(root: str, name: str) -> bytes:
+    """A member's content, by one ranged read."""
+    tar, place, _ = name.split("#", 2)
+    offset, size = map(int, place.split("+"))
+    content = storage.read_range(storage.join(root, tar), offset, size)
+    if len(content) != size:
+        raise StorageError(f"{storage.join(root, name)}: ends after {len(content)} of {size} bytes")
+    return content
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def _pyarrow(path: str) -> ModuleType:
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{path}: is a table, which needs `pip install lfm[hf]`") from error
+    return pyarrow
+
+
+@lru_cache(maxsize=4)
+def table(path: str, group: int | None, columns: tuple[str, ...] | None = None) -> Any:
+    """A pyarrow table of some columns (None: all) and one row group of parquet (None: all of the file).
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        DataError: it is no table.
+    """
+    arrow = _pyarrow(path)
+    try:
+        if path.endswith(".arrow"):
+            source = arrow.memory_map(path) if storage.is_local(path) else storage.open_read(path)
+            whole = arrow.ipc.open_stream(source).read_all()
+            return whole.select(columns) if columns else whole
+        with storage.open_read(path) as stream:
+            parquet = arrow.parquet.ParquetFile(stream)
+            return parquet.read(columns) if group is None else parquet.read_row_group(group, columns)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a table ({str(error).splitlines()[0]}); download it again"
+        ) from error
+
+
+def table_schema(path: str) -> tuple[Any, list[int]]:
+    """A table's schema, and how many rows each of its groups has."""
+    arrow = _pyarrow(path)
+    if path.endswith(".arrow"):
+        whole = table(path, 0)
+        return whole.schema, [whole.num_rows]
+    try:
+        with storage.open_read(path) as stream:
+            parquet = arrow.parquet.ParquetFile(stream)
+            groups = range(parquet.num_row_groups)
+            return parquet.schema_arrow, [parquet.metadata.row_group(group).num_rows for group in groups]
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a table ({str(error).splitlines()[0]}); download it again"
+        ) from error
+
+
+def table_cell(root: str, name: str) -> bytes:
+    """The picture in a cell: bytes, or Hugging Face's {bytes, path}."""
+    path, group, row, column = name.rsplit("#", 3)
+    cell = table(storage.join(root, path), int(group), (column,))[column][int(row)].as_py()
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(content, bytes):
+        raise StorageError(f"{storage.join(root, name)}: the cell holds no picture's bytes")
+    return content
