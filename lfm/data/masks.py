@@ -2,7 +2,7 @@
 
 A mask is the union of up to three boxes of at most half the side, at most one of up to the whole side, and up to seven
 strokes of a brush that turns sharply at each of its 4 to 17 corners. Lengths are in shares of the side, so that masks of
-all sizes cover alike: about half of the picture on average.
+all sizes cover alike: 44 % of the picture on average, from nearly nothing to nearly all.
 """
 
 from __future__ import annotations
