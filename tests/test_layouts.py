@@ -211,7 +211,7 @@ def test_torchtoolboxs_lmdb_and_the_full_ade20k_are_refused_in_a_sentence(tmp_pa
     with pytest.raises(DataError, match=r"imagenet.lmdb: is an LMDB of torchtoolbox, .*; give lfm the pictures"):
         read(str(toolbox))
     save(tmp_path / "ade" / "images" / "training" / "a" / "abbey" / "ADE_train_00000001_seg.png", noise(8, 8, 3))
-    with pytest.raises(DataError, match="is the full ADE20K, .*; download ADEChallengeData2016"):
+    with pytest.raises(DataError, match=r"is the full ADE20K, .*; download ADEChallengeData2016"):
         read(str(tmp_path / "ade"))
 
 
@@ -260,7 +260,7 @@ def test_a_damaged_tar_is_refused_and_never_a_short_one(tmp_path: Path, damage: 
 
 
 def test_parquet_files_and_a_saved_data_set(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     images = [noise(8, 8 + n, 3) for n in range(5)]
     features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
@@ -268,8 +268,8 @@ def test_parquet_files_and_a_saved_data_set(tmp_path: Path) -> None:
         {"image": [{"bytes": encoded(image), "path": "x"} for image in images], "label": [0, 1, 1, 0, 1]}
     ).replace_schema_metadata({"huggingface": json.dumps(features)})
     (tmp_path / "p" / "data").mkdir(parents=True)
-    arrow.parquet.write_table(table, tmp_path / "p" / "data" / "train-00000-of-00001.parquet", row_group_size=2)
-    arrow.parquet.write_table(table.slice(0, 1), tmp_path / "p" / "data" / "test-00000-of-00001.parquet")
+    parquet.write_table(table, tmp_path / "p" / "data" / "train-00000-of-00001.parquet", row_group_size=2)
+    parquet.write_table(table.slice(0, 1), tmp_path / "p" / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "s" / "train").mkdir(parents=True)
     (tmp_path / "s" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with arrow.OSFile(str(tmp_path / "s" / "train" / "data-00000-of-00001.arrow"), "wb") as file, arrow.ipc.new_stream(
