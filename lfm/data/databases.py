@@ -49,9 +49,7 @@ def webdataset(tree: Tree, split: str | None) -> Source:
                     raise DataError(f"{tree.root}/{tar}: sample {sample['__key__']}: class {label[:20]!r} is no number")
                 index = None if label is None else int(label)
                 items.append(SourceItem(image, index, sample.get("seg.png"), sample.get("mask.png")))
-    classes = {item.class_index for item in items} - {None}
-    names = tuple(map(str, range(max(classes) + 1))) if classes else ()  # type: ignore[type-var,operator]
-    return _some(tree, Source(tree.root, tuple(items), names, read=stores.tar_member))
+    return _source(tree, items, stores.tar_member)
 
 
 def hf(tree: Tree, split: str | None) -> Source:
@@ -62,17 +60,17 @@ def hf(tree: Tree, split: str | None) -> Source:
         path = storage.join(tree.root, name)
         schema, groups = stores.table_schema(path)
         columns = _columns(path, schema)
-        label = columns.get("label")
-        labels = stores.table(path, None, (label,))[label].to_pylist() if label else [None] * sum(groups)
-        names = iter(labels)
+        label = columns.pop("label", None)
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        class_names = tuple(features.get(label, {}).get("names") or map(str, range(max(labels) + 1))) if label else ()
+        class_names = tuple(features.get(label, {}).get("names") or ())
         for group, rows in enumerate(groups):
-            for row in range(rows):
-                class_index = next(names)
+            classes = stores.table_column(path, group, label).to_pylist() if label else [None] * rows
+            for row, class_index in enumerate(classes):
                 cell = {part: f"{name}#{group}#{row}#{column}" for part, column in columns.items()}
-                items.append(SourceItem(cell["image"], class_index, cell.get("segmentation"), cell.get("mask")))
-    return _some(tree, Source(tree.root, tuple(items), class_names, read=stores.table_cell))
+                known = class_index is not None and class_index >= 0  # -1 is Hugging Face's word for no label
+                items.append(SourceItem(cell["image"], class_index if known else None, cell.get("segmentation"),
+                                        cell.get("mask")))  # fmt: skip
+    return _source(tree, items, stores.table_cell, class_names)
 
 
 def _columns(path: str, schema: Any) -> dict[str, str]:
@@ -89,7 +87,10 @@ def _columns(path: str, schema: Any) -> dict[str, str]:
     return found
 
 
-def _some(tree: Tree, source: Source) -> Source:
-    if not source.items:
+def _source(tree: Tree, items: list[SourceItem], read: Any, class_names: tuple[str, ...] = ()) -> Source:
+    """The source of these items, whose classes are numbers where they have no names."""
+    if not items:
         raise DataError(f"{tree.root}: no pictures in it; name the folder that holds them")
-    return source
+    largest = max((item.class_index for item in items if item.class_index is not None), default=-1)
+    names = (*class_names, *map(str, range(len(class_names), largest + 1)))
+    return Source(tree.root, tuple(items), names, read=read)

@@ -24,37 +24,31 @@ def free_form(seed: int, key: str, size: int) -> np.ndarray:
         mask = Image.new("L", (size, size))
         draw = ImageDraw.Draw(mask)
         for most, largest in ((4, size / 2), (2, size)):
-            for _ in range(random.integers(most)):
-                _box(draw, random, largest, size)
+            for _ in range(random.integers(most)):  # at least half of each side lies within the picture
+                sides = random.uniform(0, largest, 2)
+                corner = random.uniform(-sides / 2, size - sides / 2)
+                draw.rectangle((*corner, *(corner + sides - 1).clip(corner)), fill=1)
         flip = random.random(2) < 0.5
         for _ in range(random.integers(8)):
-            _stroke(draw, random, size, flip)
+            width = max(1, int(random.uniform(*BRUSH) * size))
+            corners = [tuple(np.where(flip, size - corner, corner)) for corner in _stroke(random, size)]
+            draw.line(corners, fill=1, width=width)
+            for x, y in corners:
+                draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=1)
         holes = np.asarray(mask)
         if 0 < holes.mean() < 1 or size == 1:
             return holes
 
 
-def _box(draw: ImageDraw.ImageDraw, random: np.random.Generator, largest: float, size: int) -> None:
-    """A box of which at least half of each side lies within the picture."""
-    sides = random.uniform(0, largest, 2)
-    corner = random.uniform(-sides / 2, size - sides / 2)
-    draw.rectangle((*corner, *(corner + sides - 1).clip(corner)), fill=1)
-
-
-def _stroke(draw: ImageDraw.ImageDraw, random: np.random.Generator, size: int, flip: np.ndarray) -> None:
-    """A line that turns to and fro, with round corners."""
-    spread = random.uniform(0, TURN_SPREAD, 2)
-    mean_length = math.sqrt(2) * size / 8
-    width = max(1, int(random.uniform(*BRUSH) * size))
-    points = [random.uniform(0, size, 2)]
-    for corner in range(random.integers(4, 18)):
-        angle = random.uniform(TURN - spread[0], TURN + spread[1]) * (-1 if corner % 2 == 0 else 1)
-        length = np.clip(random.normal(mean_length, mean_length / 2), 0, 2 * mean_length)
-        points.append((points[-1] + length * np.array([math.cos(angle), math.sin(angle)])).clip(0, size))
-    line = [tuple(np.where(flip, size - point, point)) for point in points]
-    draw.line(line, fill=1, width=width)
-    for x, y in line:
-        draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=1)
+def _stroke(random: np.random.Generator, size: int) -> list[np.ndarray]:
+    """The corners (x, y) of a line that turns to and fro."""
+    spread, length = random.uniform(0, TURN_SPREAD, 2), math.sqrt(2) * size / 8
+    corners = [random.uniform(0, size, 2)]
+    for number in range(random.integers(4, 18)):
+        angle = random.uniform(TURN - spread[0], TURN + spread[1]) * (-1 if number % 2 == 0 else 1)
+        step = np.clip(random.normal(length, length / 2), 0, 2 * length)
+        corners.append((corners[-1] + step * np.array([math.cos(angle), math.sin(angle)])).clip(0, size))
+    return corners
 
 
 MASKS = {"free-form": free_form}

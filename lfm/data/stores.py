@@ -8,12 +8,12 @@ table_cell  root is a folder of tables          name is `TABLE#GROUP#ROW#COLUMN`
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -117,59 +117,50 @@ def tar_member(root: str, name: str) -> bytes:
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def _pyarrow(path: str) -> ModuleType:
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """Parquet as pyarrow's ParquetFile; an .arrow stream, mapped, as a Table."""
     try:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(f"{path}: is a table, which needs `pip install lfm[hf]`") from error
-    return pyarrow
-
-
-@lru_cache(maxsize=4)
-def table(path: str, group: int | None, columns: tuple[str, ...] | None = None) -> Any:
-    """A pyarrow table of some columns (None: all) and one row group of parquet (None: all of the file).
-
-    Raises:
-        ConfigError: pyarrow is not installed.
-        DataError: it is no table.
-    """
-    arrow = _pyarrow(path)
     try:
-        if path.endswith(".arrow"):
-            source = arrow.memory_map(path) if storage.is_local(path) else storage.open_read(path)
-            whole = arrow.ipc.open_stream(source).read_all()
-            return whole.select(columns) if columns else whole
-        with storage.open_read(path) as stream:
-            parquet = arrow.parquet.ParquetFile(stream)
-            return parquet.read(columns) if group is None else parquet.read_row_group(group, columns)
-    except (arrow.ArrowException, OSError) as error:
+        mapped = path.endswith(".arrow") and storage.is_local(path)
+        with pyarrow.memory_map(path) if mapped else storage.open_read(path) as stream:
+            parquet = path.endswith(".parquet")
+            yield pyarrow.parquet.ParquetFile(stream) if parquet else pyarrow.ipc.open_stream(stream).read_all()
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: cannot be read as a table ({str(error).splitlines()[0]}); download it again"
         ) from error
 
 
 def table_schema(path: str) -> tuple[Any, list[int]]:
-    """A table's schema, and how many rows each of its groups has."""
-    arrow = _pyarrow(path)
-    if path.endswith(".arrow"):
-        whole = table(path, 0)
-        return whole.schema, [whole.num_rows]
-    try:
-        with storage.open_read(path) as stream:
-            parquet = arrow.parquet.ParquetFile(stream)
-            groups = range(parquet.num_row_groups)
-            return parquet.schema_arrow, [parquet.metadata.row_group(group).num_rows for group in groups]
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a table ({str(error).splitlines()[0]}); download it again"
-        ) from error
+    """A table's pyarrow schema, and how many rows each of its groups has.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        DataError: it is no table.
+    """
+    with _opened(path) as table:
+        if path.endswith(".arrow"):
+            return table.schema, [table.num_rows]
+        groups = range(table.num_row_groups)
+        return table.schema_arrow, [table.metadata.row_group(group).num_rows for group in groups]
+
+
+@lru_cache(maxsize=4)
+def table_column(path: str, group: int, column: str) -> Any:
+    """One column of a group, as pyarrow has it."""
+    with _opened(path) as table:
+        return (table if path.endswith(".arrow") else table.read_row_group(group, [column]))[column]
 
 
 def table_cell(root: str, name: str) -> bytes:
     """The picture in a cell: bytes, or Hugging Face's {bytes, path}."""
     path, group, row, column = name.rsplit("#", 3)
-    cell = table(storage.join(root, path), int(group), (column,))[column][int(row)].as_py()
+    cell = table_column(storage.join(root, path), int(group), column)[int(row)].as_py()
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
         raise StorageError(f"{storage.join(root, name)}: the cell holds no picture's bytes")

@@ -99,26 +99,24 @@ def decode_mask(content: bytes) -> Image.Image:
     return decode(content).convert("L")
 
 
+def binary(mask: np.ndarray) -> np.ndarray:
+    """A mask's grey levels thresholded at one half: uint8 (H, W), 1 = hole."""
+    return (mask >= 128).astype(np.uint8)
+
+
 def paint(parts: Iterable[tuple[int, bytes]]) -> np.ndarray:
     """The map, uint8 (H, W), of parts that come as a class id and a mask each, later ones above; 0 elsewhere.
 
     Raises:
         Rejected: there are no parts, or they differ in size.
     """
-    ids = np.zeros((0, 0), np.uint8)
-    for class_id, content in parts:
-        part = binary(np.asarray(decode_mask(content)))
-        if ids.size and ids.shape != part.shape:
-            raise Rejected("not a map", "its parts differ in size")
-        ids = np.where(part, np.uint8(class_id), ids if ids.size else np.uint8(0))
-    if not ids.size:
-        raise Rejected("missing", "there is not one part")
+    masks = [binary(np.asarray(decode_mask(content))) * np.uint8(class_id) for class_id, content in parts]
+    if len({mask.shape for mask in masks}) != 1:
+        raise Rejected("missing" if not masks else "not a map", "its parts differ in size" if masks else "no parts")
+    ids = masks[0]
+    for mask in masks[1:]:
+        ids = np.where(mask, mask, ids)
     return ids
-
-
-def binary(mask: np.ndarray) -> np.ndarray:
-    """A mask's grey levels thresholded at one half: uint8 (H, W), 1 = hole."""
-    return (mask >= 128).astype(np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -131,31 +129,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _centre(width: int, height: int, size: int) -> tuple[int, int]:
-    scale = size / min(width, height)
-    return round(width * scale), round(height * scale)
-
-
-def _pad(width: int, height: int, size: int) -> tuple[int, int]:
-    scale = size / max(width, height)
+def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _squash(width: int, height: int, size: int) -> tuple[int, int]:
-    return size, size
-
-
 # The width and height that a picture is resized to before the centre, size x size, is cut out or put on a background.
-CROPS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {"centre": _centre, "pad": _pad, "squash": _squash}
+CROPS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
+    "centre": lambda width, height, size: _scaled(width, height, size / min(width, height)),
+    "pad": lambda width, height, size: _scaled(width, height, size / max(width, height)),
+    "squash": lambda width, height, size: (size, size),
+}
 
 
 def _centred(image: Image.Image, size: int, fill: int | tuple[int, ...]) -> np.ndarray:
     """The centre (size, size) of a picture or map, on `fill` where it is smaller."""
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    if left >= 0 and top >= 0:
-        return np.asarray(image)[top : top + size, left : left + size]
     canvas = Image.new(image.mode, (size, size), fill)
-    canvas.paste(image, (-left, -top))
+    canvas.paste(image, (-((image.width - size) // 2), -((image.height - size) // 2)))
     return np.asarray(canvas)
 
 
