@@ -105,6 +105,7 @@ def find(folder: str) -> list[str]:
             found = (Path(at, name).relative_to(folder).as_posix() for at, _, names in walk for name in names)
             return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
         filesystem, inner = url_to_fs(folder)
+        filesystem.invalidate_cache(inner)
         if not filesystem.isdir(inner):
             raise StorageError(f"{folder}: no such folder")
         below = (name[len(inner.rstrip("/")) + 1 :] for name in filesystem.find(inner))

@@ -13,6 +13,7 @@ import pytest
 from conftest import assert_one_line, lfm
 from PIL import Image
 from reference import FOLDER
+from test_stages import tree
 
 from lfm.data import manifest as manifests
 from lfm.data.layouts import FACE_PARTS, LAYOUTS, read
@@ -76,12 +77,12 @@ REAL = [
 
 
 @requires_data
-@pytest.mark.parametrize(("tree", "split", "layout", "pictures", "classes", "members"), REAL)
+@pytest.mark.parametrize(("name", "split", "layout", "pictures", "classes", "members"), REAL)
 def test_a_real_tree_shards_by_one_command(
-    trees: Path, tmp_path: Path, tree: str, split: str | None, layout: str, pictures: int, classes: int, members: str
+    trees: Path, tmp_path: Path, name: str, split: str | None, layout: str, pictures: int, classes: int, members: str
 ) -> None:
     arguments = ("--split", split) if split else ()
-    result = lfm("shard", trees / tree, tmp_path / "raw", "--image-size", 32, *arguments)
+    result = lfm("shard", trees / name, tmp_path / "raw", "--image-size", 32, *arguments)
     assert result.exit_code == 0, result.stderr
     assert f"{layout}: {pictures} pictures of {classes} classes" in result.stdout
     manifest = manifests.load(str(tmp_path / "raw"), "raw")
@@ -100,9 +101,9 @@ def test_detection_says_what_it_cannot_tell_apart(trees: Path) -> None:
         ConfigError, match=r"layouts: may be imagenet or lmdb or .*; choose one, as in --layout imagenet"
     ):
         read(str(trees / "layouts"))
-    for tree in ("layouts/ILSVRC", "layouts/lmdb/lsun", "ccp_seg", "layouts/ADEChallengeData2016"):
+    for name in ("layouts/ILSVRC", "layouts/lmdb/lsun", "ccp_seg", "layouts/ADEChallengeData2016"):
         with pytest.raises(ConfigError, match=r"holds the splits \w+, \w+; choose one, as in --split"):
-            read(str(trees / tree))
+            read(str(trees / name))
 
 
 @requires_data
@@ -194,6 +195,14 @@ def test_raw_and_encoded_values_are_told_apart_by_content_in_cursor_order(tmp_pa
     assert pickle.loads(pickle.dumps(source)) == source
 
 
+@pytest.mark.parametrize("keep", [0, 5000, 10_000])
+def test_a_cut_off_lmdb_is_refused_before_it_can_kill_the_process(tmp_path: Path, keep: int) -> None:
+    root = write_lmdb(tmp_path / "a.lmdb", {str(n): encoded(noise(40, 40 + n, 3)) for n in range(30)})
+    path = root / "data.mdb"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert_one_line(lfm("shard", root, tmp_path / "raw"), root, "copy or download it again")
+
+
 def test_a_pickled_cache_beside_an_lmdb_is_never_opened(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple:
@@ -235,6 +244,14 @@ def test_tars_of_others_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     found = source.pictures(source.items[1])
     assert np.array_equal(found.image, image) and np.array_equal(found.segmentation, ids)
     assert [item.class_index for item in source.items] == [None, 2]
+
+
+def test_a_sample_without_a_picture_is_a_reject_and_not_left_out(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.png": encoded(noise(9, 9, 3)), "1.txt": b"x", "2.input.jpg": b"x"})
+    assert lfm("shard", tmp_path, tmp_path / "raw", "--image-size", 8, "--max-rejected", 1).exit_code == 0
+    rejects = manifests.load(str(tmp_path / "raw"), "raw").rejects
+    assert sorted(reject.source for reject in rejects) == ["a.tar#-#1", "a.tar#-#2"]
+    assert all("the sample has no picture" in reject.detail for reject in rejects)
 
 
 @pytest.mark.parametrize("damage", ["cut between samples", "cut in a picture", "header", "twice", "gzip"])
@@ -297,6 +314,25 @@ def test_a_missing_library_is_one_line_with_the_repair(
     for module in (library, f"{library}.ipc", f"{library}.parquet"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     assert_one_line(lfm("shard", tmp_path, tmp_path / "raw"), tmp_path, "pip install lfm[")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lmdb", "webdataset", "hf"])
+def test_worker_processes_open_the_source_anew_and_write_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    contents = {str(n): encoded(noise(20, 20 + n, 3)) for n in range(12)}
+    if kind == "lmdb":
+        write_lmdb(tmp_path / "source", contents)
+    elif kind == "webdataset":
+        write_tar(tmp_path / "source" / "a.tar", {f"{name}.png": content for name, content in contents.items()})
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        (tmp_path / "source").mkdir()
+        parquet.write_table(arrow.table({"image": list(contents.values())}), tmp_path / "source" / "a.parquet")
+    for workers in (1, 2):
+        result = lfm("shard", tmp_path / "source", tmp_path / str(workers), "--image-size", 16, "--workers", workers,
+                     "--samples-per-shard", 4)  # fmt: skip
+        assert result.exit_code == 0 and f"{kind}: 12 pictures" in result.stdout, result.stderr
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------

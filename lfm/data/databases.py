@@ -40,15 +40,13 @@ def webdataset(tree: Tree, split: str | None) -> Source:
     items = []
     for tar in of_split(tree, [name for name in tree.names if name.endswith(".tar")], split):
         for sample in stores.tar_samples(tree.root, tar):
-            image = next((sample[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in sample), None)
-            if image is not None:
-                label = (
-                    stores.tar_member(tree.root, sample["cls"]).decode("ascii", "replace") if "cls" in sample else None
-                )
-                if label is not None and not label.strip().isdecimal():
-                    raise DataError(f"{tree.root}/{tar}: sample {sample['__key__']}: class {label[:20]!r} is no number")
-                index = None if label is None else int(label)
-                items.append(SourceItem(image, index, sample.get("seg.png"), sample.get("mask.png")))
+            nowhere = f"{tar}#{stores.NOWHERE}#{sample['__key__']}"
+            image = next((sample[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in sample), nowhere)
+            label = stores.tar_member(tree.root, sample["cls"]).decode("ascii", "replace") if "cls" in sample else None
+            if label is not None and not label.strip().isdecimal():
+                raise DataError(f"{tree.root}/{tar}: sample {sample['__key__']}: class {label[:20]!r} is no number")
+            index = None if label is None else int(label)
+            items.append(SourceItem(image, index, sample.get("seg.png"), sample.get("mask.png")))
     return _source(tree, items, stores.tar_member)
 
 

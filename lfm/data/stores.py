@@ -24,6 +24,7 @@ from lfm import storage
 from lfm.data.transforms import FORMATS
 from lfm.errors import ConfigError, DataError, StorageError
 
+NOWHERE = "-"  # in place of a member that a sample lacks
 _BLOCK = 512
 
 
@@ -44,9 +45,13 @@ def _environment(root: str) -> Any:
     if not storage.is_local(root):
         raise ConfigError(f"{root}: an LMDB is read by mapping it; copy it to a local disk")
     try:
-        return lmdb.open(root, readonly=True, lock=False, readahead=False, max_readers=512)
+        environment = lmdb.open(root, readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise DataError(f"{root}: cannot be read as an LMDB ({error}); copy or download it again") from error
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if (found := storage.sizes(root)["data.mdb"]) < needed:  # to read beyond its end would kill the process
+        raise DataError(f"{root}/data.mdb: cut off: {found} bytes of {needed}; copy or download it again")
+    return environment
 
 
 def lmdb_keys(root: str) -> Iterator[str]:
@@ -107,6 +112,8 @@ def tar_samples(root: str, tar: str) -> Iterator[dict[str, str]]:
 def tar_member(root: str, name: str) -> bytes:
     """A member's content, by one ranged read."""
     tar, place, _ = name.split("#", 2)
+    if place == NOWHERE:
+        raise StorageError(f"{storage.join(root, name)}: the sample has no picture")
     offset, size = map(int, place.split("+"))
     content = storage.read_range(storage.join(root, tar), offset, size)
     if len(content) != size:
