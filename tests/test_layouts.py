@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from reference import FOLDER
 from test_stages import tree
 
+from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.layouts import FACE_PARTS, LAYOUTS, read
 from lfm.data.shards import read_raw
@@ -335,6 +337,25 @@ def test_worker_processes_open_the_source_anew_and_write_the_same_bytes(tmp_path
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
+def test_tars_and_pairs_are_read_from_a_url() -> None:
+    root, image, ids = f"memory://{uuid.uuid4()}", encoded(noise(9, 9, 3)), encoded(noise(9, 9))
+    for name in "ab":
+        storage.write_bytes(f"{root}/pairs/images/{name}.png", image)
+        storage.write_bytes(f"{root}/pairs/annotations/{name}.png", ids)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in (("0.png", image), ("0.seg.png", ids)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    storage.write_bytes(f"{root}/tars/a.tar", buffer.getvalue())
+    for folder, layout, count in (("pairs", "paired", 2), ("tars", "webdataset", 1)):
+        source = read(f"{root}/{folder}")
+        assert (source.layout, len(source.items)) == (layout, count)
+        found = source.pictures(source.items[0])
+        assert np.array_equal(found.image, noise(9, 9, 3)) and np.array_equal(found.segmentation, noise(9, 9))
+
+
 # --- pairs -------------------------------------------------------------------------------------------------------
 
 
@@ -372,12 +393,15 @@ def test_pascal_vocs_palettes_are_indices_and_its_lists_are_the_splits(tmp_path:
     save(tmp_path / "JPEGImages" / "unlisted.jpg", noise(12, 10, 3))
     lists = tmp_path / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    (lists / "train.txt").write_text("1\n")
+    (lists / "train.txt").write_text("1\ngone\n")
     (lists / "val.txt").write_text("0\n")
     with pytest.raises(ConfigError, match="holds the splits train, val"):
         read(str(tmp_path))
     source = read(str(tmp_path), split="train")
-    assert (source.layout, [item.image for item in source.items]) == ("paired", ["JPEGImages/1.jpg"])
+    assert (source.layout, [item.image for item in source.items]) == (
+        "paired",
+        ["JPEGImages/1.jpg", "JPEGImages/gone.jpg"],
+    )
     assert np.array_equal(source.pictures(source.items[0]).segmentation, ids)
 
 

@@ -121,18 +121,19 @@ def paired(tree: Tree, split: str | None, default: dict[int, str] | None = None)
     lists = {name.rpartition("/")[2][:-4] for name in tree.names if name.startswith("ImageSets/Segmentation/")}
     if lists and split not in lists:
         raise choose_split(tree.root, lists)
-    base = folder(tree.at(pictures), None if lists or pictures == split else split)
-    inner = "" if lists or pictures == split or not split else f"{split}/"
-    wanted = set((_text(tree, f"ImageSets/Segmentation/{split}.txt") or "").split()) if lists else None
+    inner = None if lists or pictures == split else split
+    base = folder(tree.at(pictures), inner)
+    listed = (_text(tree, f"ImageSets/Segmentation/{split}.txt") or "").split() if lists else None
     by_stem = {_stem(name): name for name in tree.pictures if name.startswith((f"{maps}/", "masks/"))}
     masks = tree.holds("masks")
+    found = {
+        _stem(name): (name, item) for item in base.items for name in [f"{inner}/{item.image}" if inner else item.image]
+    }
     items = []
-    for item in base.items:
-        stem = _stem(inner + item.image)
-        if wanted is None or stem in wanted:
-            segmentation, mask = (by_stem.get(f"{at}/{stem}", f"{at}/{stem}.png") for at in (maps, "masks"))
-            image = f"{pictures}/{inner}{item.image}"
-            items.append(SourceItem(image, item.class_index, segmentation, mask if masks else None))
+    for stem in found if listed is None else listed:
+        name, item = found.get(stem, (f"{stem}.jpg", SourceItem("")))
+        segmentation, mask = (by_stem.get(f"{at}/{stem}", f"{at}/{stem}.png") for at in (maps, "masks"))
+        items.append(SourceItem(f"{pictures}/{name}", item.class_index, segmentation, mask if masks else None))
     return Source(tree.root, tuple(items), base.class_names, _labels(tree, default or {}))
 
 
