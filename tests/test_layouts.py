@@ -248,6 +248,12 @@ def test_tars_of_others_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     assert [item.class_index for item in source.items] == [None, 2]
 
 
+def test_a_class_that_is_no_number_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.png": b"x", "0.cls": b"cat"})
+    with pytest.raises(DataError, match=r"a.tar: sample 0: class 'cat' is no number"):
+        read(str(tmp_path))
+
+
 def test_a_sample_without_a_picture_is_a_reject_and_not_left_out(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.png": encoded(noise(9, 9, 3)), "1.txt": b"x", "2.input.jpg": b"x"})
     assert lfm("shard", tmp_path, tmp_path / "raw", "--image-size", 8, "--max-rejected", 1).exit_code == 0

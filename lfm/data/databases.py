@@ -42,10 +42,10 @@ def webdataset(tree: Tree, split: str | None) -> Source:
         for sample in stores.tar_samples(tree.root, tar):
             nowhere = f"{tar}#{stores.NOWHERE}#{sample['__key__']}"
             image = next((sample[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in sample), nowhere)
-            label = stores.tar_member(tree.root, sample["cls"]).decode("ascii", "replace") if "cls" in sample else None
-            if label is not None and not label.strip().isdecimal():
+            label = sample.get("cls", "")
+            if "cls" in sample and not label.isdecimal():
                 raise DataError(f"{tree.root}/{tar}: sample {sample['__key__']}: class {label[:20]!r} is no number")
-            index = None if label is None else int(label)
+            index = int(label) if label else None
             items.append(SourceItem(image, index, sample.get("seg.png"), sample.get("mask.png")))
     return _source(tree, items, stores.tar_member)
 

@@ -85,28 +85,30 @@ def _is_encoded(value: bytes) -> bool:
 
 
 def tar_samples(root: str, tar: str) -> Iterator[dict[str, str]]:
-    """The samples of a tar as vanilla webdataset groups them: `__key__`, and by suffix the name to read it under.
+    """The samples of a tar as vanilla webdataset groups them: by suffix the name to read it under, or the text of .cls.
 
     Raises:
         DataError: the tar is damaged or ends early, or a sample has a suffix twice.
     """
     path = storage.join(root, tar)
+
+    def listed(archive: tarfile.TarFile) -> Iterator[dict[str, str]]:
+        for member in archive:
+            if member.isreg() and not member.name.startswith("__"):
+                name = f"{tar}#{member.offset_data}+{member.size}#{member.name}"
+                label = archive.extractfile(member) if member.name.lower().endswith(".cls") else None
+                data = label.read(100).decode("ascii", "replace").strip() if label else name
+                yield {"fname": member.name, "__url__": path, "data": data}
+
     try:
         with storage.open_read(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            yield from group_by_keys(
-                {
-                    "fname": member.name,
-                    "__url__": path,
-                    "data": f"{tar}#{member.offset_data}+{member.size}#{member.name}",
-                }
-                for member in archive
-                if member.isreg() and not member.name.startswith("__")
-            )
+            yield from group_by_keys(listed(archive))
             stream.seek(archive.offset)
             if stream.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a damaged header for the end
                 raise DataError(f"{path}: damaged or cut off at byte {archive.offset}; download it again")
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read as an uncompressed tar ({error.args[0]})") from error
+        reason = error.args[0] if error.args else "it ends early"
+        raise DataError(f"{path}: cannot be read as an uncompressed tar ({reason})") from error
 
 
 def tar_member(root: str, name: str) -> bytes:
