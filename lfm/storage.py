@@ -43,6 +43,14 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.removesuffix("/") if not folder.endswith("://") else folder[:-1], *names])
 
 
+def parent(folder: str) -> str:
+    """The folder that a folder is in; itself where there is none."""
+    if is_local(folder):
+        return str(Path(folder).resolve().parent)
+    above = folder.rstrip("/").rpartition("/")[0]
+    return folder if above.endswith("/") else above
+
+
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
     """Turn what the file system or fsspec raises into one line that names the path."""
@@ -96,6 +104,7 @@ def find(folder: str) -> list[str]:
             found = (path.relative_to(folder).as_posix() for path in _walk(Path(folder)))
             return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
         filesystem, inner = url_to_fs(folder)
+        filesystem.invalidate_cache(inner)
         if not filesystem.isdir(inner):
             raise StorageError(f"{folder}: no such folder")
         below = (name[len(inner.rstrip("/")) + 1 :] for name in filesystem.find(inner))
@@ -121,6 +130,17 @@ def read_bytes(path: str) -> bytes:
     """The whole content."""
     with _naming(path), open_read(path) as file:
         return file.read()
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` on, or what there is of them, in one request."""
+    with _naming(path):
+        if not is_local(path):
+            filesystem, inner = url_to_fs(path)
+            return bytes(filesystem.cat_file(inner, offset, offset + size))
+        with Path(path).open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
 
 def read_json(path: str) -> Any:

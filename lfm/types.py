@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # the stages that never touch a tensor start without torch
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One picture of a source, before anything of it is read: paths relative to the source."""
+    """One picture of a source, before anything of it is read: names that the source's store reads."""
 
     image: str
     class_index: int | None = None
-    segmentation: str | None = None
+    segmentation: str | tuple[tuple[int, str], ...] | None = None  # a map, or its parts: class id and mask
     mask: str | None = None
 
 

@@ -91,26 +91,31 @@ def _show(config: Any, plan: str) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("dest")
-@click.option("--layout", default="folder", show_default=True, help="How the pictures lie in SOURCE.")
+@click.option("--layout", default="auto", show_default=True, help="How the pictures lie in SOURCE: auto, or a name.")
 @click.option("--image-size", type=PIXELS, default=256, show_default=True, help="Pixels, after resize and crop.")
 @click.option("--split", help="A folder of SOURCE, such as train.")
 @click.option("--samples-per-shard", type=COUNT, default=4096, show_default=True)
-@click.option("--format", "image_format", default="webp", show_default=True, help="webp or png, both lossless.")
-@click.option("--crop", default="centre", show_default=True, help="Rule for resize and crop: centre, as ADM does.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the dealing of pictures to shards.")
+@click.option(
+    "--format", "image_format", default="webp", show_default=True, help="webp or png (lossless), or jpg (95)."
+)
+@click.option("--crop", default="centre", show_default=True, help="centre (as ADM does), pad or squash.")
+@click.option("--masks", help="free-form: draw MAT's large holes, where SOURCE has no masks.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the dealing to shards, and of drawn masks.")
 @click.option("--workers", type=COUNT, default=1, show_default=True, help="Processes.")
+@click.option("--part", default="1/1", show_default=True, help="As 3/16: which shards this machine writes.")
 @click.option("--max-rejected", type=SHARE, default=0.01, show_default=True, help="Share that may be unusable.")
 @_overwrite
 @_dry_run
 def shard(**options: Any) -> None:
-    """Pack the pictures of SOURCE, with their classes, into raw shards in DEST."""
+    """Pack the pictures of SOURCE, with their classes, maps and masks, into raw shards in DEST."""
     from pipelines.shard import ShardConfig, run
 
     config = ShardConfig(**options)
     result = run(config)
-    if result.manifest is None:
+    if config.dry_run:
         return _show(config, result.plan)
-    manifest = result.manifest
+    if (manifest := result.manifest) is None:
+        return click.echo(f"{result.plan}; done, the last part writes the manifest")
     click.echo(f"{result.plan}: {manifest.num_samples:,} samples, {len(manifest.rejects)} rejected")
     for reject in manifest.rejects[:5]:
         click.echo(f"  rejected {reject.source}: {reject.detail or reject.reason}")

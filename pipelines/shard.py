@@ -7,21 +7,26 @@ own that any process can do, at any time, again.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import re
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
+from lfm.data.layouts import LAYOUTS, read
 from lfm.data.manifest import ClassRecord, Manifest, Reject, ShardRecord
+from lfm.data.masks import MASKS
 from lfm.data.shards import FORMATS, key_of, raw_members, write_tar
-from lfm.data.sources import LAYOUTS, Source
-from lfm.data.transforms import CROPS, Rejected, crop, decode
-from lfm.errors import ConfigError, DataError, StorageError
+from lfm.data.sources import Source
+from lfm.data.transforms import CROPS, Rejected, binary, crop, crop_ids
+from lfm.errors import ConfigError, DataError
 from lfm.types import RawSample, SourceItem
 from pipelines.progress import Progress
 
@@ -32,14 +37,16 @@ class ShardConfig:
 
     source: str
     dest: str
-    layout: str = "folder"
+    layout: str = "auto"
     image_size: int = 256
     split: str | None = None
     samples_per_shard: int = 4096
     image_format: str = "webp"
     crop: str = "centre"
+    masks: str | None = None  # free-form, for sources that have none
     seed: int = 0
     workers: int = 1
+    part: str = "1/1"  # which of the shards to write, as 3/16: every machine takes another part
     max_rejected: float = 0.01  # share of the source's pictures
     overwrite: bool = False
     dry_run: bool = False
@@ -47,7 +54,7 @@ class ShardConfig:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The data set that is there now; None after a dry run."""
+    """The data set that is there now; None after a dry run, and while other parts are not done."""
 
     plan: str
     manifest: Manifest | None
@@ -58,14 +65,16 @@ class Job:
     """One shard to write."""
 
     config: ShardConfig
-    root: str
     number: int
-    items: tuple[SourceItem, ...]
-    num_classes: int
+    source: Source  # with this shard's items alone
 
     @property
     def name(self) -> str:
         return f"{self.number:06d}.tar"
+
+    @property
+    def items(self) -> tuple[SourceItem, ...]:
+        return self.source.items
 
 
 def run(config: ShardConfig) -> ShardResult:
@@ -74,31 +83,32 @@ def run(config: ShardConfig) -> ShardResult:
     Raises:
         ConfigError, DataError, StorageError: nothing half-written is visible, and the same command continues.
     """
-    _check(config)
-    source = LAYOUTS[config.layout](config.source, config.split)
+    part, parts = _check(config)
+    source = read(config.source, config.layout, config.split)
+    if config.masks and any(item.mask for item in source.items):
+        raise ConfigError(f"--masks {config.masks}: {source.root} brings its own masks; leave it out")
     jobs = plan(config, source)
+    mine = jobs[part - 1 :: parts]
     recipe = _recipe(config, source)
     summary = (
-        f"{len(source.items):,} pictures of {len(source.class_names)} classes in {source.root} -> {len(jobs)} shards of "
-        f"{config.image_size} x {config.image_size} pixels in {config.dest}"
+        f"{source.layout}: {len(source.items):,} pictures of {len(source.class_names)} classes in {source.root} -> "
+        f"{len(jobs)} shards of {config.image_size} x {config.image_size} pixels in {config.dest}"
+        f"{f', {len(mine)} of them by part {config.part}' if parts > 1 else ''}"
     )
     if config.dry_run:
         return ShardResult(summary, None)
     manifests.claim(config.dest, recipe, overwrite=config.overwrite)
     done = manifests.done(config.dest)
-    todo = [job for job in jobs if job.name not in done]
-    with Progress(
-        "shard", len(source.items), "pictures", done=sum(len(job.items) for job in jobs if job.name in done)
-    ) as bar:
+    todo = [job for job in mine if job.name not in done]
+    total, before = sum(len(job.items) for job in mine), sum(len(job.items) for job in mine if job.name in done)
+    with Progress("shard", total, "pictures", done=before) as bar:
         rejected = Rejections(config.max_rejected, len(source.items))
         for record in manifests.records(config.dest, [job.name for job in jobs if job.name in done]):
             rejected.add(record.rejects)
         for record in _write_all(todo, config.workers):
             rejected.add(record.rejects)
             bar.advance(record.samples + len(record.rejects), rejected=str(rejected.count))
-    manifest = _merge(config, source, recipe, jobs)
-    manifests.publish(config.dest, manifest)
-    return ShardResult(summary, manifest)
+    return ShardResult(summary, _publish_if_complete(config, source, recipe, jobs))
 
 
 def plan(config: ShardConfig, source: Source) -> list[Job]:
@@ -106,7 +116,7 @@ def plan(config: ShardConfig, source: Source) -> list[Job]:
     order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(source.items))
     starts = range(0, len(order), config.samples_per_shard)
     parts = [tuple(source.items[i] for i in order[start : start + config.samples_per_shard]) for start in starts]
-    return [Job(config, source.root, n, part, len(source.class_names)) for n, part in enumerate(parts)]
+    return [Job(config, number, replace(source, items=part)) for number, part in enumerate(parts)]
 
 
 class Rejections:
@@ -141,7 +151,7 @@ class Rejections:
 def write_shard(job: Job) -> ShardRecord:
     """Write one shard and then its record."""
     rejects: list[Reject] = []
-    counts = [0] * job.num_classes
+    counts = [0] * len(job.source.class_names)
     path = storage.join(job.config.dest, job.name)
     with storage.writing(path) as temporary:
         samples = _count_classes(_samples(job, rejects), counts)
@@ -166,14 +176,24 @@ def _count_classes(samples: Iterator[RawSample], counts: list[int]) -> Iterator[
 def _samples(job: Job, rejects: list[Reject]) -> Iterator[RawSample]:
     for row, item in enumerate(job.items):
         try:
-            image = decode(storage.read_bytes(storage.join(job.root, item.image)))
-            pixels = crop(image, job.config.image_size, job.config.crop)
-        except (Rejected, StorageError) as error:
-            reason = error.reason if isinstance(error, Rejected) else "unreadable"
-            rejects.append(Reject(source=item.image, reason=reason, detail=str(error)))
-            continue
-        metadata = {"source": item.image, "width": image.width, "height": image.height, "crop": job.config.crop}
-        yield RawSample(key_of(job.number, row), pixels, item.class_index, metadata=metadata)
+            yield _sample(job, item, key_of(job.number, row))
+        except Rejected as error:
+            rejects.append(Reject(source=item.image, reason=error.reason, detail=str(error)))
+
+
+def _sample(job: Job, item: SourceItem, key: str) -> RawSample:
+    """One picture with all that belongs to it, at the image size."""
+    found, size, rule = job.source.pictures(item), job.config.image_size, job.config.crop
+    width, height = found.image.size
+    pixels, mask, ids = crop(found.image, size, rule), None, None
+    if found.segmentation is not None:
+        ids = crop_ids(found.segmentation, (width, height), size, rule, job.source.unlabelled)
+    if found.mask is not None:
+        mask = binary(crop(found.mask, size, rule))
+    elif job.config.masks:
+        mask = MASKS[job.config.masks](job.config.seed, key, size)
+    metadata = {"source": item.image, "width": width, "height": height, "crop": rule}
+    return RawSample(key, pixels, item.class_index, mask, ids, metadata)
 
 
 def _write_all(jobs: list[Job], workers: int) -> Iterator[ShardRecord]:
@@ -181,9 +201,8 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[ShardRecord]:
     if workers == 1 or len(jobs) <= 1:
         yield from map(write_shard, jobs)
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), multiprocessing.get_context("spawn")
-    )  # fsspec must not be forked
+    spawn = multiprocessing.get_context("spawn")  # fsspec must not be forked
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, _end_with_parent)
     try:
         for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
             yield future.result()
@@ -195,26 +214,46 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[ShardRecord]:
         pool.shutdown(cancel_futures=True)
 
 
-def _merge(config: ShardConfig, source: Source, recipe: dict, jobs: list[Job]) -> Manifest:
+def _end_with_parent() -> None:
+    """In a worker: die at once where the parent is killed, so that nobody writes beside the next run."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _publish_if_complete(config: ShardConfig, source: Source, recipe: dict, jobs: list[Job]) -> Manifest | None:
+    if not {job.name for job in jobs} <= manifests.done(config.dest):
+        return None
     records = manifests.records(config.dest, [job.name for job in jobs])
+    Rejections(config.max_rejected, len(source.items)).add(tuple(r for record in records for r in record.rejects))
     if not sum(record.samples for record in records):
         raise DataError(f"{source.root}: not one picture could be used")
     counts = np.sum([record.class_counts for record in records], axis=0)
     classes = tuple(
         ClassRecord(index=index, name=name, count=int(counts[index])) for index, name in enumerate(source.class_names)
     )
-    return Manifest(kind="raw", image_size=config.image_size, classes=classes, recipe=recipe, shards=records)
+    manifest = Manifest(kind="raw", image_size=config.image_size, classes=classes, recipe=recipe, shards=records)
+    manifests.publish(config.dest, manifest)
+    return manifest
 
 
 def _recipe(config: ShardConfig, source: Source) -> dict:
     """Everything that decides the shards' bytes."""
     return {
         "kind": "raw",
-        "layout": config.layout,
+        "layout": source.layout,
         "split": config.split,
         "image_size": config.image_size,
         "crop": config.crop,
         "image_format": config.image_format,
+        "encoding": FORMATS[config.image_format],
+        "masks": config.masks,
+        "labels": source.labels,
         "samples_per_shard": config.samples_per_shard,
         "seed": config.seed,
         "pictures": len(source.items),
@@ -222,11 +261,20 @@ def _recipe(config: ShardConfig, source: Source) -> dict:
     }
 
 
-def _check(config: ShardConfig) -> None:
+def _check(config: ShardConfig) -> tuple[int, int]:
+    """Refuse a wrong flag; else which part of how many this is."""
     for flag, value, allowed in (
-        ("--layout", config.layout, LAYOUTS),
+        ("--layout", config.layout, ("auto", *LAYOUTS)),
         ("--format", config.image_format, FORMATS),
         ("--crop", config.crop, CROPS),
+        ("--masks", config.masks, (None, *MASKS)),
     ):
         if value not in allowed:
-            raise ConfigError(f"{flag} {value}: unknown; one of {', '.join(allowed)}")
+            raise ConfigError(f"{flag} {value}: unknown; one of {', '.join(filter(None, allowed))}")
+    match = re.fullmatch(r"(\d+)/(\d+)", config.part)
+    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise ConfigError(f"--part {config.part}: must be as 3/16, the third of sixteen parts")
+    if parts > 1 and config.overwrite:
+        raise ConfigError("--overwrite: would remove what other parts wrote; give it once, without --part")
+    return part, parts

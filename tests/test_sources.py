@@ -13,11 +13,18 @@ from hypothesis import strategies as st
 from reference import FOLDER
 
 from lfm import storage
-from lfm.data.sources import LAYOUTS, SUFFIXES, folder
+from lfm.data.layouts import read
+from lfm.data.sources import SUFFIXES, Source
 from lfm.errors import ConfigError, DataError, LfmError
 from lfm.types import SourceItem
 
 DATA = FOLDER.parent / "data"
+
+
+def folder(root: str, split: str | None = None) -> Source:
+    return read(root, "folder", split)
+
+
 NAMES = st.text("abcXYZ019 _-é", min_size=1, max_size=6).map(str.strip).filter(bool)
 
 
@@ -114,7 +121,7 @@ def test_every_picture_is_there_once_under_its_class(classes: dict[str, set[str]
     assert source.class_names == tuple(sorted(classes))
     for item in source.items:
         assert item.class_index is not None and source.class_names[item.class_index] == item.image.split("/")[0]
-    assert LAYOUTS["folder"](root, None) == source
+    assert read(root) == source
 
 
 def test_a_class_that_is_a_link_is_not_left_out(tmp_path: Path) -> None:

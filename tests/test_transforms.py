@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 from reference import recorded, requires_reference
 
-from lfm.data.transforms import CROPS, Rejected, centre_crop, crop, decode
+from lfm.data.transforms import BACKGROUND, CROPS, Rejected, crop, decode
 from lfm.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 17, 3)).astype(np.uint8)
@@ -251,7 +251,7 @@ def test_no_other_program_is_started_for_a_file(monkeypatch: pytest.MonkeyPatch)
 def test_the_crop_is_adms_bit_for_bit(size: int) -> None:
     values = recorded("metrics")
     image = Image.fromarray(values["crop_in_u8_hwc"].numpy())
-    assert np.array_equal(centre_crop(image, size), values[f"crop{size}_u8"].numpy())
+    assert np.array_equal(crop(image, size), values[f"crop{size}_u8"].numpy())
 
 
 @settings(max_examples=40, deadline=None)
@@ -261,7 +261,8 @@ def test_a_crop_has_its_size_whatever_the_picture(width: int, height: int, size:
     for rule in CROPS:
         result = crop(flat, size, rule)
         assert result.shape == (size, size, 3) and result.dtype == np.uint8
-        assert (result == (10, 200, 30)).all()
+        picture = (result == (10, 200, 30)).all(-1)
+        assert (picture | (rule == "pad") & (result == BACKGROUND).all(-1)).all() and picture[size // 2, size // 2]
 
 
 @settings(max_examples=20, deadline=None)
@@ -270,7 +271,7 @@ def test_a_crop_of_the_right_size_is_the_centre_itself(size: int, extra: int, wi
     pixels = np.random.default_rng(extra).integers(0, 256, (size, size + extra, 3)).astype(np.uint8)
     pixels = pixels if wide else pixels.swapaxes(0, 1)
     expected = pixels[:, extra // 2 : extra // 2 + size] if wide else pixels[extra // 2 : extra // 2 + size]
-    assert np.array_equal(centre_crop(Image.fromarray(pixels), size), expected)
+    assert np.array_equal(crop(Image.fromarray(pixels), size), expected)
 
 
 def test_a_thread_of_a_picture_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,12 +284,12 @@ def test_a_thread_of_a_picture_does_not_fill_the_memory(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Image.Image, "resize", resize)
     try:
-        centre_crop(Image.new("RGB", (1, 60_000)), 256)
+        crop(Image.new("RGB", (1, 60_000)), 256)
     except Rejected:
         return
     assert max(sizes, default=0) <= 100_000_000
 
 
 def test_an_unknown_rule_is_one_line() -> None:
-    with pytest.raises(DataError, match=r"^crop random: unknown rule; one of centre$"):
+    with pytest.raises(DataError, match=r"^crop random: unknown rule; one of centre, pad, squash$"):
         crop(Image.new("RGB", (8, 8)), 8, "random")

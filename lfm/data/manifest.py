@@ -150,7 +150,7 @@ def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool, owned: str = 
         ConfigError: the folder holds something made otherwise, or something else; nothing is changed.
     """
     path = storage.join(folder, RECIPE)
-    names = storage.sizes(folder)
+    names = set(storage.find(folder)) if storage.exists(folder) else set()  # one look: others may claim it meanwhile
     recipe = json.loads(json.dumps(recipe))  # as it reads back: no tuples
     if RECIPE in names:
         changed = _changes(path, recipe)
@@ -158,7 +158,7 @@ def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool, owned: str = 
             return
         if not overwrite:
             raise ConfigError(f"{folder}: was made otherwise: {changed}; choose another folder or --overwrite")
-    elif storage.exists(folder) and storage.find(folder):
+    elif names:
         raise ConfigError(f"{folder}: holds something else, not made by lfm; choose another folder")
     for name in sorted(names, key=lambda name: name != MANIFEST):
         if re.fullmatch(owned, name):

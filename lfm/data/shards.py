@@ -1,6 +1,6 @@
 """Shards: plain USTAR tars that `tar` and vanilla webdataset read, and equal bytes for equal input.
 
-A raw shard holds `{key}.webp` (lossless) or `.png`, `{key}.cls`, `{key}.json` and what else the sample has. A latent
+A raw shard holds `{key}.webp` (lossless), `.png` or `.jpg`, `{key}.cls`, `{key}.json` and what else the sample has. A latent
 shard's members all have the same size in the same order, so that the distance from one sample to the next is constant:
 a shard is then one strided array, and a batch is gathered without an index and without decoding.
 """
@@ -30,6 +30,7 @@ CLASS_DIGITS = 8
 FORMATS: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "lossless": True, "method": 0},
     "png": {"format": "PNG", "compress_level": 1},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},  # 4:4:4
 }
 
 
@@ -79,7 +80,7 @@ def read_raw(stream: IO[bytes], name: str) -> Iterator[RawSample]:
         DataError: a member is missing or cannot be read.
     """
     for members in _groups(stream, name):
-        image = next((members[suffix] for suffix in (*FORMATS, "jpg") if suffix in members), None)
+        image = next((members[suffix] for suffix in FORMATS if suffix in members), None)
         if image is None:
             raise DataError(f"{name}: sample {members['__key__']} has no picture; make the shard again")
         try:

@@ -1,13 +1,16 @@
-"""From an encoded picture of any kind to uint8 (H, W, 3), by rules that have names.
+"""From an encoded picture, map or mask of any kind to arrays of one size, by rules that have names.
 
 Resize and crop follow ADM (Dhariwal and Nichol, 2021, `center_crop_arr`): halve by box filter while the short side is at
-least twice the size, then bicubic to the size, then the centre.
+least twice its target, then bicubic to the target, then the centre. The rules differ in the target alone, and a picture's
+map goes to the same target, by nearest neighbour.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,7 +20,7 @@ from lfm.errors import DataError
 # Not all that Pillow knows: some it hands to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LARGEST_PIXELS = 200_000_000  # above this a file is taken for a decompression bomb
-BACKGROUND = (255, 255, 255)  # what shows through where alpha is below one
+BACKGROUND = (255, 255, 255)  # what shows through where alpha is below one, and around a padded picture
 
 
 class Rejected(Exception):
@@ -28,24 +31,13 @@ class Rejected(Exception):
         self.reason, self.detail = reason, detail
 
 
-def decode(content: bytes) -> Image.Image:
-    """An encoded picture as RGB, upright.
-
-    EXIF orientation is applied; alpha is put on white; grey, palette, CMYK and 16-bit pictures become 8-bit RGB.
-
-    Raises:
-        Rejected: it is empty, no picture, truncated or too large.
-    """
-    if not content:
-        raise Rejected("empty file")
+@contextlib.contextmanager
+def _rejecting() -> Iterator[None]:
+    """Turn all that Pillow raises into a rejection with a reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-            if image.width * image.height > LARGEST_PIXELS:
-                raise Rejected("too large", f"{image.width} x {image.height} pixels")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield
     except UnidentifiedImageError as error:
         raise Rejected("not a picture") from error
     except Image.DecompressionBombError as error:
@@ -54,6 +46,77 @@ def decode(content: bytes) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise anything: struct.error, TypeError, RuntimeError, ...
         raise Rejected("cannot be decoded", str(error)) from error
+
+
+def _loaded(content: bytes) -> Image.Image:
+    if not content:
+        raise Rejected("empty file")
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.width * image.height > LARGEST_PIXELS:
+        raise Rejected("too large", f"{image.width} x {image.height} pixels")
+    image.load()
+    return image
+
+
+def decode(content: bytes | np.ndarray) -> Image.Image:
+    """A picture, encoded or uint8 (H, W, 3), as RGB, upright.
+
+    EXIF orientation is applied; alpha is put on white; grey, palette, CMYK and 16-bit pictures become 8-bit RGB.
+
+    Raises:
+        Rejected: it is empty, no picture, truncated or too large.
+    """
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(content)
+    with _rejecting():
+        return _to_rgb(ImageOps.exif_transpose(_loaded(content)))
+
+
+def decode_ids(content: bytes) -> np.ndarray:
+    """A segmentation map's class ids, uint8 or uint16 (H, W): grey levels, or the indices of a palette picture.
+
+    Raises:
+        Rejected: it is no picture, or one whose pixels are no ids.
+    """
+    with _rejecting():
+        image = _loaded(content)
+        if image.format in ("JPEG", "JPEG2000"):
+            raise Rejected("not a map", f"{image.format} alters class ids; store it as PNG")
+        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+            raise Rejected("not a map", f"mode {image.mode}; class ids are grey levels or palette indices")
+        ids = np.asarray(image)
+        if ids.min() < 0 or ids.max() > 0xFFFF:
+            raise Rejected("not a map", f"ids {ids.min()} to {ids.max()}; at most 16 bits")
+        return ids.astype(np.uint16 if image.mode.startswith("I") else np.uint8)
+
+
+def decode_mask(content: bytes) -> Image.Image:
+    """A mask as grey levels, mode L; from one half of white up it is a hole.
+
+    Raises:
+        Rejected: it is no picture.
+    """
+    return decode(content).convert("L")
+
+
+def binary(mask: np.ndarray) -> np.ndarray:
+    """A mask's grey levels thresholded at one half: uint8 (H, W), 1 = hole."""
+    return (mask >= 128).astype(np.uint8)
+
+
+def paint(parts: Iterable[tuple[int, bytes]]) -> np.ndarray:
+    """The map, uint8 (H, W), of parts that come as a class id and a mask each, later ones above; 0 elsewhere.
+
+    Raises:
+        Rejected: there are no parts, or they differ in size.
+    """
+    masks = [binary(np.asarray(decode_mask(content))) * np.uint8(class_id) for class_id, content in parts]
+    if len({mask.shape for mask in masks}) != 1:
+        raise Rejected("missing" if not masks else "not a map", "its parts differ in size" if masks else "no parts")
+    ids = masks[0]
+    for mask in masks[1:]:
+        ids = np.where(mask, mask, ids)
+    return ids
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -66,23 +129,59 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's resize and centre crop of an RGB picture: uint8 (size, size, 3)."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    if max(image.size) * scale * size > LARGEST_PIXELS:
-        raise Rejected("too narrow", f"{image.width} x {image.height} pixels")
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size]
+def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-CROPS = {"centre": centre_crop}
+# The width and height that a picture is resized to before the centre, size x size, is cut out or put on a background.
+CROPS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
+    "centre": lambda width, height, size: _scaled(width, height, size / min(width, height)),
+    "pad": lambda width, height, size: _scaled(width, height, size / max(width, height)),
+    "squash": lambda width, height, size: (size, size),
+}
+
+
+def _centred(image: Image.Image, size: int, fill: int | tuple[int, ...]) -> np.ndarray:
+    """The centre (size, size) of a picture or map, on `fill` where it is smaller."""
+    canvas = Image.new(image.mode, (size, size), fill)
+    canvas.paste(image, (-((image.width - size) // 2), -((image.height - size) // 2)))
+    return np.asarray(canvas)
+
+
+def _target(width: int, height: int, size: int, rule: str) -> tuple[int, tuple[int, int]]:
+    """How often a picture is halved, and the width and height that it then is resized to.
+
+    Raises:
+        Rejected: the target would fill the memory.
+    """
+    halvings, target = 0, CROPS[rule](width, height, size)
+    while min(width, height) >= 2 * min(target):
+        halvings, width, height = halvings + 1, width // 2, height // 2
+        target = CROPS[rule](width, height, size)
+    if target[0] * target[1] > LARGEST_PIXELS:
+        raise Rejected("too narrow", f"{width} x {height} pixels")
+    return halvings, target
 
 
 def crop(image: Image.Image, size: int, rule: str = "centre") -> np.ndarray:
-    """The picture at the image size by the named rule: uint8 (size, size, 3)."""
+    """A picture, RGB or a grey mask, at the image size by the named rule: uint8 (size, size, 3) or (size, size).
+
+    Raises:
+        Rejected: it is too narrow.
+    """
     if rule not in CROPS:
         raise DataError(f"crop {rule}: unknown rule; one of {', '.join(CROPS)}")
-    return CROPS[rule](image, size)
+    halvings, target = _target(image.width, image.height, size, rule)
+    for _ in range(halvings):
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return _centred(image.resize(target, Image.Resampling.BICUBIC), size, BACKGROUND if image.mode == "RGB" else 0)
+
+
+def crop_ids(ids: np.ndarray, picture: tuple[int, int], size: int, rule: str, fill: int) -> np.ndarray:
+    """The class ids of a map where `crop` puts the pixels of its picture (width, height): (size, size).
+
+    Args:
+        fill: the class id around a padded picture.
+    """
+    _, target = _target(*picture, size, rule)
+    return _centred(Image.fromarray(ids).resize(target, Image.Resampling.NEAREST), size, fill)
