@@ -174,6 +174,21 @@ def sample(**options: Any) -> None:
 
 
 @main.command()
+@click.argument("path")
+@click.option("--verify", is_flag=True, help="Check every shard against its checksum.")
+@click.option("--out", default="sheet.png", show_default=True, help="Where the sheet of pictures goes.")
+@click.option("--num", type=click.IntRange(1, 4096), default=64, show_default=True, help="Pictures on the sheet.")
+@click.option("--autoencoder", help="Where the latents' autoencoder is now, if it has moved.")
+@_cache
+def inspect(**options: Any) -> None:
+    """Say what is in the shards of PATH, and make a sheet of their pictures."""
+    from pipelines import factory
+    from pipelines.inspect import InspectConfig, run
+
+    click.echo(run(InspectConfig(**options), factory.world()).report)
+
+
+@main.command()
 @click.argument("raws", nargs=-1, required=True)
 @click.argument("dest")
 @click.option("--initialize-from", help="Path, hub id or `embedded` to fine-tune.  [default: new weights]")

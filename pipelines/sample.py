@@ -76,7 +76,7 @@ def run(config: SampleConfig, world: World) -> SampleResult:
     classes = _classes(config, header, len(seeds))
     if config.guidance_scale != 1:
         null_condition(_condition(classes[:1], header), header.model.num_classes, header.model.class_dropout)
-    autoencoder = _autoencoder(config, header, world)
+    autoencoder = factory.matching_autoencoder(header.autoencoder, config.autoencoder, world, config.run)
     plan = (
         f"{len(seeds)} pictures of {header.image_size} x {header.image_size} pixels from {config.run} "
         f"({header.samples_seen:,} samples seen), {config.solver}"
@@ -176,18 +176,6 @@ def _classes(config: SampleConfig, header: WeightsHeader, count: int) -> tuple[i
 
 def _condition(classes: tuple[int, ...], header: WeightsHeader) -> Condition:
     return class_condition(classes, header.model.num_classes) if classes else Condition()
-
-
-def _autoencoder(config: SampleConfig, header: WeightsHeader, world: World) -> Autoencoder:
-    """The autoencoder of the latents that the model was trained on, and no other."""
-    name = config.autoencoder or header.autoencoder.name
-    autoencoder = factory.autoencoder(name, world)
-    if autoencoder.content_hash != header.autoencoder.content_hash:
-        raise ConfigError(
-            f"autoencoder {name} ({autoencoder.content_hash[:12]}): {config.run} was trained on latents of "
-            f"{header.autoencoder.name} ({header.autoencoder.content_hash[:12]}); name that one with --autoencoder"
-        )
-    return autoencoder
 
 
 def _settings(config: SampleConfig, header: WeightsHeader, num_steps: int | None) -> dict:

@@ -15,7 +15,7 @@ import lfm
 import pipelines
 
 HOUSE = Path(__file__).parents[1]
-STAGES = {"shard", "encode", "train", "sample", "autoencoder", "scenes", "demo"}
+STAGES = {"shard", "encode", "train", "sample", "autoencoder", "scenes", "inspect", "demo"}
 # Who alone may import what.
 OWNERS = {
     "fsspec": {"lfm.storage"},

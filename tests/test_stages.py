@@ -301,10 +301,10 @@ def test_sample_refuses_a_folder_of_other_things(weights: Path, small_set: Small
     assert tree(small_set.raw) == before
 
 
-def test_sample_refuses_another_autoencoder_naming_both(weights: Path, tmp_path: Path) -> None:
+def test_sample_refuses_another_autoencoder_naming_both(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:
     other = make_autoencoder(tmp_path / "other", seed=1)
     result = lfm("sample", weights, "--out", tmp_path / "out", "--autoencoder", other)
-    assert_one_line(result, other, "was trained on latents of")
+    assert_one_line(result, other, small_set.autoencoder, "name that one")
     assert not (tmp_path / "out").exists()
 
 

@@ -117,20 +117,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load(folder: str, kind: Literal["raw", "latents"]) -> Manifest:
-    """The manifest of `folder`.
+def load(folder: str, kind: Literal["raw", "latents"] | None = None) -> Manifest:
+    """The manifest of `folder`, of one kind or any.
 
     Raises:
         DataError: there is none (the data set is not complete), it is of the other kind, or it is not readable.
     """
     path = storage.join(folder, MANIFEST)
-    made_by = {"raw": "lfm shard", "latents": "lfm encode"}[kind]
+    made_by = {"raw": "lfm shard", "latents": "lfm encode", None: "lfm shard` or `lfm encode"}[kind]
     if not storage.exists(path):
         if storage.exists(storage.join(folder, RECIPE)):
             raise DataError(f"{folder}: the shards are not complete; run the same `{made_by}` again to finish them")
         raise DataError(f"{folder}: no {MANIFEST} there; make the shards with `{made_by}` first")
     content = storage.read_json(path)
-    if isinstance(content, dict) and content.get("kind") != kind:
+    if kind and isinstance(content, dict) and content.get("kind") != kind:
         raise DataError(
             f"{path}: holds {content.get('kind')} shards, {kind} ones are needed; make them with `{made_by}`"
         )

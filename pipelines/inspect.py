@@ -1,0 +1,142 @@
+"""`lfm inspect`: what is in a folder of shards, whether it is whole, and a sheet of its pictures.
+
+On the sheet a hole is tinted red, and a map lies over its picture in one colour for each class id.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from lfm import storage
+from lfm.data import manifest as manifests
+from lfm.data.manifest import Manifest, ShardRecord
+from lfm.data.shards import LatentShard, read_raw
+from lfm.errors import DataError, StorageError
+from lfm.types import RawSample
+from lfm.world import World
+from pipelines import factory, pictures
+from pipelines.progress import Progress
+
+SHEET = "sheet.png"
+HOLE = np.array([255, 0, 0])
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What `lfm inspect` is told."""
+
+    path: str
+    verify: bool = False
+    out: str = SHEET
+    num: int = 64  # pictures on the sheet
+    autoencoder: str | None = None  # where the one of the latents is now, if it has moved
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """What was found, for people."""
+
+    report: str
+
+
+def run(config: InspectConfig, world: World) -> InspectResult:
+    """Describe the shards of a folder and write a sheet of their first pictures.
+
+    Raises:
+        DataError: they are incomplete, or with `verify` not what their manifest lists; all damaged shards are named.
+    """
+    manifest = manifests.load(config.path)
+    cache = factory.cache(config.cache)
+    if config.verify:
+        _verify(config, manifest, cache)
+    images = _raw_images if manifest.kind == "raw" else _decoded_images
+    shown = list(islice(images(config, manifest, cache, world), config.num))
+    pictures.save(pictures.grid(np.stack(shown), enlarge=max(1, 128 // manifest.image_size)), config.out)
+    lines = [*_description(manifest), f"the first {len(shown)} pictures: {config.out}"]
+    return InspectResult("\n".join([*lines, *(["every shard is what the manifest lists"] if config.verify else [])]))
+
+
+def _description(manifest: Manifest) -> Iterator[str]:
+    size = sum(shard.bytes for shard in manifest.shards)
+    yield (
+        f"{manifest.kind} shards: {manifest.num_samples:,} samples of {manifest.image_size} x {manifest.image_size} pixels "
+        f"in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB ({size / max(1, manifest.num_samples) / 1e3:.1f} kB each)"
+    )
+    yield from (f"  class {entry.index:>4} {entry.name}: {entry.count:,}" for entry in manifest.classes)
+    for reason, count in Counter(reject.reason for reject in manifest.rejects).most_common():
+        first = next(reject for reject in manifest.rejects if reject.reason == reason)
+        yield f"  rejected {count:,} {reason}, such as {first.source}"
+    if record := manifest.autoencoder:
+        yield f"  autoencoder {record.name} ({record.content_hash[:12]}), scale factor {record.scale_factor:g}"
+        for channel, (mean, std) in enumerate(zip(manifest.channel_mean, manifest.channel_std, strict=True)):
+            yield f"  channel {channel}: mean {mean:+.3f}, deviation {std:.3f}"
+    yield from (f"  {key}: {value}" for key, value in manifest.recipe.items() if key != "labels")
+    yield f"  digest {manifest.digest}"
+
+
+def _verify(config: InspectConfig, manifest: Manifest, cache: storage.Cache) -> None:
+    damaged = []
+    with Progress("verify", len(manifest.shards), "shards") as bar:
+        for shard in manifest.shards:
+            path = storage.join(config.path, shard.name)
+            try:
+                if storage.checksums(cache.fetch(path, shard.bytes, shard.crc32)).sha256 != shard.sha256:
+                    damaged.append(f"{path}: checksum")
+            except (DataError, StorageError) as error:
+                damaged.append(str(error).split(";")[0])
+            bar.advance(1)
+    if damaged:
+        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        raise DataError(f"{'; '.join(damaged[:5])}{more}: remove these and their records, and make them again")
+
+
+def _raw_images(config: InspectConfig, manifest: Manifest, cache: storage.Cache, world: World) -> Iterator[np.ndarray]:
+    for shard in manifest.shards:
+        path = storage.join(config.path, shard.name)
+        with cache.fetch(path, shard.bytes, shard.crc32).open("rb") as stream:
+            yield from map(overlaid, read_raw(stream, path))
+
+
+def overlaid(sample: RawSample) -> np.ndarray:
+    """A sample's picture under its map and its mask: uint8 (H, W, 3)."""
+    image = sample.image.astype(np.float64)
+    if sample.segmentation is not None:
+        image = 0.5 * image + 0.5 * _colours(sample.segmentation)
+    if sample.mask is not None:
+        image = np.where(sample.mask[..., None] == 1, 0.4 * image + 0.6 * HOLE, image)
+    return image.round().astype(np.uint8)
+
+
+def _colours(ids: np.ndarray) -> np.ndarray:
+    """A colour for each class id, neighbours far apart: float32 (H, W, 3)."""
+    turns = np.multiply.outer(ids.astype(np.float32), np.array([0.618034, 0.381966, 0.754878], np.float32))
+    return 255 * (0.5 + 0.5 * np.cos(2 * np.pi * turns))
+
+
+def _decoded_images(
+    config: InspectConfig, manifest: Manifest, cache: storage.Cache, world: World
+) -> Iterator[np.ndarray]:
+    import torch
+
+    record = manifest.autoencoder
+    if record is None:
+        raise DataError(f"{config.path}: the manifest names no autoencoder; encode again")
+    autoencoder = factory.matching_autoencoder(record, config.autoencoder, world, config.path)
+    for shard in manifest.shards:
+        for means in _means(config, manifest, shard, cache):
+            latents = (torch.from_numpy(means.astype(np.float32)) - record.shift) * record.scale_factor
+            yield from autoencoder.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _means(config: InspectConfig, manifest: Manifest, shard: ShardRecord, cache: storage.Cache) -> Iterator[np.ndarray]:
+    """The posterior means of a shard in small batches: float16 (B, C, h, w)."""
+    path = cache.fetch(storage.join(config.path, shard.name), shard.bytes, shard.crc32)
+    posterior = LatentShard(path, shard.samples, manifest.members, manifest.stride).columns["latent.npy"]
+    for start in range(0, shard.samples, 16):
+        yield posterior[start : start + 16, : posterior.shape[1] // 2]

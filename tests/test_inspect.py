@@ -1,0 +1,53 @@
+"""`lfm inspect`: it says what is there, finds every damaged shard, and its sheet shows maps and masks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SmallSet, assert_one_line, lfm
+from PIL import Image
+
+from lfm.data.scenes import CLASS_NAMES, draw_scene
+from lfm.types import RawSample
+from pipelines.inspect import overlaid
+
+
+@pytest.mark.parametrize("kind", ["raw", "latents"])
+def test_it_describes_shards_and_makes_a_sheet(small_set: SmallSet, tmp_path: Path, kind: str) -> None:
+    sheet = tmp_path / "sheet.png"
+    result = lfm("inspect", small_set.raw.parent / kind, "--out", sheet, "--num", 9, "--verify")
+    assert result.exit_code == 0, result.stderr
+    assert f"{kind} shards: 40 samples of 16 x 16 pixels in 3 shards" in result.stdout
+    assert all(name in result.stdout for name in CLASS_NAMES) and "every shard is what" in result.stdout
+    with Image.open(sheet) as picture:
+        assert picture.size == ((3 * 18 - 2) * 8,) * 2
+
+
+def test_every_damaged_shard_is_named(small_set: SmallSet, tmp_path: Path) -> None:
+    shutil.copytree(small_set.raw, tmp_path / "raw")
+    for name in ("000000.tar", "000002.tar"):
+        path = tmp_path / "raw" / name
+        content = bytearray(path.read_bytes())
+        content[5000] ^= 1
+        path.write_bytes(bytes(content))
+    result = lfm("inspect", tmp_path / "raw", "--verify", "--out", tmp_path / "sheet.png")
+    assert_one_line(result, tmp_path / "raw" / "000000.tar", tmp_path / "raw" / "000002.tar")
+    assert "000001.tar" not in result.stderr
+
+
+def test_a_hole_is_red_and_every_class_has_its_colour() -> None:
+    scene = draw_scene(0, 0, 32)
+    grey = np.full_like(scene.image, 128)
+    masked = overlaid(RawSample("0", grey, mask=scene.mask))
+    assert (masked[scene.mask == 0] == 128).all()
+    assert (masked[scene.mask == 1] == [204, 51, 51]).all()
+    mapped = overlaid(RawSample("0", grey, segmentation=scene.segmentation))
+    ids = np.unique(scene.segmentation)
+    assert len({tuple(mapped[scene.segmentation == index][0]) for index in ids}) == len(ids)
+
+
+def test_a_folder_without_shards_is_one_line(tmp_path: Path) -> None:
+    assert_one_line(lfm("inspect", tmp_path), tmp_path, "lfm shard")
