@@ -1,0 +1,82 @@
+"""The stages on a real object store: the same bytes as on the local disk, and nothing half-written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ALONE, SmallSet, assert_one_line, lfm
+from object_store import BUCKET, ObjectStore, requires_object_store
+
+from lfm import storage
+from lfm.data import manifest as manifests
+from lfm.data.stream import LatentStream, StreamOptions
+
+pytestmark = [requires_object_store, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    server = ObjectStore(tmp_path_factory.mktemp("store") / "weed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+    server.close()
+
+
+def content(folder: str) -> dict[str, bytes]:
+    """Every shard of a folder and its bytes."""
+    return {
+        name: storage.read_bytes(storage.join(folder, name)) for name in storage.find(folder) if name.endswith(".tar")
+    }
+
+
+def test_shards_and_latents_have_the_same_bytes_as_on_the_local_disk(
+    store: ObjectStore, small_set: SmallSet, tmp_path: Path
+) -> None:
+    raw, latents = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/latents"
+    shard = ("shard", small_set.pictures, raw, "--image-size", 16, "--samples-per-shard", 16)
+    for _ in range(2):  # the second time there is nothing to do
+        assert lfm(*shard).exit_code == 0
+    assert content(raw) == content(str(small_set.raw))
+    cache = tmp_path / "cache"
+    encode = ("encode", raw, latents, "--autoencoder", small_set.autoencoder, "--flips", "--cache", cache)
+    result = lfm(*encode)
+    assert result.exit_code == 0, result.stderr
+    assert content(latents) == content(str(small_set.latents))
+    local, remote = (manifests.load(folder, "latents") for folder in (str(small_set.latents), latents))
+    assert local.digest == remote.digest
+
+    options = StreamOptions(global_batch=8, class_conditional=True, window=2)
+    streams = (
+        LatentStream(str(small_set.latents), local, options, ALONE, storage.Cache(cache)),
+        LatentStream(latents, remote, options, ALONE, storage.Cache(cache)),
+    )
+    for samples_seen in (0, 40, 72):
+        one, other = (stream.batch(samples_seen) for stream in streams)
+        np.testing.assert_array_equal(one.latents, other.latents)
+
+
+def test_a_source_in_the_store_shards_as_one_on_the_disk(
+    store: ObjectStore, small_set: SmallSet, tmp_path: Path
+) -> None:
+    import fsspec
+
+    fsspec.filesystem("s3").put(str(small_set.pictures), f"{BUCKET}/pictures", recursive=True)
+    result = lfm("shard", f"s3://{BUCKET}/pictures", tmp_path / "raw", "--image-size", 16, "--samples-per-shard", 16)
+    assert result.exit_code == 0, result.stderr
+    assert content(str(tmp_path / "raw")) == content(str(small_set.raw))
+
+
+def test_a_refused_key_is_one_line(store: ObjectStore, small_set: SmallSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        assert_one_line(lfm("shard", small_set.pictures, f"s3://{BUCKET}/new", "--image-size", 16), f"s3://{BUCKET}/new")
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
