@@ -21,6 +21,7 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[s3,test]'
 	touch $@
+	@echo "installed; for the commands in this shell: . $(VENV)/bin/activate"
 
 # Makes again the autoencoder that comes with the package: about half an hour on two cores.
 autoencoder: $(VENV)/ready

@@ -152,7 +152,7 @@ def encode(**options: Any) -> None:
 @click.option("--out", required=True, help="Folder for the pictures.")
 @click.option("--seeds", default="0-15", show_default=True, help="One picture for each.")
 @click.option("--class-index", help="Such as 3, or 0-9: the seeds take turns.  [default: all classes]")
-@click.option("--guidance-scale", type=_Finite(), default=1.0, show_default=True, help="1 means none.")
+@click.option("--guidance-scale", type=_Finite(-1000, 1000), default=1.0, show_default=True, help="1 means none.")
 @click.option("--solver", default="heun", show_default=True, help="euler, midpoint, heun, rk4, dopri5, bosh3, ...")
 @click.option("--num-steps", type=COUNT, help="Of a fixed-step solver.  [default: 25]")
 @click.option("--atol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
@@ -230,6 +230,12 @@ def scenes(**options: Any) -> None:
     if config.dry_run:
         return _show(config, result.plan)
     click.echo(result.plan)
+
+
+@main.command("train", hidden=True, context_settings={"ignore_unknown_options": True})
+@click.argument("rest", nargs=-1)
+def _train(rest: tuple[str, ...]) -> None:
+    raise click.UsageError("training is begun by a launcher: deepspeed launch/train.py --config configs/NAME.yaml")
 
 
 @main.command()

@@ -204,7 +204,8 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
         raise ConfigError(f"{name}: model: give either size, or all of hidden_size, depth and num_heads")
     if train.warmup_steps > train.num_steps:
         raise ConfigError(
-            f"{name}: train.warmup_steps {train.warmup_steps} is more than train.num_steps {train.num_steps}"
+            f"{name}: train.warmup_steps {train.warmup_steps} is more than train.num_steps {train.num_steps}; "
+            f"change either, as in --set train.warmup_steps={train.num_steps // 10}"
         )
     if train.micro_batch and train.global_batch % train.micro_batch:
         raise ConfigError(

@@ -77,6 +77,8 @@ def test_a_refused_key_is_one_line(store: ObjectStore, small_set: SmallSet, monk
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3fs.S3FileSystem.clear_instance_cache()
     try:
-        assert_one_line(lfm("shard", small_set.pictures, f"s3://{BUCKET}/new", "--image-size", 16), f"s3://{BUCKET}/new")
+        assert_one_line(
+            lfm("shard", small_set.pictures, f"s3://{BUCKET}/new", "--image-size", 16), f"s3://{BUCKET}/new"
+        )
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
