@@ -29,8 +29,9 @@ autoencoder: $(VENV)/ready
 	$(BIN)/lfm scenes build/autoencoder/leaves --num 6000 --seed 1 --kind leaves
 	$(BIN)/lfm shard build/autoencoder/scenes/images build/autoencoder/raw-scenes --image-size 64
 	$(BIN)/lfm shard build/autoencoder/leaves/images build/autoencoder/raw-leaves --image-size 64
-	$(BIN)/lfm autoencoder build/autoencoder/raw-scenes build/autoencoder/raw-leaves lfm/assets/autoencoder \
+	$(BIN)/lfm autoencoder build/autoencoder/raw-scenes build/autoencoder/raw-leaves build/autoencoder/weights \
 		--num-steps 3000 --precision bf16
+	cp build/autoencoder/weights/config.json build/autoencoder/weights/*.safetensors lfm/assets/autoencoder
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info
