@@ -63,7 +63,7 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class AutoencoderResult:
-    """What was made; None after a dry run."""
+    """What was made; the PSNR is None where nothing was left to do, and after a dry run."""
 
     plan: str
     psnr: float | None
@@ -94,17 +94,11 @@ def run(config: AutoencoderConfig, world: World) -> AutoencoderResult:
     )
     if config.dry_run:
         return AutoencoderResult(plan, None)
-    if config.overwrite:  # it counts as done when this is there, so it goes first
-        storage.remove(storage.join(config.dest, CONFIG))
     manifests.claim(config.dest, _recipe(config, pictures), overwrite=config.overwrite, owned=FILES)
     if storage.exists(storage.join(config.dest, CONFIG)):
         return AutoencoderResult(f"{plan}: is there already", None)
     trainer = Trainer(config, model, pictures, factory.device(world))
     psnr = trainer.run()
-    if not math.isfinite(psnr):
-        raise DataError(
-            f"{config.dest}: the loss is not finite; lower --learning-rate or --kl-weight and give --overwrite"
-        )
     trainer.export()
     return AutoencoderResult(plan, psnr)
 
@@ -147,9 +141,9 @@ class Trainer:
         if self.state_path.exists():
             self._resume()
 
-    def run(self) -> float:
-        """Train; returns the reconstruction's PSNR in dB over the last pictures."""
-        psnr = math.nan
+    def run(self) -> float | None:
+        """Train; returns the PSNR of the last pictures in dB, or None where no step was left to do."""
+        psnr = None
         with Progress("autoencoder", self.config.num_steps, "steps", done=self.step) as bar:
             while self.step < self.config.num_steps:
                 psnr = self._train_step(self._batch(self.step))
@@ -201,6 +195,11 @@ class Trainer:
         error = reconstruction.float() - images
         divergence = 0.5 * (mean**2 + std**2 - 1 - log_variance).mean()
         loss = error.abs().mean() + 2 * (error**2).mean() + self.config.kl_weight * divergence
+        if not math.isfinite(loss.item()):
+            raise DataError(
+                f"{self.config.dest}: the loss is {loss.item()} at step {self.step}; lower --learning-rate or --kl-weight, "
+                "and give --overwrite"
+            )
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)

@@ -19,6 +19,7 @@ class _OneLine(click.Command):
     """Ends with one line and exit code 2 where the user can repair something."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command and exit: 2 where the user can repair something, 130 where they interrupted."""
         try:
             return super().main(*args, **kwargs | {"standalone_mode": False})
         except click.Abort:

@@ -154,10 +154,10 @@ def numbers(flag: str, text: str) -> list[int]:
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ConfigError(f"{flag} {text}: must be numbers and ranges, as in 0-15 or 3,5,8-9, below {10**18:.0e}")
-        numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
-        if len(result) + len(numbers) > MOST_PICTURES:
+        named = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(result) + len(named) > MOST_PICTURES:
             raise ConfigError(f"{flag} {text}: more than {MOST_PICTURES:,} at once; give them in parts")
-        result += numbers
+        result += named
     if len(set(result)) != len(result):
         raise ConfigError(f"{flag} {text}: names a number twice")
     return result

@@ -60,6 +60,34 @@ def test_a_finished_one_is_kept_and_another_is_refused(small_set: SmallSet, tmp_
     assert (tmp_path / "a" / "diffusion_pytorch_model.safetensors").read_bytes() != before
 
 
+def test_a_run_killed_after_its_last_step_is_exported_by_the_next(
+    small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(autoencoder.Trainer, "export", killed)
+        run(config(small_set, tmp_path / "a", num_steps=5), ALONE)
+    run(config(small_set, tmp_path / "a", num_steps=5), ALONE)
+    run(config(small_set, tmp_path / "b", num_steps=5), ALONE)
+    one, other = (autoencoders.load(str(tmp_path / name)) for name in "ab")
+    assert one.content_hash == other.content_hash
+
+
+def test_overwrite_leaves_an_autoencoder_of_somebody_else(small_set: SmallSet, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in small_set.autoencoder.iterdir()}
+    with pytest.raises(autoencoder.ConfigError, match="something else"):
+        run(config(small_set, small_set.autoencoder, num_steps=1, overwrite=True), ALONE)
+    assert {path.name: path.read_bytes() for path in small_set.autoencoder.iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_it(small_set: SmallSet, tmp_path: Path) -> None:
+    with pytest.raises(autoencoder.DataError, match="lower --learning-rate"):
+        run(config(small_set, tmp_path / "a", learning_rate=1e30), ALONE)
+    assert not (tmp_path / "a" / "config.json").exists()
+
+
 def test_mistakes_are_one_line(small_set: SmallSet, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert_one_line(lfm("autoencoder", small_set.raw, small_set.raw, out, "--batch-size", 3), "--batch-size 3")
