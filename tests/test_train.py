@@ -17,7 +17,7 @@ from click.testing import Result
 from conftest import REPOSITORY, SmallSet, assert_one_line, lfm
 from safetensors.torch import load_file
 
-from pipelines import cli
+from pipelines import cli_model
 from pipelines.config import TrainConfig
 from pipelines.train import learning_rate_at
 
@@ -89,7 +89,7 @@ def train(config: Path, *overrides: str, ranks: int = 1) -> subprocess.Completed
 def plan(config: Path, *overrides: str) -> Result:
     """A dry run in this process."""
     settings = [part for override in overrides for part in ("--set", override)]
-    return lfm("--config", config, "--dry-run", *settings, command=cli.train)
+    return lfm("--config", config, "--dry-run", *settings, command=cli_model.train)
 
 
 def losses(run: Path) -> list[float]:
