@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the stages that never touch a tensor start without torch
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for every picture of a source
 class SourceItem:
     """One picture of a source, before anything of it is read: names that the source's store reads."""
 

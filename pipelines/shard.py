@@ -257,7 +257,7 @@ def _recipe(config: ShardConfig, source: Source) -> dict:
         "samples_per_shard": config.samples_per_shard,
         "seed": config.seed,
         "pictures": len(source.items),
-        "source": manifests.digest([asdict(item) for item in source.items]),
+        "source": manifests.digest(asdict(item) for item in source.items),
     }
 
 

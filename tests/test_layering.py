@@ -188,7 +188,9 @@ def test_every_package_is_listed_for_installation() -> None:
     assert set(listed) == packages == with_modules
 
 
-@pytest.mark.parametrize("statement", ["import pipelines.cli", "import lfm.types, lfm.storage, lfm.data.manifest"])
+@pytest.mark.parametrize(
+    "statement", ["import pipelines.cli", "import pipelines.shard", "import lfm.types, lfm.storage, lfm.data.manifest"]
+)
 def test_help_needs_no_torch(statement: str) -> None:
     script = (
         f"{statement}\nimport sys\nprint([name for name in ('torch', 'diffusers', 'deepspeed') if name in sys.modules])"

@@ -74,6 +74,15 @@ def raw_shard(path: Path, image_format: str = "webp", **options: Any) -> list[Ra
     return samples
 
 
+def test_the_tar_is_webdatasets_own_byte_for_byte(tmp_path: Path) -> None:
+    samples = [raw_members(sample, "png") for sample in raw_samples(count=3)]
+    write_tar(tmp_path / "ours.tar", samples)
+    with webdataset.TarWriter(str(tmp_path / "theirs.tar"), encoder=False, mtime=0) as writer:
+        for sample in samples:
+            writer.write(sample)
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
 def latent_shard(path: Path, *arguments: Any, **options: Any) -> list[LatentSample]:
     samples = latent_samples(*arguments, **options)
     write_tar(path, map(latent_members, samples))

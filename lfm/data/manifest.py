@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -109,12 +110,15 @@ class Manifest(_Record):
     @property
     def digest(self) -> str:
         """A hash of the whole data set's content and description."""
-        return digest(self.model_dump(mode="json"))
+        return digest([self.model_dump(mode="json")])
 
 
-def digest(value: Any) -> str:
-    """The sha256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def digest(values: Iterable[Any]) -> str:
+    """The sha256 of the values' canonical JSON, a line each."""
+    total = hashlib.sha256()
+    for value in values:
+        total.update(json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    return total.hexdigest()
 
 
 def load(folder: str, kind: Literal["raw", "latents"] | None = None) -> Manifest:

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import webdataset
 from PIL import Image
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from lfm.data.manifest import Member
 from lfm.data.transforms import Rejected, decode
@@ -45,10 +43,17 @@ def encode_class(class_index: int) -> bytes:
 
 
 def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
-    """Write samples, each `__key__` and bytes by suffix, as a plain tar that depends on nothing but them."""
-    with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+    """Write samples, each `__key__` and bytes by suffix, as a plain tar that depends on nothing but them.
+
+    The bytes are those of `webdataset.TarWriter(file, encoder=False, mtime=0)`, which is not called because its package
+    imports torch: more than a second for each worker that only packs pictures.
+    """
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            writer.write(sample)
+            for suffix in sorted(sample.keys() - {"__key__"}):
+                member = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
+                member.size, member.mode, member.uname, member.gname = len(sample[suffix]), 0o444, *2 * ("bigdata",)
+                tar.addfile(member, io.BytesIO(sample[suffix]))
 
 
 # --- raw shards --------------------------------------------------------------------------------------------------
@@ -97,6 +102,8 @@ def read_raw(stream: IO[bytes], name: str) -> Iterator[RawSample]:
 
 
 def _groups(stream: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # here, since it imports torch
+
     try:
         yield from group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:

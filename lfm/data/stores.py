@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from webdataset.tariterators import group_by_keys
 
 from lfm import storage
 from lfm.data.transforms import FORMATS
@@ -99,6 +98,8 @@ def tar_samples(root: str, tar: str) -> Iterator[dict[str, str]]:
                 label = archive.extractfile(member) if member.name.lower().endswith(".cls") else None
                 data = label.read(100).decode("ascii", "replace").strip() if label else name
                 yield {"fname": member.name, "__url__": path, "data": data}
+
+    from webdataset.tariterators import group_by_keys  # here, since it imports torch
 
     try:
         with storage.open_read(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
