@@ -13,10 +13,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfm.errors import ConfigError
 from lfm.types import Condition
+
+
+def hide(images: Tensor, mask: Tensor) -> Tensor:
+    """Pictures uint8 (B, 3, H, W) with the holes of `mask` (B, H, W), 1 = missing, in mid-grey: all that is known of them."""
+    return images.masked_fill(mask[:, None] == 1, 128)
+
+
+def mask_at_latent_size(mask: Tensor, downsample_factor: int) -> Tensor:
+    """uint8 (B, h, w) of a mask uint8 (B, H, W): 1 where any pixel of a cell is missing, so that thin strokes survive."""
+    return nn.functional.max_pool2d(mask[:, None].float(), downsample_factor)[:, 0].to(torch.uint8)
 
 
 def check_class_index(class_index: Tensor, num_classes: int) -> None:

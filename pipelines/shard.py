@@ -67,6 +67,7 @@ class Job:
     config: ShardConfig
     number: int
     source: Source  # with this shard's items alone
+    fields: frozenset[str]  # what every sample must have: those of the whole source
 
     @property
     def name(self) -> str:
@@ -85,7 +86,7 @@ def run(config: ShardConfig) -> ShardResult:
     """
     part, parts = _check(config)
     source = read(config.source, config.layout, config.split)
-    if config.masks and any(item.mask for item in source.items):
+    if config.masks and "mask" in source.fields:
         raise ConfigError(f"--masks {config.masks}: {source.root} brings its own masks; leave it out")
     jobs = plan(config, source)
     mine = jobs[part - 1 :: parts]
@@ -116,7 +117,9 @@ def plan(config: ShardConfig, source: Source) -> list[Job]:
     order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(source.items))
     starts = range(0, len(order), config.samples_per_shard)
     parts = [tuple(source.items[i] for i in order[start : start + config.samples_per_shard]) for start in starts]
-    return [Job(config, number, replace(source, items=part)) for number, part in enumerate(parts)]
+    return [
+        Job(config, number, replace(source, items=part), frozenset(source.fields)) for number, part in enumerate(parts)
+    ]
 
 
 class Rejections:
@@ -183,6 +186,9 @@ def _samples(job: Job, rejects: list[Reject]) -> Iterator[RawSample]:
 
 def _sample(job: Job, item: SourceItem, key: str) -> RawSample:
     """One picture with all that belongs to it, at the image size."""
+    for name in job.fields:
+        if getattr(item, name) is None:
+            raise Rejected(f"{name} missing", "other pictures of the source have one")
     found, size, rule = job.source.pictures(item), job.config.image_size, job.config.crop
     width, height = found.image.size
     pixels, mask, ids = crop(found.image, size, rule), None, None
@@ -237,7 +243,15 @@ def _publish_if_complete(config: ShardConfig, source: Source, recipe: dict, jobs
     classes = tuple(
         ClassRecord(index=index, name=name, count=int(counts[index])) for index, name in enumerate(source.class_names)
     )
-    manifest = Manifest(kind="raw", image_size=config.image_size, classes=classes, recipe=recipe, shards=records)
+    manifest = Manifest(
+        kind="raw",
+        image_size=config.image_size,
+        classes=classes,
+        fields=tuple(sorted({*source.fields, "mask"} if config.masks else source.fields)),
+        labels=source.labels,
+        recipe=recipe,
+        shards=records,
+    )
     manifests.publish(config.dest, manifest)
     return manifest
 

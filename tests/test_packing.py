@@ -22,7 +22,9 @@ from test_stages import picture_folder, tree
 
 from lfm.data import manifest as manifests
 from lfm.data.masks import free_form
-from pipelines.shard import ShardConfig, run
+from lfm.data.sources import Source
+from lfm.types import SourceItem
+from pipelines.shard import ShardConfig, plan, run, write_shard
 
 # --- bad files ---------------------------------------------------------------------------------------------------
 
@@ -236,3 +238,13 @@ def test_jpeg_on_request_is_of_quality_95_without_chroma_subsampling(tmp_path: P
     buffer = io.BytesIO()
     Image.fromarray(original.astype(np.uint8)).save(buffer, "JPEG", quality=95, subsampling=0)
     assert np.array_equal(samples(tmp_path / "raw")["a.png"].image, np.asarray(Image.open(buffer)))
+
+
+def test_a_sample_without_the_mask_that_others_have_is_a_reject(tmp_path: Path) -> None:
+    for name in ("a", "b", "b_mask"):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    source = Source(str(tmp_path), (SourceItem("a.png"), SourceItem("b.png", mask="b_mask.png")))
+    records = [
+        write_shard(job) for job in plan(ShardConfig("", str(tmp_path), image_size=8, samples_per_shard=1), source)
+    ]
+    assert [reject.reason for record in records for reject in record.rejects] == ["mask missing"]

@@ -88,6 +88,8 @@ class Manifest(_Record):
     version: Literal[1] = VERSION
     image_size: PositiveInt
     classes: tuple[ClassRecord, ...] = ()
+    fields: tuple[Literal["mask", "segmentation"], ...] = ()  # what every sample has beside picture and class
+    labels: dict[int, str] = {}  # class ids of the segmentations, by name; empty: any that a byte holds
     recipe: dict[str, Any]
     parent_digest: str | None = None  # latents: of the raw manifest
     autoencoder: AutoencoderRecord | None = None
@@ -101,6 +103,11 @@ class Manifest(_Record):
     def num_samples(self) -> int:
         """Over all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_labels(self) -> int:
+        """One more than the largest class id that a segmentation may hold; 0 where there are none."""
+        return max(self.labels, default=255) + 1 if "segmentation" in self.fields else 0
 
     @property
     def rejects(self) -> list[Reject]:

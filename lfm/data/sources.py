@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -72,6 +73,13 @@ class Source:
                 if mask.size != image.size:
                     raise Rejected("of another size", _sizes(mask.size, image.size))
         return Pictures(image, ids, mask)
+
+    @cached_property
+    def fields(self) -> set[Literal["mask", "segmentation"]]:
+        """What pictures of it have beside their class: `mask`, `segmentation`."""
+        return {
+            name for name in ("mask", "segmentation") if any(getattr(item, name) is not None for item in self.items)
+        }
 
     @property
     def unlabelled(self) -> int:
