@@ -52,6 +52,7 @@ class WeightsHeader:
     manifest_digest: str
     code_version: str
     config: dict[str, Any] = field(default_factory=dict)  # the resolved experiment
+    labels: dict[int, str] = field(default_factory=dict)  # the class ids of segmentations
 
     def to_json(self) -> str:
         """As one line of JSON."""
@@ -71,6 +72,7 @@ class WeightsHeader:
                 "model": DiTConfig(**content["model"]),
                 "autoencoder": AutoencoderRecord(**content["autoencoder"]),
                 "classes": tuple(ClassRecord(**entry) for entry in content["classes"]),
+                "labels": {int(index): name for index, name in content.get("labels", {}).items()},
             }
         )
 

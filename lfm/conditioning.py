@@ -1,32 +1,24 @@
 """What the model is told about a picture, and what it is told when it is told nothing.
 
-    class_index in {0, ..., num_classes - 1}    a class
-    class_index = num_classes                   the null class, "any picture": what dropped labels are replaced by in
-                                                training, and what guidance leads away from (Ho & Salimans 2022)
+                    of a picture                                        null: "any picture"
+    class_index     a class, 0 to num_classes - 1                       num_classes
+    spatial         inpainting: scaled latent mean of the masked        zeros, and ones: everything is missing
+                    picture (C), mask (1), 1 = missing
+    segmentation    a label of each pixel, 0 to num_labels - 1          num_labels at every pixel
 
-Conditions that lie over the latent, such as a mask, travel in `Condition.spatial`.
+In training all of a sample's condition is replaced by the null at once, for some samples; guidance leads away from the
+null (Ho & Salimans 2022). The rows of the null that are learned stand in the model's embeddings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lfm.errors import ConfigError
 from lfm.types import Condition
-
-
-def hide(images: Tensor, mask: Tensor) -> Tensor:
-    """Pictures uint8 (B, 3, H, W) with the holes of `mask` (B, H, W), 1 = missing, in mid-grey: all that is known of them."""
-    return images.masked_fill(mask[:, None] == 1, 128)
-
-
-def mask_at_latent_size(mask: Tensor, downsample_factor: int) -> Tensor:
-    """uint8 (B, h, w) of a mask uint8 (B, H, W): 1 where any pixel of a cell is missing, so that thin strokes survive."""
-    return nn.functional.max_pool2d(mask[:, None].float(), downsample_factor)[:, 0].to(torch.uint8)
 
 
 def check_class_index(class_index: Tensor, num_classes: int) -> None:
@@ -48,21 +40,40 @@ def class_condition(class_index: Sequence[int] | Tensor, num_classes: int | None
     return Condition(class_index=index)
 
 
-def drop_class(class_index: Tensor, dropped: Tensor, num_classes: int) -> Tensor:
-    """`class_index` int64 (B,) with the null class in the rows where `dropped`, bool (B,), is true."""
-    return torch.where(dropped, num_classes, class_index)
+def drop_condition(
+    condition: Condition, dropped: Tensor, *, num_classes: int | None = None, num_labels: int | None = None
+) -> Condition:
+    """`condition` with all that it says replaced by the null in the rows where `dropped`, bool (B,), is true."""
+
+    def drop(value: Tensor | None, null: Tensor | int | None) -> Tensor | None:
+        if value is None:
+            return None
+        assert null is not None, "the null of what is given must be known"
+        return torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null, value)
+
+    spatial, nothing = condition.spatial, None
+    if spatial is not None:
+        nothing = torch.zeros_like(spatial[:1])
+        nothing[:, -1] = 1
+    return Condition(
+        drop(condition.class_index, num_classes), drop(spatial, nothing), drop(condition.segmentation, num_labels)
+    )
 
 
-def null_condition(condition: Condition, num_classes: int | None, class_dropout: float) -> Condition:
-    """`condition` with every class replaced by the null class: the second branch of guidance.
+def null_condition(
+    condition: Condition, class_dropout: float, *, num_classes: int | None = None, num_labels: int | None = None
+) -> Condition:
+    """`condition` with every row replaced by the null: the second branch of guidance.
 
-    `num_classes` and `class_dropout` are those the model was trained with. Raises ConfigError when it was trained
-    without label dropout: its null class then means nothing.
+    The numbers are those the model was trained with. Raises ConfigError when it was trained without dropout of the
+    condition: its null then means nothing.
     """
-    if num_classes is None or condition.class_index is None:
-        raise ConfigError("guidance needs a class-conditional model and a class: use guidance scale 1")
+    given = [v for v in (condition.class_index, condition.spatial, condition.segmentation) if v is not None]
+    if not given:
+        raise ConfigError("guidance needs a conditional model: use guidance scale 1")
     if class_dropout == 0:
         raise ConfigError(
             "guidance needs a model trained with label dropout, this one had class_dropout 0: use guidance scale 1"
         )
-    return replace(condition, class_index=torch.full_like(condition.class_index, num_classes))
+    everything = torch.ones(len(given[0]), dtype=torch.bool, device=given[0].device)
+    return drop_condition(condition, everything, num_classes=num_classes, num_labels=num_labels)

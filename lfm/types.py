@@ -60,6 +60,7 @@ class Condition:
 
     class_index: Tensor | None = None  # int64 (B,); the number of classes stands for the null class
     spatial: Tensor | None = None  # float32 (B, K, h, w)
+    segmentation: Tensor | None = None  # int64 (B, H, W), class ids; the number of labels stands for no label
 
     def rows(self, index: Tensor) -> Condition:
         """The condition of some rows of the batch, in the order of `index` (int64)."""
@@ -70,7 +71,8 @@ class Condition:
         return self._each(lambda value: value.to(device, non_blocking=True))
 
     def _each(self, change: Any) -> Condition:
-        return Condition(*(value if value is None else change(value) for value in (self.class_index, self.spatial)))
+        values = (self.class_index, self.spatial, self.segmentation)
+        return Condition(*(value if value is None else change(value) for value in values))
 
 
 @dataclass(frozen=True)

@@ -88,13 +88,18 @@ class ExperimentConfig(_Section):
     """One experiment, as its YAML file says."""
 
     run: str  # folder for checkpoints, weights and logs
-    condition: Literal["none", "class"] = "none"
-    class_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that train the null class
+    condition: Literal["none", "class", "inpaint", "semantic", "class+inpaint", "class+semantic"] = "none"
+    class_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that train the null condition
     data: DataConfig
     model: ModelConfig
     flow: FlowConfig = FlowConfig()
     train: TrainConfig
     deepspeed: str | dict[str, Any]  # a JSON file relative to the YAML, and then its content
+
+    @property
+    def conditions(self) -> set[str]:
+        """What the model is told: none or some of class, inpaint, semantic."""
+        return set(self.condition.split("+")) - {"none"}
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -212,7 +217,7 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
             f"{name}: train.global_batch {train.global_batch} is no multiple of train.micro_batch {train.micro_batch}"
         )
     if config.class_dropout and config.condition == "none":
-        raise ConfigError(f"{name}: class_dropout: needs condition: class")
+        raise ConfigError(f"{name}: class_dropout: needs a condition, as in condition: class")
     stage = settings["zero_optimization"].get("stage")
     if type(stage) is not int or stage not in (1, 2, 3):
         raise ConfigError(f"{name}: deepspeed: zero_optimization.stage is {stage}; choose 1, 2 or 3")

@@ -101,8 +101,14 @@ def model_config(config: ExperimentConfig, manifest: Manifest) -> DiTConfig:
     hidden_size, depth, num_heads = (
         DIT_SIZES[model.size] if model.size else (model.hidden_size, model.depth, model.num_heads)
     )
-    if config.condition == "class" and not manifest.classes:
-        raise ConfigError("condition: class: the latents have no classes; shard class folders, or set condition: none")
+    members = {member.suffix for member in manifest.members}
+    for condition, is_there, repair in (
+        ("class", manifest.classes, "classes; shard class folders"),
+        ("inpaint", {"mask.npy", "masked.npy"} <= members, "masks; shard with --masks, or a layout that has them"),
+        ("semantic", manifest.labels and "seg.npy" in members, "segmentations; shard a layout that has them"),
+    ):
+        if condition in config.conditions and not is_there:
+            raise ConfigError(f"condition: {config.condition}: the latents have no {repair}, or set another condition")
     record = manifest.autoencoder
     if record is None:
         raise DataError("the latents' manifest names no autoencoder; encode them again")
@@ -114,8 +120,11 @@ def model_config(config: ExperimentConfig, manifest: Manifest) -> DiTConfig:
         depth=depth or 0,
         num_heads=num_heads or 0,
         mlp_ratio=model.mlp_ratio,
-        num_classes=len(manifest.classes) if config.condition == "class" else None,
+        num_classes=len(manifest.classes) if "class" in config.conditions else None,
         class_dropout=config.class_dropout,
+        condition_channels=record.latent_channels + 1 if "inpaint" in config.conditions else 0,
+        num_labels=manifest.num_labels if "semantic" in config.conditions else None,
+        downsample_factor=record.downsample_factor,
         time_scale=model.time_scale,
         attention=model.attention,
         activation_checkpointing=model.activation_checkpointing,
@@ -128,7 +137,7 @@ def stream_options(config: ExperimentConfig) -> StreamOptions:
         seed=config.train.seed,
         window=config.data.window,
         global_batch=config.train.global_batch,
-        class_conditional=config.condition == "class",
+        class_conditional="class" in config.conditions,
         class_dropout=config.class_dropout,
     )
 

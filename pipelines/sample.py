@@ -75,7 +75,9 @@ def run(config: SampleConfig, world: World) -> SampleResult:
     solvers.check_options(config.solver, num_steps=num_steps, atol=config.atol, rtol=config.rtol)
     classes = _classes(config, header, len(seeds))
     if config.guidance_scale != 1:
-        null_condition(_condition(classes[:1], header), header.model.num_classes, header.model.class_dropout)
+        null_condition(
+            _condition(classes[:1], header), header.model.class_dropout, num_classes=header.model.num_classes
+        )
     autoencoder = factory.matching_autoencoder(header.autoencoder, config.autoencoder, world, config.run)
     plan = (
         f"{len(seeds)} pictures of {header.image_size} x {header.image_size} pixels from {config.run} "
@@ -139,7 +141,7 @@ class Sampler:
         conditional = NetworkVelocity(self.model, condition, count)
         if self.config.guidance_scale == 1:
             return conditional
-        null = null_condition(condition, self.header.model.num_classes, self.header.model.class_dropout)
+        null = null_condition(condition, self.header.model.class_dropout, num_classes=self.header.model.num_classes)
         return Guided(conditional, NetworkVelocity(self.model, null, count), self.config.guidance_scale)
 
 

@@ -248,7 +248,7 @@ def _publish_if_complete(config: ShardConfig, source: Source, recipe: dict, jobs
         image_size=config.image_size,
         classes=classes,
         fields=tuple(sorted({*source.fields, "mask"} if config.masks else source.fields)),
-        labels=source.labels,
+        labels=source.labels or ({i: str(i) for i in range(256)} if "segmentation" in source.fields else {}),
         recipe=recipe,
         shards=records,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest
+from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, Member
 from lfm.errors import ConfigError
-from lfm.models.dit import DiT
+from lfm.models.dit import DiT, DiTConfig
 from lfm.world import World
 from pipelines import config as configs
 from pipelines import factory
@@ -40,6 +41,26 @@ def test_every_shipped_configuration_loads_and_builds_its_model(path: Path) -> N
     assert (
         "launch/train.py" in first[0] and f"configs/{path.name}" in first[0] and all(x.startswith("# ") for x in first)
     )
+
+
+def test_each_condition_shapes_its_model_and_needs_its_members() -> None:
+    config = configs.load(str(SHIPPED[0])).model_copy(update={"class_dropout": 0.0})
+    latents = manifest(64, 10)
+
+    def model(condition: str, *suffixes: str, labels: dict[int, str] | None = None) -> DiTConfig:
+        members = tuple(Member(suffix=suffix, dtype="u1", shape=(), offset=0) for suffix in suffixes)
+        content = latents.model_copy(update={"members": members, "labels": labels or {}})
+        return factory.model_config(config.model_copy(update={"condition": condition}), content)
+
+    assert not model("none").is_conditional
+    assert model("class").num_classes == 10 and model("class").condition_channels == 0
+    inpaint = model("class+inpaint", "mask.npy", "masked.npy")
+    assert (inpaint.num_classes, inpaint.condition_channels, inpaint.num_labels) == (10, 5, None)
+    semantic = model("semantic", "seg.npy", labels={0: "sky", 7: "sea"})
+    assert (semantic.num_classes, semantic.num_labels, semantic.downsample_factor) == (None, 8, 4)
+    for condition, missing in (("inpaint", "masks"), ("class+semantic", "segmentations")):
+        with pytest.raises(ConfigError, match=rf"^condition: {re.escape(condition)}: the latents have no {missing}; "):
+            model(condition)
 
 
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:

@@ -64,9 +64,11 @@ def test_weights_begin_with_the_published_spreads() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_every_parameter(checkpointing: bool) -> None:
-    model = opened(dataclasses.replace(SMALL, activation_checkpointing=checkpointing, condition_channels=1))
+    tasks = {"condition_channels": 1, "num_labels": 3, "downsample_factor": 2}
+    model = opened(dataclasses.replace(SMALL, activation_checkpointing=checkpointing, **tasks))
     state, time, classes = inputs()
-    model(state, time, Condition(classes, torch.rand(3, 1, 8, 8))).square().mean().backward()
+    condition = Condition(classes, torch.rand(3, 1, 8, 8), torch.arange(3 * 256).view(3, 16, 16) % 4)
+    model(state, time, condition).square().mean().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
 
@@ -171,6 +173,27 @@ def test_the_spatial_condition_is_heard() -> None:
     assert (empty - full).abs().max() > 1e-3
 
 
+def test_every_pixel_of_a_segmentation_is_heard_where_it_lies() -> None:
+    config = dataclasses.replace(SMALL, num_classes=None, depth=1, num_labels=3, downsample_factor=4)
+    model = opened(config)
+    segmentation = torch.zeros(1, 32, 32, dtype=torch.int64)
+    embedded = model.segmentation_embedding(segmentation)
+    for row, column in ((0, 0), (5, 30), (31, 31)):
+        changed = segmentation.clone()
+        changed[0, row, column] = 2
+        moved = (model.segmentation_embedding(changed) - embedded).abs().sum(1)[0] > 0
+        assert moved.nonzero().tolist() == [[row // 4, column // 4]]
+
+
+def test_a_segmentation_of_another_size_is_refused() -> None:
+    model = opened(dataclasses.replace(SMALL, num_classes=None, num_labels=3, downsample_factor=4))
+    state, time, _ = inputs()
+    with pytest.raises(ConfigError, match=r"takes segmentations of 32 pixels .*, not 16"):
+        model(state, time, Condition(segmentation=torch.zeros(3, 16, 16, dtype=torch.int64)))
+    with pytest.raises(ConfigError, match=r"takes segmentations of 32 pixels .*, not 0"):
+        model(state, time, Condition())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -179,8 +202,9 @@ def test_the_spatial_condition_is_heard() -> None:
         ({"patch_size": 3}, "latent_size 8 must be a multiple of patch_size 3"),
         ({"depth": 0}, "depth 0"),
         ({"num_classes": 0}, "num_classes 0"),
+        ({"num_labels": 0}, "num_labels 0"),
         ({"class_dropout": 1.0}, "class_dropout 1.0"),
-        ({"num_classes": None}, "class_dropout 0.1 needs num_classes"),
+        ({"num_classes": None}, "class_dropout 0.1 needs a condition, such as num_classes"),
         ({"attention": "flash"}, "attention 'flash'"),
     ],
 )

@@ -35,7 +35,7 @@ class Pull(nn.Module):
 def guided(scale: float, classes: list[int], model: nn.Module | None = None) -> Guided:
     model = model or Pull()
     condition = Condition(torch.tensor(classes))
-    null = null_condition(condition, NUM_CLASSES, class_dropout=0.1)
+    null = null_condition(condition, 0.1, num_classes=NUM_CLASSES)
     return Guided(NetworkVelocity(model, condition, len(classes)), NetworkVelocity(model, null, len(classes)), scale)
 
 
@@ -86,7 +86,7 @@ def test_guided_output_is_that_of_the_paper(scale: float, name: str) -> None:
     theirs, model = recorded("dit_class_io"), recorded_model()
     assert CONFIG.num_classes is not None
     condition = Condition(theirs["cfg.y"][:5])
-    null = null_condition(condition, CONFIG.num_classes, CONFIG.class_dropout)
+    null = null_condition(condition, CONFIG.class_dropout, num_classes=CONFIG.num_classes)
     assert null.class_index is not None and torch.equal(null.class_index, theirs["cfg.y"][5:])
     field = Guided(NetworkVelocity(model, condition, 5), NetworkVelocity(model, null, 5), scale)
     time = theirs["t_scalar"].expand(5) if name.endswith("scalar") else theirs["t"]

@@ -151,7 +151,7 @@ def test_a_wrong_edge_is_found(importer: str, statement: str) -> None:
     [
         ("lfm.storage", "import fsspec\nfrom lfm.errors import StorageError"),
         ("lfm.models.dit", "from lfm.models.attention import attend\nfrom lfm.types import Condition"),
-        ("lfm.data.stream", "from lfm import storage\nfrom lfm.conditioning import drop_class"),
+        ("lfm.data.stream", "from lfm import storage\nfrom lfm.conditioning import drop_condition"),
         ("lfm.checkpoint", "from lfm.data.manifest import Manifest"),
         ("pipelines.cli", "import click\nfrom pipelines.train import run"),
         ("pipelines.train", "from pipelines import factory\nfrom lfm.engine import Engine"),

@@ -210,7 +210,7 @@ def fields_of_the_paper(task: str, file: dict[str, Tensor]) -> tuple[Velocity, T
     plain = NetworkVelocity(model, condition, 4)
     if task == "cls":
         return plain, file["xT"], 4
-    null = null_condition(condition, 10, class_dropout=0.1)
+    null = null_condition(condition, 0.1, num_classes=10)
     return Guided(plain, NetworkVelocity(model, null, 4), 1.5), file["cfg.x"][:4], 4
 
 

@@ -89,7 +89,7 @@ class Manifest(_Record):
     image_size: PositiveInt
     classes: tuple[ClassRecord, ...] = ()
     fields: tuple[Literal["mask", "segmentation"], ...] = ()  # what every sample has beside picture and class
-    labels: dict[int, str] = {}  # class ids of the segmentations, by name; empty: any that a byte holds
+    labels: dict[int, str] = {}  # class ids of the segmentations, by name
     recipe: dict[str, Any]
     parent_digest: str | None = None  # latents: of the raw manifest
     autoencoder: AutoencoderRecord | None = None
@@ -100,14 +100,14 @@ class Manifest(_Record):
     shards: tuple[ShardRecord, ...]
 
     @property
+    def num_labels(self) -> int:
+        """How many ids a segmentation may hold: they are below it, but need not all be labels."""
+        return 1 + max(self.labels, default=-1)
+
+    @property
     def num_samples(self) -> int:
         """Over all shards."""
         return sum(shard.samples for shard in self.shards)
-
-    @property
-    def num_labels(self) -> int:
-        """One more than the largest class id that a segmentation may hold; 0 where there are none."""
-        return max(self.labels, default=255) + 1 if "segmentation" in self.fields else 0
 
     @property
     def rejects(self) -> list[Reject]:

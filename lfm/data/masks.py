@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 _STREAM = 1 << 62  # sets these draws apart from those of other modules
 TURN, TURN_SPREAD = 2 * math.pi / 5, 2 * math.pi / 15
 BRUSH = (12 / 256, 48 / 256)
+GREY = 128  # the level of what is hidden: zero to the autoencoder
 
 
 def free_form(seed: int, key: str, size: int) -> np.ndarray:
@@ -52,3 +53,15 @@ def _stroke(random: np.random.Generator, size: int) -> list[np.ndarray]:
 
 
 MASKS = {"free-form": free_form}
+
+
+def hide(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Pictures uint8 (..., H, W, 3) with middle grey where the masks (..., H, W) are 1: what inpainting is told."""
+    return np.where(masks[..., None] != 0, np.uint8(GREY), images)
+
+
+def at_latent_size(masks: np.ndarray, factor: int) -> np.ndarray:
+    """Masks (..., H, W) as uint8 (..., H / factor, W / factor): 1 where any pixel is, so that thin strokes survive."""
+    *rest, height, width = masks.shape
+    cells = masks.reshape(*rest, height // factor, factor, width // factor, factor)
+    return cells.max((-3, -1)).astype(np.uint8)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lfm import storage
-from lfm.conditioning import drop_class
+from lfm.conditioning import drop_condition
 from lfm.data.draws import draw
 from lfm.data.manifest import Manifest
 from lfm.data.order import Order
@@ -110,16 +110,14 @@ class LatentStream:
 
         moments = torch.from_numpy(posterior).float().unflatten(1, (2, shape[0]))
         latents = moments[:, 0] + moments[:, 1] * torch.from_numpy(draws.posterior_noise)
-        class_index = None
-        if self.options.class_conditional:
-            dropped = torch.from_numpy(draws.drop < self.options.class_dropout)
-            class_index = drop_class(torch.from_numpy(classes), dropped, len(self.manifest.classes))
+        condition = Condition(torch.from_numpy(classes) if self.options.class_conditional else None)
+        dropped = torch.from_numpy(draws.drop < self.options.class_dropout)
         return LatentBatch(
             sample_numbers=torch.from_numpy(numbers),
             latents=(latents - self.shift) * self.scale,
             noise=torch.from_numpy(draws.noise),
             uniform=torch.from_numpy(draws.uniform),
-            condition=Condition(class_index=class_index),
+            condition=drop_condition(condition, dropped, num_classes=len(self.manifest.classes)),
         )
 
     def _gather(

@@ -1,6 +1,6 @@
 """The diffusion transformer (DiT) of Peebles & Xie 2022, as the velocity network of Dao et al. 2023.
 
-    tokens    = patches(state, spatial condition) W + position
+    tokens    = patches(state, spatial condition, embedded segmentation) W + position
     signal    = time embedding + class embedding
     block     x += g1 attention(n(x) (1 + a1) + b1);   x += g2 mlp(n(x) (1 + a2) + b2)
     velocity  = unpatchify((n(x) (1 + a) + b) W)
@@ -12,6 +12,7 @@ network's first velocity is 0. mlp, two linears round a tanh-approximated GELU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lfm.errors import ConfigError
 from lfm.models.attention import BACKENDS, SelfAttention
-from lfm.models.embeddings import ClassEmbedding, TimeEmbedding, sincos_position_embedding
+from lfm.models.embeddings import (
+    LABEL_CHANNELS,
+    ClassEmbedding,
+    SegmentationEmbedding,
+    TimeEmbedding,
+    sincos_position_embedding,
+)
 from lfm.types import Condition
 
 # hidden_size, depth, num_heads; S to XL as published, Ti and XS for a CPU
@@ -46,15 +53,17 @@ class DiTConfig:
     num_heads: int
     mlp_ratio: float = 4.0
     num_classes: int | None = None  # None: the model takes no class
-    class_dropout: float = 0.0  # above 0: the model has a null class, and can be guided
+    class_dropout: float = 0.0  # above 0: the model has a null condition, and can be guided
     condition_channels: int = 0  # of Condition.spatial, concatenated to the state
+    num_labels: int | None = None  # None: the model takes no segmentation
+    downsample_factor: int = 8  # pixels of a segmentation for each of the latent, along a side
     time_scale: float = 1000.0  # 1 for the paper's own checkpoints
     attention: str = "auto"  # auto | xformers | sdpa
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         counts = ("latent_channels", "latent_size", "patch_size", "hidden_size", "depth", "num_heads", "num_classes")
-        for name in counts:
+        for name in (*counts, "num_labels", "downsample_factor"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.hidden_size % self.num_heads:
@@ -65,14 +74,25 @@ class DiTConfig:
             raise ConfigError(f"latent_size {self.latent_size} must be a multiple of patch_size {self.patch_size}")
         if not 0 <= self.class_dropout < 1:
             raise ConfigError(f"class_dropout {self.class_dropout}: must be at least 0 and below 1")
-        if self.class_dropout and self.num_classes is None:
-            raise ConfigError(f"class_dropout {self.class_dropout} needs num_classes: set it, or class_dropout to 0")
+        if self.class_dropout and not self.is_conditional:
+            raise ConfigError(
+                f"class_dropout {self.class_dropout} needs a condition, such as num_classes: set it, or class_dropout to 0"
+            )
         if self.attention not in BACKENDS:
             raise ConfigError(f"attention {self.attention!r}: must be one of {', '.join(BACKENDS)}")
 
     @property
     def num_tokens(self) -> int:
         return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def is_conditional(self) -> bool:
+        return self.num_classes is not None or self.condition_channels > 0 or self.num_labels is not None
+
+    @property
+    def input_channels(self) -> int:
+        """Of the state and all that is concatenated to it."""
+        return self.latent_channels + self.condition_channels + (LABEL_CHANNELS if self.num_labels else 0)
 
 
 class DiT(nn.Module):
@@ -84,13 +104,17 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         width, patch, side = config.hidden_size, config.patch_size, config.latent_size // config.patch_size
-        channels = config.latent_channels + config.condition_channels
-        self.patch_embedding = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.patch_embedding = nn.Conv2d(config.input_channels, width, kernel_size=patch, stride=patch)
         self.time_embedding = TimeEmbedding(width, scale=config.time_scale)
         self.class_embedding = (
             None
             if config.num_classes is None
             else ClassEmbedding(config.num_classes, width, with_null=config.class_dropout > 0)
+        )
+        self.segmentation_embedding = (
+            None
+            if config.num_labels is None
+            else SegmentationEmbedding(config.num_labels, config.downsample_factor, with_null=config.class_dropout > 0)
         )
         self.register_buffer("position", sincos_position_embedding(width, side, side), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -104,6 +128,8 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
             elif name.startswith(("time_embedding", "class_embedding")):
                 nn.init.normal_(parameter, std=0.02)
+            elif name == "segmentation_embedding.table.weight":
+                nn.init.normal_(parameter)  # as large as the latents beside which it is concatenated
             else:
                 nn.init.xavier_uniform_(parameter.detach().flatten(1))  # the patch convolution as the linear that it is
 
@@ -113,7 +139,7 @@ class DiT(nn.Module):
         Raises ConfigError for a condition that the model does not take, or that it takes and is missing.
         """
         self._check(state, condition)
-        inputs = state if condition.spatial is None else torch.cat([state, condition.spatial], 1)  # (B, C + K, h, w)
+        inputs = torch.cat([state, *self._maps(condition)], 1)  # (B, input channels, h, w)
         patches = self.patch_embedding(inputs.to(self.patch_embedding.weight.dtype))  # (B, hidden, h/p, w/p)
         tokens = patches.flatten(2).transpose(1, 2)  # (B, tokens, hidden)
         tokens = tokens + self.position.to(tokens.dtype)  # (B, tokens, hidden)
@@ -127,6 +153,13 @@ class DiT(nn.Module):
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _maps(self, condition: Condition) -> Iterator[Tensor]:
+        """What lies over the latent, each (B, ..., h, w)."""
+        if condition.spatial is not None:
+            yield condition.spatial
+        if self.segmentation_embedding is not None:
+            yield self.segmentation_embedding(condition.segmentation)
 
     def _run(self, block: nn.Module, tokens: Tensor, signal: Tensor) -> Tensor:
         if self.config.activation_checkpointing and torch.is_grad_enabled():
@@ -154,6 +187,10 @@ class DiT(nn.Module):
             raise ConfigError(
                 f"the model takes {takes} channels of spatial condition (condition_channels), not {channels}"
             )
+        given = 0 if condition.segmentation is None else condition.segmentation.shape[-1]
+        taken = 0 if config.num_labels is None else config.latent_size * config.downsample_factor
+        if given != taken:
+            raise ConfigError(f"the model takes segmentations of {taken} pixels (0: takes none), not {given}")
 
 
 class Block(nn.Module):
@@ -196,7 +233,9 @@ def flops_per_sample(config: DiTConfig) -> int:
     """Floating-point operations of one forward pass for one latent: matrix products only, two per multiply-add."""
     width, tokens, patch_area = config.hidden_size, config.num_tokens, config.patch_size**2
     inner = int(width * config.mlp_ratio)
-    patching = tokens * width * patch_area * (config.latent_channels + config.condition_channels)
+    patching = tokens * width * patch_area * config.input_channels
+    if config.num_labels:
+        patching += (config.latent_size * config.downsample_factor * LABEL_CHANNELS) ** 2
     time = 256 * width + width**2
     attention = 4 * tokens * width**2 + 2 * tokens**2 * width
     block = attention + 2 * tokens * width * inner + 6 * width**2

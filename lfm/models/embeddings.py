@@ -1,7 +1,10 @@
-"""Numbers as vectors of the network's width: time, class and position.
+"""Numbers as vectors of the network's width: time, class and position; a map of class ids as channels of the latent.
 
     time       MLP([cos(a_1), ..., cos(a_n), sin(a_1), ..., sin(a_n)]),  a_i = scale t P^(-i/n),  i = 0 .. n - 1
     class      one learned row per class, and one more for the null class
+    map        one learned row per label, and one more for no label, then a convolution whose kernel and stride are the
+               pixels of one latent: where in its cell a border runs is heard. It is a linear map of the one-hot map,
+               of low rank, at a cost in memory and weights that does not grow with the number of labels
     position   [e(column), e(row)],  e(p) = [sin(p w_0), ..., sin(p w_m), cos(p w_0), ..., cos(p w_m)],
                w_i = P^(-i/m),  m = width / 4 frequencies
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 MAX_PERIOD = 10000.0
+LABEL_CHANNELS = 8  # what a latent hears of the map over it
 
 
 class TimeEmbedding(nn.Module):
@@ -49,6 +53,18 @@ class ClassEmbedding(nn.Module):
 
     def forward(self, class_index: Tensor) -> Tensor:
         return self.table(class_index)
+
+
+class SegmentationEmbedding(nn.Module):
+    """Class ids int64 (B, H, W) -> (B, LABEL_CHANNELS, H / factor, W / factor); id `num_labels` is none, `with_null`."""
+
+    def __init__(self, num_labels: int, factor: int, with_null: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_labels + int(with_null), LABEL_CHANNELS)
+        self.shrink = nn.Conv2d(LABEL_CHANNELS, LABEL_CHANNELS, kernel_size=factor, stride=factor)
+
+    def forward(self, segmentation: Tensor) -> Tensor:
+        return self.shrink(self.table(segmentation).movedim(-1, 1))
 
 
 def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Tensor:
