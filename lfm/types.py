@@ -52,6 +52,10 @@ class LatentSample:
     posterior: np.ndarray  # float16 (2C, h, w): mean, then std, unscaled
     posterior_flip: np.ndarray | None = None  # the same of the mirrored picture
     class_index: int | None = None
+    mask: np.ndarray | None = None  # uint8 (h, w), 1 = something in the cell is missing
+    masked: np.ndarray | None = None  # float16 (C, h, w): the posterior mean of the picture without what is missing
+    masked_flip: np.ndarray | None = None
+    segmentation: np.ndarray | None = None  # uint8 or uint16 (H, W), class ids
 
 
 @dataclass(frozen=True)

@@ -61,21 +61,28 @@ def shard(**options: Any) -> None:
 @click.option("--flips", is_flag=True, help="Encode each picture's mirror too.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16.")
+@click.option("--threads", type=COUNT, default=4, show_default=True, help="Of each process, to decode pictures.")
+@click.option("--num-gpus", type=COUNT, help="Processes to start; on a machine without GPUs too.  [default: all GPUs]")
 @cache_option
 @overwrite_option
 @dry_run_option
-def encode(**options: Any) -> None:
-    """Turn the raw shards RAW into latent shards DEST. Under torchrun, every rank takes its part."""
-    from pipelines import factory
+def encode(num_gpus: int | None, **options: Any) -> None:
+    """Turn the raw shards RAW into latent shards DEST, on every GPU there is.
+
+    Under torchrun, deepspeed or Slurm, every rank takes its part; what a dead one leaves, the others take.
+    """
     from pipelines.encode import EncodeConfig, run
+    from pipelines.processes import on_every_gpu
 
     config = EncodeConfig(**options)
-    result = run(config, factory.world())
+    results = on_every_gpu(run, config, 1 if config.dry_run else num_gpus)
+    plan = results[0].plan
     if config.dry_run:
-        return show(config, result.plan)
-    if result.manifest is None:
+        return show(config, plan)
+    manifest = next((result.manifest for result in results if result.manifest), None)
+    if manifest is None:
         return click.echo("this rank is done; the last one writes the manifest")
-    click.echo(f"{result.plan}: {result.manifest.num_samples:,} samples")
+    click.echo(f"{plan}: {manifest.num_samples:,} samples")
     click.echo("next: set data.shards in a configuration and run: deepspeed launch/train.py --config configs/NAME.yaml")
 
 

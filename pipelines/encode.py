@@ -1,15 +1,18 @@
 """`lfm encode`: raw shards -> latent shards of the same names.
 
-A shard in is a shard out, so every process works by itself: it takes its part of the shards, leaves out those that are
-done, and whoever finds all records there writes the manifest. Under torchrun or the deepspeed launcher every rank runs
-this; after a crash the same command goes on.
+A shard in is a shard out, so every process works by itself: it takes its part of the shards, then what others have left,
+and whoever finds all records there writes the manifest. Under a launcher every rank runs this; a rank that dies is
+replaced by the others, or by the same command. Reading and decoding run ahead of the network, and the network ahead of
+the writing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +21,16 @@ from lfm import storage
 from lfm.autoencoder import EMBEDDED, Autoencoder, check_storable
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest, ShardRecord
+from lfm.data.masks import at_latent_size, hide
 from lfm.data.shards import latent_layout, latent_members, read_raw, write_tar
 from lfm.errors import DataError
+from lfm.prefetch import prefetch
 from lfm.types import LatentSample, RawSample
 from lfm.world import World
 from pipelines import factory
 from pipelines.progress import Progress
+
+AHEAD = 3  # batches that wait before and behind the network
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class EncodeConfig:
     flips: bool = False
     batch_size: int = 32
     precision: str = "fp32"
+    threads: int = 4  # that decode pictures
     cache: str | None = None
     overwrite: bool = False
     dry_run: bool = False
@@ -69,15 +77,45 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
         manifests.claim(config.dest, recipe, overwrite=config.overwrite)
     else:
         factory.wait_for(storage.join(config.dest, manifests.RECIPE), recipe)
-    done = manifests.done(config.dest)
-    mine = raw.shards[world.rank :: world.size]
-    todo = [shard for shard in mine if shard.name not in done]
-    total, before = sum(shard.samples for shard in mine), sum(shard.samples for shard in mine if shard.name in done)
+    sizes = {shard.name: shard.samples for shard in raw.shards}
+    before = sum(sizes[name] for name in manifests.done(config.dest))
+    with Progress("encode", raw.num_samples, "pictures", done=before, quiet=not world.is_main) as bar:
+        batches = prefetch(_batches(config, raw, world), AHEAD)
+        encoded = prefetch(_encoded(autoencoder, batches, config.flips), AHEAD)
+        with closing(batches), closing(encoded):
+            for _, latents in groupby(encoded, key=lambda batch: batch[0].name):
+                _write(config, autoencoder, latents, bar)
+                bar.done = max(bar.done, sum(sizes[name] for name in manifests.done(config.dest)))
+    return EncodeResult(summary, _publish_if_complete(config, raw, autoencoder, recipe))
+
+
+def _todo(dest: str, raw: Manifest, world: World) -> Iterator[ShardRecord]:
+    """The shards that are not done when their turn comes: this rank's part, then, in an order of its own, what the others
+    have not done. Of those some are in work, and are done twice, to equal bytes; but a dead rank's are done too."""
+    first = {shard.name for shard in raw.shards[world.rank :: world.size]}
+    order = np.random.default_rng(world.rank).permutation(len(raw.shards))
+    for mine in (True, False):
+        done = manifests.done(dest)
+        for shard in [raw.shards[index] for index in (range(len(order)) if mine else order)]:
+            if (shard.name in first) == mine and shard.name not in done and not manifests.is_done(dest, shard.name):
+                yield shard
+
+
+def _batches(config: EncodeConfig, raw: Manifest, world: World) -> Generator[tuple[ShardRecord, list[RawSample]]]:
+    """The pictures of every shard that is to do, in batches, the last one of a shard smaller or empty."""
     cache = factory.cache(config.cache)
-    with Progress("encode", total, "pictures", done=before, quiet=not world.is_main) as bar:
-        for shard in todo:
-            _encode_shard(config, autoencoder, raw, shard, cache, bar)
-    return EncodeResult(summary, _publish_if_complete(config, raw, autoencoder, recipe, latent_shape))
+    for shard in _todo(config.dest, raw, world):
+        path = storage.join(config.raw, shard.name)
+        local = cache.fetch(path, shard.bytes, shard.crc32, verify_local=True)
+        with local.open("rb") as stream:
+            samples = _checked(read_raw(stream, path, threads=config.threads), raw, path)
+            count, full = 0, True
+            while full:  # at the end of a shard comes a part of a batch, or none of it
+                batch = list(islice(samples, config.batch_size))
+                count, full = count + len(batch), len(batch) == config.batch_size
+                yield shard, batch
+        if count != shard.samples:
+            raise DataError(f"{path}: holds {count} samples, its record says {shard.samples}; shard it again")
 
 
 class _Sums:
@@ -96,26 +134,23 @@ class _Sums:
             yield sample
 
 
-def _encode_shard(
+def _write(
     config: EncodeConfig,
     autoencoder: Autoencoder,
-    raw: Manifest,
-    shard: ShardRecord,
-    cache: storage.Cache,
+    batches: Iterator[tuple[ShardRecord, list[LatentSample]]],
     bar: Progress,
 ) -> None:
-    """Encode one raw shard, write the latent shard and then its record."""
-    raw_path = storage.join(config.raw, shard.name)
-    local = cache.fetch(raw_path, shard.bytes, shard.crc32, verify_local=True)
+    """Write one latent shard from its batches, and then its record."""
     sums = _Sums(autoencoder.latent_channels)
-    with storage.writing(storage.join(config.dest, shard.name)) as temporary, local.open("rb") as stream:
-        pictures = _checked(read_raw(stream, raw_path), raw, raw_path)
-        latents = sums.watch(_encode(config, autoencoder, pictures, bar))
-        write_tar(temporary, (latent_members(latent) for latent in latents))
-        if sums.samples != shard.samples:
-            raise DataError(
-                f"{raw_path}: holds {sums.samples} samples, its record says {shard.samples}; shard it again"
-            )
+    shard, first = next(batches)
+
+    def samples() -> Iterator[LatentSample]:
+        for _, batch in chain([(shard, first)], batches):
+            yield from batch
+            bar.advance(len(batch))
+
+    with storage.writing(storage.join(config.dest, shard.name)) as temporary:
+        write_tar(temporary, map(latent_members, sums.watch(samples())))
         checksums = storage.checksums(temporary)
     record = ShardRecord(
         name=shard.name,
@@ -135,27 +170,62 @@ def _checked(samples: Iterable[RawSample], raw: Manifest, path: str) -> Iterator
             raise DataError(
                 f"{path}: sample {sample.key} is {sample.image.shape}, not of size {raw.image_size}; shard again"
             )
-        if raw.classes and sample.class_index is None:
-            raise DataError(f"{path}: sample {sample.key} has no class; shard again")
-        yield sample
+        for name in (*raw.fields, *["class_index"] * bool(raw.classes)):
+            if getattr(sample, name) is None:
+                raise DataError(f"{path}: sample {sample.key} has no {name}; shard again")
+        ids = sample.segmentation
+        if ids is not None and ids.max() >= raw.num_labels:
+            raise DataError(f"{path}: sample {sample.key} has the class id {ids.max()}, above all labels; shard again")
+        yield sample if ids is None else replace(sample, segmentation=ids.astype(_ids_dtype(raw)))
 
 
-def _encode(
-    config: EncodeConfig, autoencoder: Autoencoder, samples: Iterator[RawSample], bar: Progress
-) -> Iterator[LatentSample]:
-    while batch := list(islice(samples, config.batch_size)):
-        yield from _encode_batch(autoencoder, batch, config.flips)
-        bar.advance(len(batch))
+def _ids_dtype(raw: Manifest) -> type[np.unsignedinteger]:
+    return np.uint8 if raw.num_labels <= 256 else np.uint16
 
 
-def _encode_batch(autoencoder: Autoencoder, batch: list[RawSample], flips: bool) -> Iterator[LatentSample]:
-    images = torch.from_numpy(np.stack([sample.image for sample in batch])).permute(0, 3, 1, 2).contiguous()
+def _blank(raw: Manifest) -> RawSample:
+    """A picture with all that the samples have, of which to learn the shape of the latents."""
+    size = (raw.image_size, raw.image_size)
+    return RawSample(
+        key="0",
+        image=np.zeros((*size, 3), np.uint8),
+        class_index=0 if raw.classes else None,
+        mask=np.zeros(size, np.uint8) if "mask" in raw.fields else None,
+        segmentation=np.zeros(size, _ids_dtype(raw)) if "segmentation" in raw.fields else None,
+    )
+
+
+def _encoded(
+    autoencoder: Autoencoder, batches: Iterable[tuple[ShardRecord, list[RawSample]]], flips: bool
+) -> Generator[tuple[ShardRecord, list[LatentSample]]]:
+    for shard, batch in batches:
+        yield shard, _encode_batch(autoencoder, batch, flips) if batch else []
+
+
+def _encode_batch(autoencoder: Autoencoder, batch: list[RawSample], flips: bool) -> list[LatentSample]:
+    images = np.stack([sample.image for sample in batch])
     keys = [sample.key for sample in batch]
-    posteriors = [_stored(autoencoder, images, keys)]
-    if flips:  # the mirrored latent would not be the latent of the mirrored picture
-        posteriors.append(_stored(autoencoder, images.flip(3), keys))
-    for sample, *stored in zip(batch, *posteriors, strict=True):
-        yield LatentSample(sample.key, stored[0], stored[1] if flips else None, sample.class_index)
+    columns: dict[str, Any] = {"key": keys, "class_index": [sample.class_index for sample in batch]}
+    columns |= _posteriors(autoencoder, images, keys, "posterior", flips)
+    if batch[0].segmentation is not None:
+        columns["segmentation"] = [sample.segmentation for sample in batch]
+    if batch[0].mask is not None:
+        masks = np.stack([np.asarray(sample.mask) for sample in batch])
+        columns["mask"] = at_latent_size(masks, autoencoder.downsample_factor)
+        masked = _posteriors(autoencoder, hide(images, masks), keys, "masked", flips)
+        columns |= {name: stored[:, : autoencoder.latent_channels] for name, stored in masked.items()}
+    rows = zip(*columns.values(), strict=True)
+    return [LatentSample(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _posteriors(
+    autoencoder: Autoencoder, images: np.ndarray, keys: list[str], name: str, flips: bool
+) -> dict[str, np.ndarray]:
+    """What is stored of pictures uint8 (B, H, W, 3) and of their mirrors, by field: the mirrored latent would not be the
+    latent of the mirrored picture."""
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
+    stored = {name: _stored(autoencoder, pictures, keys)}
+    return stored | ({f"{name}_flip": _stored(autoencoder, pictures.flip(3), keys)} if flips else {})
 
 
 def _stored(autoencoder: Autoencoder, images: torch.Tensor, keys: list[str]) -> np.ndarray:
@@ -166,17 +236,19 @@ def _stored(autoencoder: Autoencoder, images: torch.Tensor, keys: list[str]) -> 
 
 
 def _publish_if_complete(
-    config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder, recipe: dict, latent_shape: tuple[int, ...]
+    config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder, recipe: dict
 ) -> Manifest | None:
     if not {shard.name for shard in raw.shards} <= manifests.done(config.dest):
         return None
     records = manifests.records(config.dest, [shard.name for shard in raw.shards])
     sums = np.sum([record.channel_sums for record in records], axis=0) / sum(r.values_per_channel for r in records)
-    members, stride = latent_layout(latent_shape, classes=bool(raw.classes), flips=config.flips)
+    members, stride = latent_layout(_encode_batch(autoencoder, [_blank(raw)], config.flips)[0])
     manifest = Manifest(
         kind="latents",
         image_size=raw.image_size,
         classes=raw.classes,
+        fields=raw.fields,
+        labels=raw.labels,
         recipe=recipe,
         parent_digest=raw.digest,
         autoencoder=factory.autoencoder_record(autoencoder),

@@ -6,10 +6,7 @@ own that any process can do, at any time, again.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,6 +25,7 @@ from lfm.data.sources import Source
 from lfm.data.transforms import CROPS, Rejected, binary, crop, crop_ids
 from lfm.errors import ConfigError, DataError
 from lfm.types import RawSample, SourceItem
+from pipelines.processes import SPAWN, begin_worker
 from pipelines.progress import Progress
 
 
@@ -207,8 +205,7 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[ShardRecord]:
     if workers == 1 or len(jobs) <= 1:
         yield from map(write_shard, jobs)
         return
-    spawn = multiprocessing.get_context("spawn")  # fsspec must not be forked
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, _end_with_parent)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), SPAWN, begin_worker)
     try:
         for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
             yield future.result()
@@ -218,18 +215,6 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[ShardRecord]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """In a worker: die at once where the parent is killed, so that nobody writes beside the next run."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _publish_if_complete(config: ShardConfig, source: Source, recipe: dict, jobs: list[Job]) -> Manifest | None:

@@ -18,9 +18,11 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lfm.data.manifest import Member
 from lfm.data.shards import (
     BLOCK,
     FORMATS,
+    LATENT_MEMBERS,
     LatentShard,
     encode_class,
     key_of,
@@ -53,9 +55,12 @@ def raw_samples(count: int = 3, *, size: int = 9, everything: bool = True) -> li
 
 
 def latent_samples(
-    count: int, shape: tuple[int, int, int], *, classes: bool, flips: bool, seed: int = 0
+    count: int, shape: tuple[int, int, int], *, classes: bool, flips: bool, conditions: bool = False, seed: int = 0
 ) -> list[LatentSample]:
     random = np.random.default_rng(seed)
+    masked = {name: lambda: random.standard_normal(shape).astype(np.float16) for name in ("masked", "masked_flip")}
+    maps = {"mask": lambda: random.integers(0, 2, shape[1:]).astype(np.uint8)}
+    maps |= {"segmentation": lambda: random.integers(0, 300, (9, 9)).astype(np.uint16)}
     stored = (2 * shape[0], *shape[1:])
     return [
         LatentSample(
@@ -63,6 +68,7 @@ def latent_samples(
             posterior=random.standard_normal(stored).astype(np.float16),
             posterior_flip=random.standard_normal(stored).astype(np.float16) if flips else None,
             class_index=int(random.integers(10**8)) if classes else None,
+            **{name: make() for name, make in (maps | masked if conditions else {}).items()},
         )
         for row in range(count)
     ]
@@ -81,6 +87,10 @@ def test_the_tar_is_webdatasets_own_byte_for_byte(tmp_path: Path) -> None:
         for sample in samples:
             writer.write(sample)
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def layout(shape: tuple[int, int, int], **options: bool) -> tuple[tuple[Member, ...], int]:
+    return latent_layout(latent_samples(1, shape, **options)[0])
 
 
 def latent_shard(path: Path, *arguments: Any, **options: Any) -> list[LatentSample]:
@@ -245,7 +255,7 @@ def test_a_sample_that_is_there_twice_is_one_line(tmp_path: Path) -> None:
 
 
 def test_samples_are_read_one_by_one(tmp_path: Path) -> None:
-    raw_shard(tmp_path / "a.tar", count=5, size=64)
+    raw_shard(tmp_path / "a.tar", count=9, size=64)
     with (tmp_path / "a.tar").open("rb") as stream:
         samples: Iterator[RawSample] = read_raw(stream, "shard")
         next(samples)
@@ -258,33 +268,32 @@ SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
 
 
 @SMALL
-@given(shape=SHAPES, count=st.integers(0, 4), classes=st.booleans(), flips=st.booleans(), seed=st.integers(0, 99))
+@given(
+    shape=SHAPES,
+    count=st.integers(0, 4),
+    has=st.fixed_dictionaries({name: st.booleans() for name in ("classes", "flips", "conditions")}),
+)
 def test_the_strided_columns_are_what_webdataset_decodes(
-    tmp_path: Path, shape: tuple[int, int, int], count: int, classes: bool, flips: bool, seed: int
+    tmp_path: Path, shape: tuple[int, int, int], count: int, has: dict[str, bool]
 ) -> None:
     path = tmp_path / "a.tar"
-    samples = latent_shard(path, count, shape, classes=classes, flips=flips, seed=seed)
-    members, stride = latent_layout(shape, classes=classes, flips=flips)
+    samples = latent_shard(path, count, shape, **has)
+    members, stride = layout(shape, **has)
     assert stride % BLOCK == 0 and all(m.offset % BLOCK == 0 for m in members), "aligned"
     shard = LatentShard(path, count, members, stride)
     items = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False).decode())
-    assert len(items) == count
-    assert set(shard.columns) == {"latent.npy", *["cls"] * classes, *["latent_flip.npy"] * flips}
-    for name, column in shard.columns.items():
-        assert len(column) == count
-        if name != "cls":
-            assert column.dtype == np.float16 and column.shape[1:] == (2 * shape[0], *shape[1:])
+    assert len(items) == count == len(shard.columns["latent.npy"])
     for row, (item, sample) in enumerate(zip(items, samples, strict=True)):
         assert item["__key__"] == sample.key
-        assert np.array_equal(shard.columns["latent.npy"][row], item["latent.npy"])
-        assert np.array_equal(item["latent.npy"], sample.posterior)
-        if flips:
-            assert np.array_equal(shard.columns["latent_flip.npy"][row], item["latent_flip.npy"])
-            assert np.array_equal(item["latent_flip.npy"], sample.posterior_flip)  # type: ignore[arg-type]
-        if classes:
-            assert shard.class_indices is not None
-            assert shard.class_indices[row] == item["cls"] == sample.class_index
-    assert (shard.class_indices is None) == (not classes)
+        for suffix, field in LATENT_MEMBERS.items():
+            value = getattr(sample, field)
+            assert (suffix in shard.columns) == (value is not None)
+            if suffix == "cls" and value is not None:
+                assert int(shard.columns[suffix][row]) == item[suffix] == value
+            elif value is not None:
+                assert shard.columns[suffix].dtype == item[suffix].dtype == value.dtype
+                assert np.array_equal(shard.columns[suffix][row], item[suffix])
+                assert np.array_equal(item[suffix], value)
 
 
 @SMALL
@@ -292,7 +301,7 @@ def test_the_strided_columns_are_what_webdataset_decodes(
 def test_the_layout_is_the_tars_own(tmp_path: Path, shape: tuple[int, int, int], classes: bool, flips: bool) -> None:
     path = tmp_path / "a.tar"
     latent_shard(path, 3, shape, classes=classes, flips=flips)
-    members, stride = latent_layout(shape, classes=classes, flips=flips)
+    members, stride = layout(shape, classes=classes, flips=flips)
     with tarfile.open(path) as tar:
         entries = tar.getmembers()
     for number, entry in enumerate(entries):
@@ -315,7 +324,7 @@ def test_an_npy_of_a_shard_is_an_ordinary_npy(tmp_path: Path) -> None:
 def test_a_truncated_latent_shard_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     latent_shard(path, 4, (4, 8, 8), classes=True, flips=True)
-    content, (members, stride) = path.read_bytes(), latent_layout((4, 8, 8), classes=True, flips=True)
+    content, (members, stride) = path.read_bytes(), layout((4, 8, 8), classes=True, flips=True)
     for length in [0, 1, BLOCK, stride, 4 * stride - BLOCK, 4 * stride - 1]:
         path.write_bytes(content[:length])
         with pytest.raises(DataError, match="truncated") as error:
@@ -328,16 +337,15 @@ def test_a_truncated_latent_shard_is_refused(tmp_path: Path) -> None:
 def test_a_latent_shard_is_mapped_and_not_writable(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     latent_shard(path, 2, (1, 2, 2), classes=False, flips=False)
-    shard = LatentShard(path, 2, *latent_layout((1, 2, 2), classes=False, flips=False))
+    shard = LatentShard(path, 2, *layout((1, 2, 2), classes=False, flips=False))
     with pytest.raises(ValueError, match="read-only"):
         shard.columns["latent.npy"][:] = 0
-    assert shard.class_indices is None
 
 
 def test_a_latent_shard_of_no_samples_is_empty(tmp_path: Path) -> None:
     """All of a raw shard's pictures can have been rejected."""
     write_tar(tmp_path / "a.tar", [])
-    members, stride = latent_layout((4, 32, 32), classes=True, flips=True)
+    members, stride = layout((4, 32, 32), classes=True, flips=True)
     shard = LatentShard(tmp_path / "a.tar", 0, members, stride)
     assert {len(column) for column in shard.columns.values()} == {0}
 

@@ -199,19 +199,35 @@ def test_tar_and_vanilla_webdataset_read_both_kinds_of_shard(small_set: SmallSet
         assert len(list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))) == 40
 
 
-def test_two_ranks_make_the_same_bytes_as_one(small_set: SmallSet, tmp_path: Path) -> None:
-    for rank in (0, 1):
-        result = lfm("encode", small_set.raw, tmp_path / "latents", "--autoencoder", small_set.autoencoder, "--flips",
-                     env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})  # fmt: skip
-        assert result.exit_code == 0, result.stderr
-        assert (tmp_path / "latents" / manifests.MANIFEST).exists() == (rank == 1)
-    assert {n: c for n, c in tree(tmp_path / "latents").items() if n.endswith(".tar")} == {
-        n: c for n, c in tree(small_set.latents).items() if n.endswith(".tar")
-    }
-    assert (
-        manifests.load(str(tmp_path / "latents"), "latents").digest
-        == manifests.load(str(small_set.latents), "latents").digest
-    )
+def shards_of(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in tree(folder).items() if name.endswith(".tar")}
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_bytes_as_one(small_set: SmallSet, tmp_path: Path) -> None:
+    command = ("encode", small_set.raw, tmp_path / "latents", "--autoencoder", small_set.autoencoder, "--flips")
+    result = lfm(*command, "--num-gpus", 2)
+    assert result.exit_code == 0, result.stderr
+    assert shards_of(tmp_path / "latents") == shards_of(small_set.latents)
+    assert digest(tmp_path / "latents") == digest(small_set.latents)
+    assert_one_line(lfm(*command, "--num-gpus", 2, env={"WORLD_SIZE": "2"}), "--num-gpus", "leave it out")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_finishes_what_the_others_leave(small_set: SmallSet, tmp_path: Path, rank: int) -> None:
+    """Whatever rank lives on, and whatever the dead one had done."""
+    done = sorted(small_set.latents.glob("00000*"))[: 2 * rank]
+    (tmp_path / "latents").mkdir()
+    for path in [*done, small_set.latents / manifests.RECIPE]:
+        shutil.copy(path, tmp_path / "latents")
+    result = lfm("encode", small_set.raw, tmp_path / "latents", "--autoencoder", small_set.autoencoder, "--flips",
+                 env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert tree(tmp_path / "latents") == tree(small_set.latents)
+
+
+def digest(folder: Path) -> str:
+    return manifests.load(str(folder), "latents").digest
 
 
 def test_a_truncated_raw_shard_is_named(small_set: SmallSet, tmp_path: Path) -> None:

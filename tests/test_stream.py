@@ -63,7 +63,7 @@ class Latents:
                 write_tar(temporary, map(latent_members, samples))
                 sums = storage.checksums(temporary)
             records.append(ShardRecord(name=name, samples=size, **vars(sums)))
-        members, stride = latent_layout(SHAPE, classes=classes, flips=flips)
+        members, stride = latent_layout(samples[0])
         self.manifest = Manifest(
             kind="latents",
             image_size=10,

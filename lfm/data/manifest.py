@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from lfm import storage
 from lfm.errors import ConfigError, DataError
+from lfm.prefetch import map_ahead
 
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -204,14 +205,20 @@ def done(folder: str) -> set[str]:
     return {name for name in names if name.endswith(".tar") and _record_name(name) in names}
 
 
+def is_done(folder: str, shard: str) -> bool:
+    """Whether one shard is done, by one request."""
+    return storage.exists(storage.join(folder, _record_name(shard)))
+
+
 def records(folder: str, shards: list[str]) -> tuple[ShardRecord, ...]:
     """The records of shards that are done, each checked against the size of its tar.
 
     Raises:
         DataError: names the file to remove, so that the same command makes the shard again.
     """
-    sizes, found = storage.sizes(folder), []
-    for shard in shards:
+    sizes = storage.sizes(folder)
+
+    def read(shard: str) -> ShardRecord:
         path = storage.join(folder, _record_name(shard))
         try:
             record = _parse(ShardRecord, path, storage.read_json(path))
@@ -222,8 +229,9 @@ def records(folder: str, shards: list[str]) -> tuple[ShardRecord, ...]:
                 f"{storage.join(folder, shard)}: {sizes.get(shard)} bytes, its record says {record.bytes}; remove it, "
                 "and the same command makes it again"
             )
-        found.append(record)
-    return tuple(found)
+        return record
+
+    return tuple(map_ahead(read, shards, threads=1 if storage.is_local(folder) else 16))
 
 
 def publish(folder: str, manifest: Manifest) -> None:

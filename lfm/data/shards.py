@@ -21,6 +21,7 @@ from PIL import Image
 from lfm.data.manifest import Member
 from lfm.data.transforms import Rejected, decode
 from lfm.errors import DataError
+from lfm.prefetch import map_ahead
 from lfm.types import LatentSample, RawSample
 
 BLOCK = 512  # of a tar: a header, and what every member's data is padded to
@@ -78,27 +79,30 @@ def _encoded(pixels: np.ndarray, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def read_raw(stream: IO[bytes], name: str) -> Iterator[RawSample]:
-    """The samples of a raw shard, in order, from an open tar whose content has been verified.
+def read_raw(stream: IO[bytes], name: str, *, threads: int = 1) -> Iterator[RawSample]:
+    """The samples of a raw shard, in order, from an open tar whose content has been verified; decoded by `threads`.
 
     Raises:
         DataError: a member is missing or cannot be read.
     """
-    for members in _groups(stream, name):
-        image = next((members[suffix] for suffix in FORMATS if suffix in members), None)
-        if image is None:
-            raise DataError(f"{name}: sample {members['__key__']} has no picture; make the shard again")
-        try:
-            yield RawSample(
-                key=members["__key__"],
-                image=np.asarray(decode(image)),
-                class_index=int(members["cls"]) if "cls" in members else None,
-                mask=_grey(members, "mask.png", lambda levels: (levels > 127).astype(np.uint8)),
-                segmentation=_grey(members, "seg.png", lambda levels: levels),
-                metadata=json.loads(members.get("json", b"{}")),
-            )
-        except (Rejected, ValueError, OSError, SyntaxError) as error:
-            raise DataError(f"{name}: sample {members['__key__']}: {error}; make the shard again") from error
+    return map_ahead(lambda members: _decoded(members, name), _groups(stream, name), threads)
+
+
+def _decoded(members: dict[str, Any], name: str) -> RawSample:
+    image = next((members[suffix] for suffix in FORMATS if suffix in members), None)
+    if image is None:
+        raise DataError(f"{name}: sample {members['__key__']} has no picture; make the shard again")
+    try:
+        return RawSample(
+            key=members["__key__"],
+            image=np.asarray(decode(image)),
+            class_index=int(members["cls"]) if "cls" in members else None,
+            mask=_grey(members, "mask.png", lambda levels: (levels > 127).astype(np.uint8)),
+            segmentation=_grey(members, "seg.png", lambda levels: levels),
+            metadata=json.loads(members.get("json", b"{}")),
+        )
+    except (Rejected, ValueError, OSError, SyntaxError) as error:
+        raise DataError(f"{name}: sample {members['__key__']}: {error}; make the shard again") from error
 
 
 def _groups(stream: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
@@ -117,37 +121,41 @@ def _grey(members: dict[str, Any], suffix: str, change: Any) -> np.ndarray | Non
 # --- latent shards -----------------------------------------------------------------------------------------------
 
 
-def latent_layout(latent_shape: Sequence[int], *, classes: bool, flips: bool) -> tuple[tuple[Member, ...], int]:
-    """The members of every latent sample in the tar's order, and the stride in bytes.
+# The members of a latent sample in the tar's order, which is that of their names, and the fields that they hold.
+LATENT_MEMBERS = {
+    "cls": "class_index",
+    "latent.npy": "posterior",
+    "latent_flip.npy": "posterior_flip",
+    "mask.npy": "mask",
+    "masked.npy": "masked",
+    "masked_flip.npy": "masked_flip",
+    "seg.npy": "segmentation",
+}
 
-    Args:
-        latent_shape: (C, h, w) of one latent; mean and std are stored together as (2C, h, w).
-        classes: whether samples carry a class index.
-        flips: whether the posterior of the mirrored picture is stored too.
-    """
-    channels, *size = latent_shape
+
+def latent_layout(sample: LatentSample) -> tuple[tuple[Member, ...], int]:
+    """The members of every latent sample that has the fields and shapes of this one, and the stride in bytes."""
     members, position = [], 0
-    for suffix, wanted, dtype, shape in (
-        ("cls", classes, f"S{CLASS_DIGITS}", ()),
-        ("latent.npy", True, "<f2", (2 * channels, *size)),
-        ("latent_flip.npy", flips, "<f2", (2 * channels, *size)),
-    ):
-        if wanted:
+    for suffix, field in LATENT_MEMBERS.items():
+        value = getattr(sample, field)
+        if value is not None:
             header = BLOCK if suffix.endswith(".npy") else 0  # the npy header is padded to a block of its own
+            array = np.asarray(value) if header else np.asarray(encode_class(value))
+            dtype, shape = array.dtype.str, array.shape
             members.append(Member(suffix=suffix, dtype=dtype, shape=shape, offset=position + BLOCK + header))
-            content = header + np.dtype(dtype).itemsize * math.prod(shape)
-            position += BLOCK + math.ceil(content / BLOCK) * BLOCK
+            position += BLOCK + math.ceil((header + array.nbytes) / BLOCK) * BLOCK
     return tuple(members), position
 
 
 def latent_members(sample: LatentSample) -> dict[str, Any]:
     """A latent sample as the members of a tar."""
-    members: dict[str, Any] = {"__key__": sample.key, "latent.npy": _npy(sample.posterior)}
-    if sample.posterior_flip is not None:
-        members["latent_flip.npy"] = _npy(sample.posterior_flip)
-    if sample.class_index is not None:
-        members["cls"] = encode_class(sample.class_index)
-    return members
+    values = {suffix: getattr(sample, field) for suffix, field in LATENT_MEMBERS.items()}
+    encoded = {
+        suffix: _npy(value) if suffix.endswith(".npy") else encode_class(value)
+        for suffix, value in values.items()
+        if value is not None
+    }
+    return {"__key__": sample.key} | encoded
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -181,8 +189,3 @@ class LatentShard:
             )
             for member in members
         }
-
-    @property
-    def class_indices(self) -> np.ndarray | None:
-        """int64 (samples,), or None where the samples have no class."""
-        return self.columns["cls"].astype(np.int64) if "cls" in self.columns else None
