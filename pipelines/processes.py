@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -56,6 +57,8 @@ def on_every_gpu(work: Callable[[C, World], R], config: C, num_gpus: int | None)
     results = [future.result() for future in futures if not future.exception()]
     if not results:
         raise DataError("every process died, perhaps for lack of memory; run the same command again, it goes on")
+    if len(results) < size:
+        print(f"{size - len(results)} of {size} processes died; the others have done their part", file=sys.stderr)
     return results
 
 

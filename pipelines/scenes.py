@@ -13,7 +13,7 @@ import numpy as np
 
 from lfm import storage
 from lfm.data.leaves import draw_leaves
-from lfm.data.scenes import CLASS_NAMES, draw_scene
+from lfm.data.scenes import CLASS_NAMES, SEGMENT_NAMES, draw_scene
 from lfm.errors import ConfigError
 from pipelines import pictures
 from pipelines.progress import Progress
@@ -74,6 +74,8 @@ def run(config: ScenesConfig) -> ScenesResult:
     with Progress("scenes", config.num, "pictures") as bar, ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
         for _ in pool.map(partial(_draw, config), range(config.num), chunksize=64):
             bar.advance(1)
+    if config.kind == "scenes":
+        storage.write_bytes(storage.join(config.dest, "labels.txt"), "\n".join(SEGMENT_NAMES).encode())
     return ScenesResult(plan)
 
 

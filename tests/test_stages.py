@@ -5,14 +5,11 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import webdataset
 from conftest import REPOSITORY, SmallSet, assert_one_line, lfm, make_autoencoder
 from PIL import Image
 
@@ -165,97 +162,6 @@ def test_a_misspelt_command_or_flag_is_answered_with_the_nearest(tmp_path: Path)
     assert command.exit_code == flag.exit_code == 2
     assert_one_line(lfm("train", "--config", "x.yaml"), "deepspeed launch/train.py")
     assert "shard" in command.stderr and "--image-size" in flag.stderr
-
-
-# --- encode -----------------------------------------------------------------------------------------------------
-
-
-def test_latents_are_those_of_the_pictures_and_mirrors_those_of_the_mirrored_pictures(small_set: SmallSet) -> None:
-    from lfm import autoencoder
-
-    model = autoencoder.load(str(small_set.autoencoder))
-    raw = webdataset.WebDataset(str(small_set.raw / "000001.tar"), shardshuffle=False).decode("rgb8")
-    latents = webdataset.WebDataset(str(small_set.latents / "000001.tar"), shardshuffle=False).decode()
-    count = 0
-    for picture, latent in zip(raw, latents, strict=True):
-        assert picture["__key__"] == latent["__key__"] and picture["cls"] == latent["cls"]
-        image = torch.from_numpy(picture["webp"].copy()).permute(2, 0, 1)[None]
-        for name, pixels in (("latent.npy", image), ("latent_flip.npy", image.flip(3))):
-            posterior = model.encode(pixels)
-            expected = torch.cat([posterior.mean, posterior.std], 1)[0].numpy()
-            np.testing.assert_allclose(latent[name].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
-        assert not np.allclose(latent["latent_flip.npy"], latent["latent.npy"][..., ::-1], atol=2e-3)
-        count += 1
-    assert count == 16
-
-
-def test_tar_and_vanilla_webdataset_read_both_kinds_of_shard(small_set: SmallSet) -> None:
-    for folder, first in ((small_set.raw, "000000000000.cls"), (small_set.latents, "000000000000.cls")):
-        names = subprocess.run(
-            ["tar", "tf", folder / "000000.tar"], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        assert names[0] == first and len({name.split(".")[0] for name in names}) == 16
-        shards = sorted(map(str, folder.glob("*.tar")))
-        assert len(list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))) == 40
-
-
-def shards_of(folder: Path) -> dict[str, bytes]:
-    return {name: content for name, content in tree(folder).items() if name.endswith(".tar")}
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_bytes_as_one(small_set: SmallSet, tmp_path: Path) -> None:
-    command = ("encode", small_set.raw, tmp_path / "latents", "--autoencoder", small_set.autoencoder, "--flips")
-    result = lfm(*command, "--num-gpus", 2)
-    assert result.exit_code == 0, result.stderr
-    assert shards_of(tmp_path / "latents") == shards_of(small_set.latents)
-    assert digest(tmp_path / "latents") == digest(small_set.latents)
-    assert_one_line(lfm(*command, "--num-gpus", 2, env={"WORLD_SIZE": "2"}), "--num-gpus", "leave it out")
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_finishes_what_the_others_leave(small_set: SmallSet, tmp_path: Path, rank: int) -> None:
-    """Whatever rank lives on, and whatever the dead one had done."""
-    done = sorted(small_set.latents.glob("00000*"))[: 2 * rank]
-    (tmp_path / "latents").mkdir()
-    for path in [*done, small_set.latents / manifests.RECIPE]:
-        shutil.copy(path, tmp_path / "latents")
-    result = lfm("encode", small_set.raw, tmp_path / "latents", "--autoencoder", small_set.autoencoder, "--flips",
-                 env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    assert tree(tmp_path / "latents") == tree(small_set.latents)
-
-
-def digest(folder: Path) -> str:
-    return manifests.load(str(folder), "latents").digest
-
-
-def test_a_truncated_raw_shard_is_named(small_set: SmallSet, tmp_path: Path) -> None:
-    shutil.copytree(small_set.raw, tmp_path / "raw")
-    path = tmp_path / "raw" / "000001.tar"
-    path.write_bytes(path.read_bytes()[:-3000])
-    result = lfm("encode", tmp_path / "raw", tmp_path / "latents", "--autoencoder", small_set.autoencoder)
-    assert_one_line(result, path)
-    assert not (tmp_path / "latents" / manifests.MANIFEST).exists()
-    assert sorted(name for name in tree(tmp_path / "latents") if name.startswith(".")) == []
-
-
-def test_raw_shards_with_a_flipped_bit_are_named(small_set: SmallSet, tmp_path: Path) -> None:
-    shutil.copytree(small_set.raw, tmp_path / "raw")
-    path = tmp_path / "raw" / "000002.tar"
-    content = bytearray(path.read_bytes())
-    content[600] ^= 1
-    path.write_bytes(bytes(content))
-    result = lfm("encode", tmp_path / "raw", tmp_path / "latents", "--autoencoder", small_set.autoencoder)
-    assert_one_line(result, path, "make it again")
-
-
-def test_encode_needs_raw_shards(small_set: SmallSet, tmp_path: Path) -> None:
-    flags = ("--autoencoder", small_set.autoencoder)
-    assert_one_line(lfm("encode", tmp_path, tmp_path / "out", *flags), "lfm shard")
-    assert_one_line(lfm("encode", small_set.latents, tmp_path / "out", *flags), "holds latents shards")
-    assert_one_line(lfm("encode", small_set.raw, tmp_path / "out", "--autoencoder", tmp_path / "no"), tmp_path / "no")
-    assert not (tmp_path / "out").exists()
 
 
 # --- sample -----------------------------------------------------------------------------------------------------
