@@ -2,7 +2,7 @@
 
 What a reader sees under its final name is whole: a local file is written under a temporary name, flushed to the disk and
 renamed; a remote one is written locally first and then put as one object. (Leaving fsspec's own `open(url, "wb")` by an
-exception would commit the truncated object.)
+exception would commit the truncated object.) While the network or the store fails, a request is made again for ten minutes.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import socket
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from lfm.errors import DataError, LfmError, StorageError
+from lfm.patience import T, patiently
 
 TEMPORARY_PREFIX = ".writing-"
 _PIECE = 1 << 20
@@ -52,7 +52,7 @@ def parent(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
     """Turn what the file system or fsspec raises into one line that names the path."""
     try:
         yield
@@ -67,28 +67,42 @@ def _naming(path: str) -> Iterator[None]:
         raise StorageError(f"{path}: {' '.join(str(reason).split())}") from error
 
 
+def _at(path: str, request: Callable[[AbstractFileSystem, str], T], *, anew: bool = False) -> T:
+    """What `request` makes of the file system of a URL and the name in it; `anew` forgets earlier listings."""
+
+    def once() -> T:
+        filesystem, inner = url_to_fs(path)
+        if anew:
+            filesystem.invalidate_cache(inner)
+        return request(filesystem, inner)
+
+    with naming(path):
+        return patiently(path, once)
+
+
 def exists(path: str) -> bool:
     """Whether something is there."""
-    with _naming(path):
-        if is_local(path):
+    if is_local(path):
+        with naming(path):
             return Path(path).exists()
-        filesystem, inner = url_to_fs(path)
-        return bool(filesystem.exists(inner))
+    return _at(path, lambda filesystem, inner: bool(filesystem.exists(inner)))
 
 
 def sizes(folder: str) -> dict[str, int]:
     """Names and sizes in bytes of the files directly in `folder`, by one listing; empty where there is no such folder."""
-    with _naming(folder):
-        if is_local(folder):
+    if is_local(folder):
+        with naming(folder):
             entries_here = os.scandir(folder) if Path(folder).exists() else ()
             return {entry.name: entry.stat().st_size for entry in entries_here if entry.is_file()}
-        filesystem, inner = url_to_fs(folder)
-        filesystem.invalidate_cache(inner)
+
+    def listed(filesystem: AbstractFileSystem, inner: str) -> dict[str, int]:
         try:
             entries = filesystem.ls(inner, detail=True)
         except FileNotFoundError:
             return {}
         return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries if entry["type"] == "file"}
+
+    return _at(folder, listed, anew=True)
 
 
 def find(folder: str) -> list[str]:
@@ -97,18 +111,20 @@ def find(folder: str) -> list[str]:
     Raises:
         StorageError: there is no such folder.
     """
-    with _naming(folder):
-        if is_local(folder):
-            if not Path(folder).is_dir():
-                raise StorageError(f"{folder}: no such folder")
-            found = (path.relative_to(folder).as_posix() for path in _walk(Path(folder)))
-            return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
-        filesystem, inner = url_to_fs(folder)
-        filesystem.invalidate_cache(inner)
+
+    def below(filesystem: AbstractFileSystem, inner: str) -> list[str]:
         if not filesystem.isdir(inner):
             raise StorageError(f"{folder}: no such folder")
-        below = (name[len(inner.rstrip("/")) + 1 :] for name in filesystem.find(inner))
-        return sorted(name for name in below if not any(part.startswith(".") for part in name.split("/")))
+        return [name[len(inner.rstrip("/")) + 1 :] for name in filesystem.find(inner)]
+
+    if is_local(folder):
+        if not Path(folder).is_dir():
+            raise StorageError(f"{folder}: no such folder")
+        with naming(folder):
+            found = [path.relative_to(folder).as_posix() for path in _walk(Path(folder))]
+    else:
+        found = _at(folder, below, anew=True)
+    return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -122,25 +138,27 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def open_read(path: str) -> IO[bytes]:
     """A binary file object for reading from the start."""
-    with _naming(path):
-        return Path(path).open("rb") if is_local(path) else fsspec.open(path, "rb").open()
+    if is_local(path):
+        with naming(path):
+            return Path(path).open("rb")
+    return _at(path, lambda filesystem, inner: filesystem.open(inner, "rb"))
 
 
 def read_bytes(path: str) -> bytes:
     """The whole content."""
-    with _naming(path), open_read(path) as file:
-        return file.read()
+    if is_local(path):
+        with naming(path):
+            return Path(path).read_bytes()
+    return _at(path, lambda filesystem, inner: bytes(filesystem.cat_file(inner)))
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
     """`size` bytes from `offset` on, or what there is of them, in one request."""
-    with _naming(path):
-        if not is_local(path):
-            filesystem, inner = url_to_fs(path)
-            return bytes(filesystem.cat_file(inner, offset, offset + size))
-        with Path(path).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+    if not is_local(path):
+        return _at(path, lambda filesystem, inner: bytes(filesystem.cat_file(inner, offset, offset + size)))
+    with naming(path), Path(path).open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def read_json(path: str) -> Any:
@@ -166,7 +184,7 @@ def writing(path: str, *, flush: bool = True) -> Iterator[Path]:
     unique = f"{TEMPORARY_PREFIX}{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     temporary = Path(path).with_name(unique) if is_local(path) else Path(tempfile.gettempdir()) / unique
     try:
-        with _naming(path):
+        with naming(path):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             lock = temporary.open("wb")
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -177,7 +195,7 @@ def writing(path: str, *, flush: bool = True) -> Iterator[Path]:
                 if error.errno == errno.ENOSPC:
                     raise StorageError(_NO_SPACE.format(path)) from error
                 raise
-            with _naming(path):
+            with naming(path):
                 _publish(temporary, path, flush)
     finally:
         with contextlib.suppress(OSError):
@@ -191,8 +209,7 @@ def _publish(temporary: Path, path: str, flush: bool) -> None:
                 os.fsync(file.fileno())
         temporary.replace(path)
     else:
-        filesystem, inner = url_to_fs(path)
-        filesystem.put_file(str(temporary), inner)
+        _at(path, lambda filesystem, inner: filesystem.put_file(str(temporary), inner))
 
 
 def write_bytes(path: str, content: bytes, *, flush: bool = True) -> None:
@@ -208,18 +225,27 @@ def write_json(path: str, value: Any) -> None:
 
 def remove(path: str) -> None:
     """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
-    with _naming(path):
-        filesystem, inner = url_to_fs(path)
+
+    def gone(filesystem: AbstractFileSystem, inner: str) -> None:
         if filesystem.exists(inner):
             filesystem.rm(inner, recursive=True)
+
+    _at(path, gone)
 
 
 def sweep(folder: str) -> None:
     """Remove the temporary files that killed writers left in a local `folder`; those of living writers stay."""
     for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*") if is_local(folder) else ():
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+        unlink_unlocked(path)
+
+
+def unlink_unlocked(path: Path) -> bool:
+    """Remove a local file that nobody holds a lock of; whether it was."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -239,53 +265,3 @@ def checksums(path: Path) -> Checksums:
             sha256.update(piece)
             crc32, size = zlib.crc32(piece, crc32), size + len(piece)
     return Checksums(size, sha256.hexdigest(), crc32)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Local copies of remote files, shared by all processes of a node; local files are used where they are."""
-
-    folder: Path = field(default_factory=lambda: Path.home() / ".cache" / "lfm")
-
-    def fetch(self, path: str, size: int, crc32: int, *, verify_local: bool = False) -> Path:
-        """The local path of a file whose size in bytes and crc32 are known.
-
-        One process downloads, the others wait for it: the kernel drops a dead process's lock. What arrives is always
-        verified; a file that is local already has its size checked, and its checksum with `verify_local`.
-
-        Raises:
-            StorageError: it cannot be read.
-            DataError: it is not what the manifest lists.
-        """
-        if is_local(path):
-            local = Path(path)
-            if not local.is_file():
-                raise StorageError(f"{path}: no such file")
-            _require(path, local, size, crc32 if verify_local else None)
-            return local
-        identity = hashlib.sha256(f"{path} {size} {crc32}".encode()).hexdigest()[:32]
-        local = self.folder / f"{identity}-{path.rsplit('/', 1)[-1]}"
-        with _naming(str(self.folder)):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / f"{identity}.lock").open("wb")
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (local.is_file() and local.stat().st_size == size):
-                with writing(str(local)) as temporary:
-                    with _naming(path), open_read(path) as source, temporary.open("wb") as target:
-                        shutil.copyfileobj(source, target, _PIECE)
-                    _require(path, temporary, size, crc32)
-        return local
-
-
-def _require(path: str, local: Path, size: int, crc32: int | None) -> None:
-    """Refuse a local copy of `path` that is not what the manifest lists."""
-    found = local.stat().st_size
-    if found != size:
-        raise DataError(
-            f"{path}: {found} bytes, the manifest lists {size}; remove it and its record, and make it again"
-        )
-    if crc32 is not None and (arrived := checksums(local).crc32) != crc32:
-        raise DataError(
-            f"{path}: checksum {arrived:08x}, the manifest lists {crc32:08x}; remove it and its record, and make it again"
-        )

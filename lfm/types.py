@@ -5,7 +5,7 @@ B batch; H W pixels; h w latent size; C latent channels; K condition channels. T
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -91,11 +91,6 @@ class LatentBatch:
     noise: Tensor  # float32 (B, C, h, w): standard normal
     uniform: Tensor  # float32 (B,) in [0, 1): what the time sampler makes a time of
     condition: Condition
-
-    def to(self, device: Any) -> LatentBatch:
-        """The batch on `device`."""
-        names = ("sample_numbers", "latents", "noise", "uniform", "condition")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def rows(self, index: Tensor) -> LatentBatch:
         """Some rows of the batch, for one micro-batch."""

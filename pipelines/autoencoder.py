@@ -24,6 +24,7 @@ from torch import Tensor
 from lfm import storage
 from lfm.autoencoder import import_diffusers, to_levels, to_unit_range
 from lfm.autoencoder import load as load_autoencoder
+from lfm.cache import Cache
 from lfm.data import manifest as manifests
 from lfm.data.order import Order
 from lfm.data.shards import read_raw
@@ -106,7 +107,7 @@ def run(config: AutoencoderConfig, world: World) -> AutoencoderResult:
 class Pictures:
     """The pictures of raw shards in the order of `Order`: any position can be asked for."""
 
-    def __init__(self, folder: str, seed: int, cache: storage.Cache) -> None:
+    def __init__(self, folder: str, seed: int, cache: Cache) -> None:
         self.folder, self.cache = folder, cache
         self.manifest = manifests.load(folder, "raw")
         self.order = Order([shard.samples for shard in self.manifest.shards], seed, window=1)

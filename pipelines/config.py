@@ -41,6 +41,8 @@ class DataConfig(_Section):
     shards: str  # folder or URL of latent shards
     window: PositiveInt = 8  # shards shuffled together
     cache: str | None = None  # folder for copies of remote shards
+    cache_gigabytes: PositiveFloat | None = None  # of 10^9 bytes: how large it may become
+    skip_shards: tuple[str, ...] = ()  # names of damaged shards that are left out
 
 
 class ModelConfig(_Section):

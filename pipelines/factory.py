@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import time
@@ -15,6 +16,7 @@ import lfm
 from lfm import autoencoder as autoencoders
 from lfm import storage
 from lfm.autoencoder import Autoencoder
+from lfm.cache import Cache
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream import StreamOptions
 from lfm.errors import ConfigError, DataError
@@ -50,9 +52,10 @@ def device(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def cache(folder: str | None) -> storage.Cache:
-    """Where copies of remote shards are kept."""
-    return storage.Cache(Path(folder)) if folder else storage.Cache()
+def cache(folder: str | None, gigabytes: float | None = None) -> Cache:
+    """Where copies of remote shards are kept, of so many 10^9 bytes in all."""
+    limit = math.inf if gigabytes is None else gigabytes * 1e9
+    return Cache(Path(folder), limit) if folder else Cache(limit=limit)
 
 
 def autoencoder(name: str, world: World, precision: str = "fp32") -> Autoencoder:
@@ -137,8 +140,9 @@ def stream_options(config: ExperimentConfig) -> StreamOptions:
         seed=config.train.seed,
         window=config.data.window,
         global_batch=config.train.global_batch,
-        class_conditional="class" in config.conditions,
+        conditions=frozenset(config.conditions),
         class_dropout=config.class_dropout,
+        skip_shards=config.data.skip_shards,
     )
 
 

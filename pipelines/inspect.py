@@ -13,6 +13,7 @@ from itertools import islice
 import numpy as np
 
 from lfm import storage
+from lfm.cache import Cache
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest, ShardRecord
 from lfm.data.shards import LatentShard, read_raw
@@ -80,7 +81,7 @@ def _description(manifest: Manifest) -> Iterator[str]:
     yield f"  digest {manifest.digest}"
 
 
-def _verify(config: InspectConfig, manifest: Manifest, cache: storage.Cache) -> None:
+def _verify(config: InspectConfig, manifest: Manifest, cache: Cache) -> None:
     damaged = []
     with Progress("verify", len(manifest.shards), "shards") as bar:
         for shard in manifest.shards:
@@ -96,7 +97,7 @@ def _verify(config: InspectConfig, manifest: Manifest, cache: storage.Cache) -> 
         raise DataError(f"{'; '.join(damaged[:5])}{more}: remove these and their records, and make them again")
 
 
-def _raw_images(config: InspectConfig, manifest: Manifest, cache: storage.Cache, world: World) -> Iterator[np.ndarray]:
+def _raw_images(config: InspectConfig, manifest: Manifest, cache: Cache, world: World) -> Iterator[np.ndarray]:
     for shard in manifest.shards:
         path = storage.join(config.path, shard.name)
         with cache.fetch(path, shard.bytes, shard.crc32).open("rb") as stream:
@@ -119,9 +120,7 @@ def _colours(ids: np.ndarray) -> np.ndarray:
     return 255 * (0.5 + 0.5 * np.cos(2 * np.pi * turns))
 
 
-def _decoded_images(
-    config: InspectConfig, manifest: Manifest, cache: storage.Cache, world: World
-) -> Iterator[np.ndarray]:
+def _decoded_images(config: InspectConfig, manifest: Manifest, cache: Cache, world: World) -> Iterator[np.ndarray]:
     import torch
 
     record = manifest.autoencoder
@@ -134,9 +133,10 @@ def _decoded_images(
             yield from autoencoder.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _means(config: InspectConfig, manifest: Manifest, shard: ShardRecord, cache: storage.Cache) -> Iterator[np.ndarray]:
+def _means(config: InspectConfig, manifest: Manifest, shard: ShardRecord, cache: Cache) -> Iterator[np.ndarray]:
     """The posterior means of a shard in small batches: float16 (B, C, h, w)."""
     path = cache.fetch(storage.join(config.path, shard.name), shard.bytes, shard.crc32)
     posterior = LatentShard(path, shard.samples, manifest.members, manifest.stride).columns["latent.npy"]
     for start in range(0, shard.samples, 16):
-        yield posterior[start : start + 16, : posterior.shape[1] // 2]
+        moments = posterior[slice(start, start + 16)]
+        yield moments[:, : moments.shape[1] // 2]

@@ -38,7 +38,8 @@ LOG = "log.jsonl"
 CONFIG = "config.json"
 # Keys whose change does not change what is learned, only how long or how visibly.
 FREE_KEYS = {
-    *("run", "data.shards", "data.cache", "model.attention", "model.activation_checkpointing", "train.micro_batch"),
+    *("run", "data.shards", "data.cache", "data.cache_gigabytes", "data.skip_shards"),
+    *("model.attention", "model.activation_checkpointing", "train.micro_batch"),
     *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every"),
 }
 
@@ -94,9 +95,8 @@ class Training:
         self.config, self.train, self.header = config, config.train, header
         self.engine, self.world, self.folder = engine, engine.world, folder
         self.micro_batch = factory.micro_batch(config, self.world)
-        self.stream = LatentStream(
-            config.data.shards, manifest, factory.stream_options(config), self.world, factory.cache(config.data.cache)
-        )
+        options, cache = factory.stream_options(config), factory.cache(config.data.cache, config.data.cache_gigabytes)
+        self.stream = LatentStream(config.data.shards, manifest, options, self.world, cache, engine.device)
         self.samples_seen = 0
         self.loss: float | None = None
 
@@ -110,7 +110,7 @@ class Training:
         with bar, closing(log), closing(self.stream.batches(self.samples_seen)) as batches:
             losses: list[torch.Tensor] = []
             while self.samples_seen < total:
-                losses.append(self._step(next(batches).to(self.engine.device)))
+                losses.append(self._step(next(batches)))
                 step = self.samples_seen // batch
                 figures: dict[str, str] = {}
                 saves = step % self.train.checkpoint_every == 0 or self.samples_seen == total
@@ -194,6 +194,7 @@ class Log:
             return {}
         now = time.perf_counter()
         elapsed, wait = now - self.at, stream.wait_seconds - self.waited
+        counts = {what: stream.cache.counts[what] for what in ("cache_hits", "downloads", "retries")}
         self.file.write(
             json.dumps(
                 {
@@ -203,12 +204,14 @@ class Log:
                     "gradient_norm": engine.gradient_norm,
                     "samples_per_second": (samples_seen - self.seen) / elapsed,
                     "data_wait": wait / elapsed,
+                    **counts,
                 }
             )
             + "\n"
         )
         self.at, self.seen, self.waited = now, samples_seen, stream.wait_seconds
-        return {"loss": f"{loss:.4f}", "data_wait": f"{wait / elapsed:.1%}"}
+        shown = {what: f"{count:,}" for what, count in counts.items() if count}
+        return {"loss": f"{loss:.4f}", "data_wait": f"{wait / elapsed:.1%}", **shown}
 
     def close(self) -> None:
         """Nothing more is written."""
@@ -285,8 +288,10 @@ def _plan(
     batch = config.train.global_batch
     stage = settings["zero_optimization"]["stage"]
     origin = f"from {newest.name}" if newest else "from the start"
+    skipped = config.data.skip_shards
     return (
         f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {config.data.shards}; "
+        f"{f'{len(skipped)} shards left out; ' if skipped else ''}"
         f"{config.train.num_steps:,} steps of {batch} ({config.train.num_steps * batch / manifest.num_samples:.1f} epochs) "
         f"on {world.size} ranks, ZeRO {stage}, {config.train.precision}, {origin} -> {config.run}"
     )

@@ -27,7 +27,7 @@ OWNERS = {
 # A module of lfm imports from floors below its own, or from its own room (the name) and, on some floors, neighbours.
 FLOORS = (
     {"errors", "types"},
-    {"storage", "world", "prefetch"},
+    {"storage", "patience", "cache", "world", "prefetch"},
     {"flow", "solvers", "guidance", "models", "ema", "conditioning"},
     {"data"},
     {"checkpoint", "metrics", "autoencoder", "engine"},

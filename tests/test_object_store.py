@@ -11,6 +11,7 @@ from conftest import ALONE, SmallSet, assert_one_line, lfm
 from object_store import BUCKET, ObjectStore, requires_object_store
 
 from lfm import storage
+from lfm.cache import Cache
 from lfm.data import manifest as manifests
 from lfm.data.stream import LatentStream, StreamOptions
 
@@ -50,10 +51,10 @@ def test_shards_and_latents_have_the_same_bytes_as_on_the_local_disk(
     local, remote = (manifests.load(folder, "latents") for folder in (str(small_set.latents), latents))
     assert local.digest == remote.digest
 
-    options = StreamOptions(global_batch=8, class_conditional=True, window=2)
+    options = StreamOptions(global_batch=8, conditions=frozenset({"class"}), window=2)
     streams = (
-        LatentStream(str(small_set.latents), local, options, ALONE, storage.Cache(cache)),
-        LatentStream(latents, remote, options, ALONE, storage.Cache(cache)),
+        LatentStream(str(small_set.latents), local, options, ALONE, Cache(cache)),
+        LatentStream(latents, remote, options, ALONE, Cache(cache)),
     )
     for samples_seen in (0, 40, 72):
         one, other = (stream.batch(samples_seen) for stream in streams)

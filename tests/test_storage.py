@@ -1,4 +1,4 @@
-"""A file is whole or not there, an error is one line that names it, and a copy in the cache is what the manifest lists."""
+"""A file is whole or not there, an error is one line that names it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lfm import storage
-from lfm.errors import DataError, LfmError, StorageError
+from lfm.errors import DataError, StorageError
 
 SMALL = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HALF_WRITTEN = """
@@ -353,156 +352,6 @@ def test_a_full_disk_is_one_line_with_the_repair(tmp_path: Path, monkeypatch: py
                 fail()
     assert one_line(error, path)
     assert not storage.exists(path) and not temporary.exists()
-
-
-# --- the cache ---------------------------------------------------------------------------------------------------
-
-CONTENT = b"what is in the shard" * 1000
-SIZE, CRC32 = len(CONTENT), zlib.crc32(CONTENT)
-
-
-@pytest.fixture
-def remote() -> str:
-    path = f"memory://{uuid.uuid4()}/train/000000.tar"
-    storage.write_bytes(path, CONTENT)
-    return path
-
-
-def visible(folder: Path) -> list[Path]:
-    """What a cache holds beside its locks."""
-    return [path for path in folder.iterdir() if path.suffix != ".lock"]
-
-
-def test_the_second_fetch_makes_no_request(tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = storage.Cache(tmp_path)
-    local = cache.fetch(remote, SIZE, CRC32)
-    assert local.read_bytes() == CONTENT and visible(tmp_path) == [local]
-    monkeypatch.setattr(storage, "open_read", None)
-    storage.remove(remote)
-    assert cache.fetch(remote, SIZE, CRC32) == local
-
-
-def test_equal_names_of_other_folders_are_other_files(tmp_path: Path, remote: str) -> None:
-    other = remote.replace("/train/", "/val/")
-    storage.write_bytes(other, CONTENT[::-1])
-    cache = storage.Cache(tmp_path)
-    first, second = cache.fetch(remote, SIZE, CRC32), cache.fetch(other, SIZE, zlib.crc32(CONTENT[::-1]))
-    assert first.read_bytes() == CONTENT and second.read_bytes() == CONTENT[::-1]
-
-
-@settings(SMALL, max_examples=8)
-@given(change=st.sampled_from(["size", "crc32", "cut", "flip"]), place=st.integers(0, SIZE - 1))
-def test_what_is_not_as_listed_is_refused_and_not_kept(tmp_path: Path, remote: str, change: str, place: int) -> None:
-    if change == "cut":
-        storage.write_bytes(remote, CONTENT[:place])
-    elif change == "flip":
-        storage.write_bytes(remote, CONTENT[:place] + bytes([CONTENT[place] ^ 1]) + CONTENT[place + 1 :])
-    folder = tmp_path / str(uuid.uuid4())
-    with pytest.raises(DataError) as error:
-        storage.Cache(folder).fetch(remote, SIZE + (change == "size"), CRC32 ^ (change == "crc32"))
-    assert one_line(error, remote)
-    assert visible(folder) == []
-    storage.write_bytes(remote, CONTENT)
-    assert storage.Cache(folder).fetch(remote, SIZE, CRC32).read_bytes() == CONTENT
-
-
-def test_a_local_file_is_used_where_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(CONTENT)
-    cache = storage.Cache(tmp_path / "cache")
-    assert cache.fetch(str(path), SIZE, CRC32) == path
-    assert not (tmp_path / "cache").exists()
-    with pytest.raises(DataError) as error:
-        cache.fetch(str(path), SIZE + 1, CRC32)
-    assert one_line(error, str(path))
-    with pytest.raises(StorageError, match="no such file"):
-        cache.fetch(str(tmp_path / "b.tar"), SIZE, CRC32)
-
-
-def test_a_flipped_bit_in_a_local_file_is_found_on_demand(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(CONTENT)
-    cache = storage.Cache(tmp_path / "cache")
-    assert cache.fetch(str(path), SIZE, CRC32, verify_local=True) == path
-    path.write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:])
-    with pytest.raises(DataError, match="checksum") as error:
-        cache.fetch(str(path), SIZE, CRC32, verify_local=True)
-    assert one_line(error, str(path))
-
-
-def test_a_missing_remote_file_and_a_useless_cache_are_one_line(tmp_path: Path, remote: str) -> None:
-    with pytest.raises(StorageError) as error:
-        storage.Cache(tmp_path).fetch(remote + "x", SIZE, CRC32)
-    assert one_line(error, remote + "x") and visible(tmp_path) == []
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(LfmError) as error:
-        storage.Cache(tmp_path / "file" / "cache").fetch(remote, SIZE, CRC32)
-    assert "\n" not in str(error.value) and str(tmp_path / "file") in str(error.value)
-
-
-def test_a_download_that_breaks_off_names_the_remote_file(
-    tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Cut:
-        def __enter__(self) -> Cut:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def read(self, _: int = -1) -> bytes:
-            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
-
-    monkeypatch.setattr(storage, "open_read", lambda _: Cut())
-    with pytest.raises(StorageError) as error:
-        storage.Cache(tmp_path).fetch(remote, SIZE, CRC32)
-    assert one_line(error, remote)
-    assert visible(tmp_path) == []
-
-
-def test_a_full_disk_leaves_nothing_in_the_cache(tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise FULL
-
-    monkeypatch.setattr(shutil, "copyfileobj", fail)
-    with pytest.raises(StorageError, match="no space left"):
-        storage.Cache(tmp_path).fetch(remote, SIZE, CRC32)
-    assert visible(tmp_path) == []
-
-
-def test_two_processes_download_once(tmp_path: Path) -> None:
-    """`file://` is a URL like any other: what is behind it is copied."""
-    (tmp_path / "000000.tar").write_bytes(CONTENT)
-    script = """
-import sys, time
-from pathlib import Path
-from lfm import storage
-url, folder, size, crc32 = sys.argv[1:]
-read = storage.open_read
-def counted(path):
-    with Path(folder, "requests").open("a") as file:
-        file.write("1\\n")
-    time.sleep(0.3)
-    return read(path)
-storage.open_read = counted
-print("ready", flush=True)
-sys.stdin.readline()
-print(storage.Cache(Path(folder, "cache")).fetch(url, int(size), int(crc32)))
-"""
-    arguments = (f"file://{tmp_path}/000000.tar", str(tmp_path), str(SIZE), str(CRC32))
-    with started(script, *arguments) as first, started(script, *arguments) as second:
-        for process in (first, second):
-            assert process.stdout and process.stdout.readline() == "ready\n"
-        results = []
-        for process in (first, second):
-            assert process.stdin
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        for process in (first, second):
-            assert process.stdout
-            results.append(process.stdout.readline().strip())
-    assert results[0] == results[1]
-    assert Path(results[0]).read_bytes() == CONTENT
-    assert (tmp_path / "requests").read_text() == "1\n"
 
 
 @SMALL

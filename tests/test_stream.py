@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm import storage
-from lfm.data.draws import draw
+from lfm.cache import Cache
+from lfm.data.draws import draw, draw_noise
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord
 from lfm.data.shards import key_of, latent_layout, latent_members, write_tar
 from lfm.data.stream import LatentStream, StreamOptions
@@ -80,9 +81,7 @@ class Latents:
     def stream(
         self, options: StreamOptions = OPTIONS, world: World | None = None, cache: Path | None = None
     ) -> LatentStream:
-        return LatentStream(
-            self.folder, self.manifest, options, world or World(), storage.Cache(cache or Path("/nowhere"))
-        )
+        return LatentStream(self.folder, self.manifest, options, world or World(), Cache(cache or Path("/nowhere")))
 
 
 @pytest.fixture(scope="module")
@@ -116,23 +115,24 @@ def test_a_latent_is_mean_plus_std_times_noise_shifted_and_scaled(
     tmp_path_factory: pytest.TempPathFactory, start: int, flips: bool, conditional: bool
 ) -> None:
     latents = Latents(str(tmp_path_factory.mktemp("latents")), classes=conditional, flips=flips)
-    stream = latents.stream(replace(OPTIONS, class_conditional=conditional))
+    stream = latents.stream(replace(OPTIONS, conditions=frozenset({"class"} if conditional else ())))
     batch = stream.batch(start)
     numbers = batch.sample_numbers.numpy()
     assert sorted(numbers) == list(range(start, start + 8))
-    draws = draw(OPTIONS.seed, numbers, SHAPE)
+    draws = draw(OPTIONS.seed, batch.sample_numbers)
+    posterior_noise, noise = draw_noise(OPTIONS.seed, batch.sample_numbers, SHAPE)
     shards, rows = stream.order.at(start, 8)
     for row, number in enumerate(numbers):
         place = int(shards[number - start]), int(rows[number - start])
         moments = latents.posterior[(*place, bool(draws.flip[row]) and flips)].astype(np.float64)
         mean, std = moments.reshape(2, *SHAPE)
-        expected = (mean + std * draws.posterior_noise[row] - SHIFT) * SCALE
+        expected = (mean + std * posterior_noise[row].numpy() - SHIFT) * SCALE
         assert np.allclose(batch.latents[row].numpy(), expected, atol=1e-6)
         if conditional:
             assert batch.condition.class_index is not None
             assert batch.condition.class_index[row] == latents.classes[place]
-    assert np.array_equal(batch.noise.numpy(), draws.noise)
-    assert np.array_equal(batch.uniform.numpy(), draws.uniform)
+    assert torch.equal(batch.noise, noise)
+    assert torch.equal(batch.uniform, draws.uniform)
     assert {t.dtype for t in (batch.latents, batch.noise, batch.uniform)} == {torch.float32}
     assert batch.sample_numbers.dtype == torch.int64
     assert (batch.condition.class_index is None) == (not conditional) and batch.condition.spatial is None
@@ -158,7 +158,7 @@ def test_without_spread_a_latent_is_one_of_two_means(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_classes_are_dropped_at_their_rate(latents: Latents, rate: float) -> None:
-    stream = latents.stream(replace(OPTIONS, class_conditional=True, class_dropout=rate, global_batch=2000))
+    stream = latents.stream(replace(OPTIONS, conditions=frozenset({"class"}), class_dropout=rate, global_batch=2000))
     dropped = stream.batch(0).condition.class_index
     assert dropped is not None and dropped.dtype == torch.int64 and dropped.max() <= NUM_CLASSES
     share = (dropped == NUM_CLASSES).double().mean().item()
@@ -180,7 +180,7 @@ def test_a_sample_is_drawn_anew_in_every_epoch(latents: Latents) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_the_samples_do_not_depend_on_the_world(latents: Latents, size: int) -> None:
-    options = replace(OPTIONS, class_conditional=True, class_dropout=0.3)
+    options = replace(OPTIONS, conditions=frozenset({"class"}), class_dropout=0.3)
     for start in (0, 5, 2 * TOTAL - 3):
         alone = samples_of(*read(latents.stream(options), start, 6))
         together = [read(latents.stream(options, World(rank, 0, size)), start, 6) for rank in range(size)]
@@ -192,7 +192,9 @@ def test_the_samples_do_not_depend_on_the_world(latents: Latents, size: int) -> 
 @given(stop=st.integers(0, 70), batches=st.tuples(st.integers(1, 30), st.integers(1, 30)), window=st.integers(1, 7))
 def test_resumed_is_uninterrupted(latents: Latents, stop: int, batches: tuple[int, int], window: int) -> None:
     """At any sample, even with another batch size from there on."""
-    options = [replace(OPTIONS, global_batch=batch, window=window, class_conditional=True) for batch in batches]
+    options = [
+        replace(OPTIONS, global_batch=batch, window=window, conditions=frozenset({"class"})) for batch in batches
+    ]
     uninterrupted = samples_of(*read(latents.stream(options[0]), 0, 100 // batches[0] + 2))
     resumed = samples_of(*read(latents.stream(options[1]), stop, 2))
     for number, sample in resumed.items():
@@ -220,60 +222,51 @@ def test_few_shards_stay_mapped(latents: Latents) -> None:
     stream = latents.stream(replace(OPTIONS, window=1, global_batch=3))
     for start in range(0, 2 * TOTAL, 3):
         stream.batch(start)
-        assert len(stream._open) <= 2
+        assert len(stream._ahead._shards) <= 2
 
 
 # --- the thread --------------------------------------------------------------------------------------------------
 
 
 def stream_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "latent-stream"]
+    return [thread for thread in threading.enumerate() if thread.name in ("prefetch", "ahead")]
 
 
-def test_a_closed_generator_ends_its_thread(latents: Latents) -> None:
-    assert stream_threads() == []
-    batches = latents.stream().batches(0, ahead=2)
+def ended(*threads: threading.Thread) -> bool:
+    """Whether they end within a second; those that open shards end by themselves."""
+    for thread in threads:
+        thread.join(1)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def test_a_closed_generator_ends_its_threads_and_closes_its_shards(latents: Latents) -> None:
+    assert ended(*stream_threads())
+    stream = latents.stream()
+    batches = stream.batches(0, ahead=2)
     assert stream_threads() == [], "it starts with the first batch"
     next(batches)
-    (thread,) = stream_threads()
+    threads = stream_threads()
     time.sleep(0.15)  # until it waits for room
-    began = time.monotonic()
     batches.close()
-    assert not thread.is_alive() and time.monotonic() - began < 5
-    assert stream_threads() == []
+    assert ended(*threads) and stream._ahead._shards == {}
 
 
-def test_the_thread_reads_ahead_and_no_further(latents: Latents, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, read_at = latents.stream(), []
-    monkeypatch.setattr(stream, "batch", lambda position: read_at.append(position))
-    with closing(stream.batches(0, ahead=3)) as batches:
-        next(batches)
-        until = time.monotonic() + 2
-        while len(read_at) < 5 and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        assert read_at == [0, 8, 16, 24, 32], "one taken, three ready, one in hand"
+def test_an_error_of_the_thread_reaches_the_consumer(latents: Latents, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, error = latents.stream(), MemoryError()
+    whole = stream._gather
 
-
-@pytest.mark.parametrize("error", [DataError("broken"), MemoryError(), KeyboardInterrupt(), SystemExit(3)])
-def test_an_error_of_the_thread_reaches_the_consumer(
-    latents: Latents, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    stream = latents.stream()
-    whole = stream.batch
-
-    def batch(position: int) -> LatentBatch:
+    def gather(position: int) -> dict[str, torch.Tensor]:
         if position >= 16:
             raise error
         return whole(position)
 
-    monkeypatch.setattr(stream, "batch", batch)
+    monkeypatch.setattr(stream, "_gather", gather)
     batches = stream.batches(0)
     assert [next(batches).sample_numbers.min().item() for _ in range(2)] == [0, 8]
-    with pytest.raises(type(error)) as raised:
+    with pytest.raises(MemoryError) as raised:
         next(batches)
     assert raised.value is error
-    assert stream_threads() == []
+    assert ended(*stream_threads())
 
 
 def test_a_missing_or_truncated_shard_is_one_line_naming_it(tmp_path: Path) -> None:
@@ -284,12 +277,13 @@ def test_a_missing_or_truncated_shard_is_one_line_naming_it(tmp_path: Path) -> N
         with pytest.raises((StorageError, DataError)[number]) as error:
             read(latents.stream(), 0, 8)
         assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
-        assert stream_threads() == []
+        assert ended(*stream_threads())
 
 
 def test_waiting_is_counted(latents: Latents, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = latents.stream()
-    monkeypatch.setattr(stream, "batch", lambda _: time.sleep(0.05))
+    whole = stream._gather
+    monkeypatch.setattr(stream, "_gather", lambda position: time.sleep(0.05) or whole(position))
     read(stream, 0, 3)
     assert 0.1 < stream.wait_seconds < 10
 
@@ -300,4 +294,4 @@ def test_a_data_set_without_latents_is_refused(latents: Latents) -> None:
         latents.manifest.model_copy(update={"shards": ()}),
     ):
         with pytest.raises(LfmError, match=r"^here: holds no latents to train on$"):
-            LatentStream("here", manifest, OPTIONS, World(), storage.Cache(Path("/nowhere")))
+            LatentStream("here", manifest, OPTIONS, World(), Cache(Path("/nowhere")))

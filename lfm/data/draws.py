@@ -1,40 +1,73 @@
 """All that is random about a sample, as a pure function of (seed, sample number).
 
-Each sample has a counter-based generator of its own (Philox, Salmon et al., 2011), keyed by both numbers. So nothing
-depends on the batch, the rank or the world, and nothing need be saved to resume.
+    word i of a sample = mix(start + i stride)                       64 bits; i counts from 1
+    start = mix(mix(seed) + number),  stride = mix(~start) | 1       so that every sample has a sequence of its own
+
+mix is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014). There is
+no state: nothing depends on the batch, the rank or the world, and nothing need be saved to resume. It is integer
+arithmetic on tensors, so that noise is made on the device that needs it and is the same on each (Box and Muller's
+transform to the last digit); a host would spend more time on it than on everything else together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _PICTURES = 1 << 63  # sets the noise of pictures apart from that of training: numbers stay below it
+_SCALARS = 3  # words of a sample before those of its noise
+_ROUNDS = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as int64
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for B samples of shape (C, h, w)."""
+    """What was drawn for B samples beside their noise."""
 
-    flip: np.ndarray  # bool (B,)
-    drop: np.ndarray  # float32 (B,) in [0, 1): a condition is dropped where it is below the rate
-    uniform: np.ndarray  # float32 (B,) in [0, 1): for the time
-    posterior_noise: np.ndarray  # float32 (B, C, h, w), standard normal
-    noise: np.ndarray  # float32 (B, C, h, w), standard normal
+    flip: Tensor  # bool (B,)
+    drop: Tensor  # float32 (B,) in [0, 1): a condition is dropped where it is below the rate
+    uniform: Tensor  # float32 (B,) in [0, 1): for the time
 
 
-def draw(seed: int, sample_numbers: Sequence[int] | np.ndarray, shape: Sequence[int]) -> Draws:
-    """The draws of the samples of these numbers (in the global order of training)."""
-    count = len(sample_numbers)
-    uniforms = np.empty((count, 3), np.float32)
-    normals = np.empty((count, 2, *shape), np.float32)
-    for row, number in enumerate(sample_numbers):
-        random = np.random.Generator(np.random.Philox(key=[seed, int(number)]))
-        random.random(out=uniforms[row], dtype=np.float32)
-        random.standard_normal(out=normals[row], dtype=np.float32)
-    return Draws(uniforms[:, 0] < 0.5, uniforms[:, 1], uniforms[:, 2], normals[:, 0], normals[:, 1])
+def draw(seed: int, sample_numbers: Tensor) -> Draws:
+    """The draws of the samples of these numbers in the global order of training, int64 (B,)."""
+    words = _words(seed, sample_numbers, 1, _SCALARS)
+    uniforms = (words >> 40).bitwise_and_((1 << 24) - 1).float().mul_(2.0**-24)  # as many bits as float32 tells apart
+    return Draws(words[:, 0] < 0, uniforms[:, 1], uniforms[:, 2])
+
+
+def draw_noise(seed: int, sample_numbers: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals for each value of the samples, on the device of their numbers, int64 (B,).
+
+    The posterior's noise and the path's, each float32 (B, *shape) and within six deviations.
+    """
+    words = _words(seed, sample_numbers, 1 + _SCALARS, math.prod(shape)).view(len(sample_numbers), *shape)
+    radius = (words >> 32).float().mul_(2.0**-32).add_(0.5).clamp_(min=2.0**-26).log_().mul_(-2).sqrt_()
+    angle = words.bitwise_and_((1 << 32) - 1).float().mul_(2.0**-32 * 2 * math.pi)
+    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
+
+
+def _words(seed: int, sample_numbers: Tensor, first: int, count: int) -> Tensor:
+    """`count` words of each sample from word `first` on, int64 (B, count)."""
+    start = _mix(_mix(torch.tensor(seed)).to(sample_numbers.device) + sample_numbers)[:, None]
+    index = torch.arange(first, first + count, device=sample_numbers.device)
+    return _mix(index * (_mix(~start) | 1) + start)
+
+
+def _mix(words: Tensor) -> Tensor:
+    """A bijection of int64 after which every bit depends on all: in place."""
+    for shift, factor in _ROUNDS:
+        words.bitwise_xor_(_shifted(words, shift)).mul_(factor)
+    return words.bitwise_xor_(_shifted(words, 31))
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    # An int64 shifts its sign in from the left, so that is masked away.
+    return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def picture_noise(seeds: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np.ndarray:

@@ -37,28 +37,33 @@ class Order:
         shards, rows = np.empty(count, np.int64), np.empty(count, np.int64)
         filled = 0
         while filled < count:
-            epoch, within = divmod(position + filled, self.num_samples)
-            window_ends = self._epoch(epoch)[1]
-            window = int(np.searchsorted(window_ends, within, side="right"))
-            start = int(window_ends[window - 1]) if window else 0
+            epoch, window = self.window_at(position + filled)
+            start = epoch * self.num_samples + (int(self._epoch(epoch)[1][window - 1]) if window else 0)
             window_shards, window_rows = self._window(epoch, window)
-            taken = slice(within - start, within - start + count - filled)
+            taken = slice(position + filled - start, position + count - start)
             length = len(window_shards[taken])
             shards[filled : filled + length], rows[filled : filled + length] = window_shards[taken], window_rows[taken]
             filled += length
         return shards, rows
 
+    def window_at(self, position: int) -> tuple[int, int]:
+        """The epoch and the window of a position."""
+        epoch, within = divmod(position, self.num_samples)
+        return epoch, int(np.searchsorted(self._epoch(epoch)[1], within, side="right"))
+
+    def next_use(self, position: int) -> np.ndarray:
+        """For each shard, how many others come before it from the window of `position` on: int64 (shards,)."""
+        epoch, window = self.window_at(position)
+        permutation, following = self._epoch(epoch)[0][window * self.window :], self._epoch(epoch + 1)[0]
+        uses = np.empty(len(following), np.int64)
+        uses[following] = len(following) + np.arange(len(following))
+        uses[permutation] = np.arange(len(permutation))
+        return uses
+
     def upcoming_shards(self, position: int, count: int) -> list[int]:
         """The next `count` different shards that the stream needs from `position` on, in its own sequence."""
-        wanted: dict[int, None] = {}
-        epoch, within = divmod(position, self.num_samples)
-        count = min(count, int((self.shard_sizes > 0).sum()))
-        while len(wanted) < count:
-            permutation, window_ends = self._epoch(epoch)
-            first = int(np.searchsorted(window_ends, within, side="right")) * self.window
-            wanted.update(dict.fromkeys(int(shard) for shard in permutation[first:] if self.shard_sizes[shard]))
-            epoch, within = epoch + 1, 0
-        return list(wanted)[:count]
+        sequence = np.argsort(self.next_use(position))
+        return sequence[self.shard_sizes[sequence] > 0][:count].tolist()
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's sequence of shards, and the position within the epoch at which each window ends."""

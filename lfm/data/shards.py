@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -168,15 +170,35 @@ def _npy(array: np.ndarray) -> bytes:
 class LatentShard:
     """A latent shard on the local disk, mapped: each member is an array over all its samples.
 
+    A shard that somebody else made, with members of other sizes or in another order, is read through an index of it.
+
+    Args:
+        file: path, or the open file; it may be closed afterwards.
+        name: by which people know the file.
+
     Raises:
-        DataError: the file is not as long as its samples need.
+        DataError: the file does not hold what its samples need.
     """
 
-    def __init__(self, path: Path, samples: int, members: Sequence[Member], stride: int) -> None:
-        self.path, self.samples = path, samples
-        mapped = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    def __init__(
+        self, file: Path | IO[bytes], samples: int, members: Sequence[Member], stride: int, name: str | None = None
+    ) -> None:
+        path = file if isinstance(file, Path) else Path(file.name)
+        self.name, self.samples = name or str(path), samples
+        # Copy on write, as torch takes no read-only memory; nobody writes.
+        mapped = np.memmap(file, np.uint8, mode="c") if path.stat().st_size else np.zeros(0, np.uint8)
         if len(mapped) < samples * stride:
-            raise DataError(f"{path}: truncated: {len(mapped)} bytes, {samples} samples need {samples * stride}")
+            raise DataError(f"{self.name}: truncated: {len(mapped)} bytes, {samples} samples need {samples * stride}")
+        self.columns: dict[str, np.ndarray | Scattered]
+        if samples and not _has_stride(mapped, samples, members, stride):
+            offsets = _index(path, self.name, samples, tuple(members))
+            self.columns = {
+                member.suffix: np.array(offsets[member.suffix])
+                if member.suffix == "cls"
+                else Scattered(mapped, offsets[member.suffix], member)
+                for member in members
+            }
+            return
         self.columns = {
             member.suffix: np.zeros((0, *member.shape), member.dtype)
             if not samples
@@ -189,3 +211,64 @@ class LatentShard:
             )
             for member in members
         }
+
+    @property
+    def class_indices(self) -> np.ndarray | None:
+        """int64 (samples,), or None where the samples have no class."""
+        return np.asarray(self.columns["cls"]).astype(np.int64) if "cls" in self.columns else None
+
+
+class Scattered:
+    """A member of a shard without a stride: indexed by rows as an array would be, each copied from where it lies."""
+
+    def __init__(self, mapped: np.ndarray, offsets: np.ndarray, member: Member) -> None:
+        self.mapped, self.offsets, self.member = mapped, offsets, member
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        shape, dtype = self.member.shape, np.dtype(self.member.dtype)
+        return np.stack([np.ndarray(shape, dtype, self.mapped, offset) for offset in self.offsets[rows].tolist()])
+
+
+def _has_stride(mapped: np.ndarray, samples: int, members: Sequence[Member], stride: int) -> bool:
+    """Whether the headers of the first and the last sample are where a constant stride has them."""
+    for start in (0, (samples - 1) * stride) if stride else ():
+        for member in members:
+            at = start + member.offset - BLOCK * (2 if member.suffix.endswith(".npy") else 1)
+            name = mapped[at : at + 100].tobytes().rstrip(b"\0")
+            if name.partition(b".")[2] != member.suffix.encode():
+                return False
+    return stride > 0
+
+
+@lru_cache(maxsize=4096)
+def _index(path: Path, name: str, samples: int, members: tuple[Member, ...]) -> dict[str, np.ndarray]:
+    """Where the data of each member of each sample begins, and the classes, of a tar that is read from end to end once."""
+    wanted = {member.suffix: member for member in members}
+    rows: dict[str, dict[str, int]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive, path.open("rb") as file:
+            for entry in archive:
+                folder, _, base = entry.name.rpartition("/")
+                key, _, suffix = base.partition(".")
+                if suffix in wanted and entry.isfile():
+                    file.seek(entry.offset_data)
+                    found = int(file.read(entry.size)) if suffix == "cls" else _data_offset(file, wanted[suffix])
+                    rows.setdefault(f"{folder}/{key}", {})[suffix] = found
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(
+            f"{name}: {entry.name if rows else 'cannot be read as a tar'}: {error}; make it again"
+        ) from error
+    if len(rows) != samples or any(len(row) != len(wanted) for row in rows.values()):
+        raise DataError(f"{name}: does not hold {samples} samples of {', '.join(wanted)}; make it again")
+    logging.getLogger(__name__).warning("%s: its members have no constant stride: reading it is slower", name)
+    return {suffix: np.array([row[suffix] for row in rows.values()]) for suffix in wanted}
+
+
+def _data_offset(file: IO[bytes], member: Member) -> int:
+    """Where the data of the .npy file begins that begins here; ValueError where it is not what the manifest says."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if shape != member.shape or dtype != np.dtype(member.dtype) or fortran:
+        raise ValueError(f"{dtype} {shape}, the manifest says {member.dtype} {member.shape}")
+    return file.tell()

@@ -1,30 +1,44 @@
 """The training stream: latents gathered from mapped shards by one background thread, in the order of `Order`.
 
 A batch is one strided gather per shard of its window: no file is opened and nothing is decoded per sample, so one thread
-is enough, and there are no worker processes whose state would have to be saved. State is the number of samples seen.
+is enough, and there are no worker processes whose state would have to be saved. The next window's shards are fetched while
+this one's are read. What is random is drawn on the device: only what is stored has to travel there, as it is stored.
+State is the number of samples seen.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import heapq
+import math
 import time
-from collections import OrderedDict
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lfm import storage
+from lfm.cache import Cache
 from lfm.conditioning import drop_condition
-from lfm.data.draws import draw
+from lfm.data.ahead import Ahead
+from lfm.data.draws import draw, draw_noise
 from lfm.data.manifest import Manifest
 from lfm.data.order import Order
-from lfm.data.shards import LatentShard
-from lfm.errors import DataError
+from lfm.data.shards import LatentShard, Scattered
+from lfm.errors import ConfigError, DataError
+from lfm.prefetch import prefetch
 from lfm.types import Condition, LatentBatch
 from lfm.world import World
+
+# What each condition needs of a sample: the member that holds it, and that of the mirrored picture.
+_FIELDS = {
+    "none": {"latent": ("latent.npy", "latent_flip.npy")},
+    "class": {"class": ("cls", "cls")},
+    "inpaint": {"masked": ("masked.npy", "masked_flip.npy"), "mask": ("mask.npy", "mask.npy")},
+    "semantic": {"segmentation": ("seg.npy", "seg.npy")},
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +48,9 @@ class StreamOptions:
     seed: int = 0
     window: int = 8  # shards shuffled together
     global_batch: int = 256  # samples per step over all ranks
-    class_conditional: bool = False
-    class_dropout: float = 0.0
+    conditions: frozenset[str] = frozenset()  # of class, inpaint and semantic
+    class_dropout: float = 0.0  # share of samples whose condition is the null
+    skip_shards: tuple[str, ...] = ()  # names of shards that are left out
 
 
 class LatentStream:
@@ -47,104 +62,186 @@ class LatentStream:
         options: the same on every rank.
         world: this rank's place; its part of every global batch is a contiguous slice.
         cache: where remote shards are kept.
+        device: where the batches are wanted.
+
+    Raises:
+        DataError: there are no latents, no shard of a name that is to be left out, or not what the condition needs.
+        ConfigError: the cache does not hold two windows of shards.
     """
 
     def __init__(
-        self, folder: str, manifest: Manifest, options: StreamOptions, world: World, cache: storage.Cache
+        self,
+        folder: str,
+        manifest: Manifest,
+        options: StreamOptions,
+        world: World,
+        cache: Cache,
+        device: torch.device | str = "cpu",
     ) -> None:
-        if manifest.autoencoder is None or manifest.num_samples == 0:
+        sizes = shard_sizes(manifest, options.skip_shards, folder)
+        if manifest.autoencoder is None or not sum(sizes):
             raise DataError(f"{folder}: holds no latents to train on")
         self.folder, self.manifest, self.options, self.world, self.cache = folder, manifest, options, world, cache
-        self.order = Order([shard.samples for shard in manifest.shards], options.seed, options.window)
+        self.device = torch.device(device)
+        self.order = Order(sizes, options.seed, options.window)
         self.scale, self.shift = manifest.autoencoder.scale_factor, manifest.autoencoder.shift
-        self.has_flips = any(member.suffix == "latent_flip.npy" for member in manifest.members)
+        self.members = {member.suffix: member for member in manifest.members}
+        self.has_flips = "latent_flip.npy" in self.members
+        self.fields = {
+            name: pair for need in ("none", *sorted(options.conditions)) for name, pair in _FIELDS[need].items()
+        }
+        for name, (suffix, _) in self.fields.items():
+            if suffix not in self.members:
+                raise DataError(f"{folder}: the latents hold no {name}; encode shards that do, or change condition")
+        needed = sum(heapq.nlargest(2 * options.window, (shard.bytes for shard in manifest.shards)))
+        if not storage.is_local(folder) and needed > cache.limit:
+            raise ConfigError(
+                f"{folder}: two windows of {options.window} shards take {needed:,} bytes, the cache may hold "
+                f"{cache.limit:,.0f}; raise its limit or lower window"
+            )
         self.wait_seconds = 0.0
-        self._open: OrderedDict[int, LatentShard] = OrderedDict()
+        self._ahead = Ahead(self._open)
+        self._window: tuple[int, int] | None = None
+        self._uses = np.zeros(0, np.int64)
+        self._index = {shard.name: index for index, shard in enumerate(manifest.shards)}
 
     def batches(self, samples_seen: int, *, ahead: int = 4) -> Generator[LatentBatch]:
         """Endless batches of this rank from `samples_seen` on; time spent waiting adds up in `wait_seconds`."""
-        ready: queue.Queue[LatentBatch | BaseException] = queue.Queue(ahead)
-        stopped = threading.Event()
 
-        def put(item: LatentBatch | BaseException) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read() -> None:
+        def gathered() -> Generator[dict[str, Tensor]]:
             position = samples_seen
-            try:
-                while not stopped.is_set():
-                    put(self.batch(position))
-                    position += self.options.global_batch
-            except BaseException as error:  # whatever it is, the training thread must hear of it
-                put(error)
-
-        thread = threading.Thread(target=read, name="latent-stream", daemon=True)
-        thread.start()
-        try:
             while True:
-                began = time.perf_counter()
-                item = ready.get()
-                self.wait_seconds += time.perf_counter() - began
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+                yield self._gather(position)
+                position += self.options.global_batch
+
+        try:
+            with closing(prefetch(gathered(), ahead)) as ready:
+                while True:
+                    began = time.perf_counter()
+                    found = next(ready)
+                    self.wait_seconds += time.perf_counter() - began
+                    yield self._finish(found)
         finally:
-            stopped.set()
-            thread.join()
+            self._window = None
+            self._ahead.want(())
 
     def batch(self, samples_seen: int) -> LatentBatch:
         """This rank's part of the global batch that begins at sample `samples_seen`."""
-        part = self.world.slice_of(self.options.global_batch)
-        shards, rows = self.order.at(samples_seen + part.start, part.stop - part.start)
-        by_shard = np.argsort(shards, kind="stable")  # the order within a batch is free: everything is per sample
-        shards, rows = shards[by_shard], rows[by_shard]
-        numbers = samples_seen + part.start + by_shard
-        member = next(member for member in self.manifest.members if member.suffix == "latent.npy")
-        shape = (member.shape[0] // 2, *member.shape[1:])
-        draws = draw(self.options.seed, numbers, shape)
-        posterior, classes = self._gather(shards, rows, draws.flip & self.has_flips, member.shape)
+        return self._finish(self._gather(samples_seen))
 
-        moments = torch.from_numpy(posterior).float().unflatten(1, (2, shape[0]))
-        latents = moments[:, 0] + moments[:, 1] * torch.from_numpy(draws.posterior_noise)
-        condition = Condition(torch.from_numpy(classes) if self.options.class_conditional else None)
-        dropped = torch.from_numpy(draws.drop < self.options.class_dropout)
+    def _gather(self, samples_seen: int) -> dict[str, Tensor]:
+        """The rows of a batch as they are stored, by field, and what decides the rest of them."""
+        part = self.world.slice_of(self.options.global_batch)
+        places = self.order.at(samples_seen + part.start, part.stop - part.start)
+        shards, rows = (torch.from_numpy(place) for place in places)
+        numbers = torch.arange(samples_seen + part.start, samples_seen + part.stop)
+        draws = draw(self.options.seed, numbers)
+        flip = draws.flip & self.has_flips
+        # The order within a batch is free, since everything is per sample: by shard, each is gathered in one go.
+        groups, by_group = torch.sort(2 * shards + flip, stable=True)
+        rows = rows[by_group]
+        small = {"number": numbers, "uniform": draws.uniform, "flip": flip}
+        small["dropped"] = draws.drop < self.options.class_dropout
+        found = {name: self._pinned(value[by_group]) for name, value in small.items()}
+        for name, (suffix, _) in self.fields.items():
+            member = self.members[suffix]
+            dtype = torch.int64 if suffix == "cls" else torch.from_numpy(np.empty(0, member.dtype)).dtype
+            found[name] = torch.empty(len(rows), *member.shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        self._look_ahead(samples_seen)
+        begin = 0
+        for group, count in zip(
+            *(part.tolist() for part in groups.unique_consecutive(return_counts=True)), strict=True
+        ):
+            columns, taken = self._ahead.take(group // 2), slice(begin, begin + count)
+            for name, pair in self.fields.items():
+                _take(columns[pair[group % 2]], rows[taken], found[name][taken])
+            begin += count
+        return found
+
+    def _finish(self, found: dict[str, Tensor]) -> LatentBatch:
+        """A batch on the device: latents drawn from their posteriors and scaled, noise, and conditions."""
+        found = {name: value.to(self.device, non_blocking=True) for name, value in found.items()}
+        mean, std = found["latent"].float().chunk(2, dim=1)
+        posterior_noise, noise = draw_noise(self.options.seed, found["number"], mean.shape[1:])
+        condition = drop_condition(
+            Condition(found.get("class"), self._spatial(found), self._segmentation(found)),
+            found["dropped"],
+            num_classes=len(self.manifest.classes),
+            num_labels=self.manifest.num_labels,
+        )
         return LatentBatch(
-            sample_numbers=torch.from_numpy(numbers),
-            latents=(latents - self.shift) * self.scale,
-            noise=torch.from_numpy(draws.noise),
-            uniform=torch.from_numpy(draws.uniform),
-            condition=drop_condition(condition, dropped, num_classes=len(self.manifest.classes)),
+            sample_numbers=found["number"],
+            latents=(mean + std * posterior_noise - self.shift) * self.scale,
+            noise=noise,
+            uniform=found["uniform"],
+            condition=condition,
         )
 
-    def _gather(
-        self, shards: np.ndarray, rows: np.ndarray, flip: np.ndarray, shape: tuple[int, ...]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Posteriors float16 (B, 2C, h, w) and class indices int64 (B,) of rows sorted by shard."""
-        posterior = np.empty((len(rows), *shape), np.float16)
-        classes = np.zeros(len(rows), np.int64)
-        borders = np.flatnonzero(np.diff(shards)) + 1
-        for begin, end in zip([0, *borders], [*borders, len(rows)], strict=True):
-            shard = self._shard(int(shards[begin]))
-            part = slice(begin, end)
-            for suffix, wanted in (("latent.npy", ~flip[part]), ("latent_flip.npy", flip[part])):
-                if wanted.any():
-                    posterior[part][wanted] = shard.columns[suffix][rows[part][wanted]]
-            if "cls" in shard.columns:
-                classes[part] = shard.columns["cls"][rows[part]].astype(np.int64)
-        return posterior, classes
+    def _spatial(self, found: dict[str, Tensor]) -> Tensor | None:
+        """The condition of inpainting, float32 (B, C + 1, h, w)."""
+        if "masked" not in found:
+            return None
+        masked = (found["masked"].float() - self.shift) * self.scale
+        return torch.cat([masked, _mirrored(found["mask"], found["flip"]).float()[:, None]], dim=1)
 
-    def _shard(self, index: int) -> LatentShard:
-        """A mapped shard; as many stay mapped as two windows hold."""
-        if index in self._open:
-            self._open.move_to_end(index)
-            return self._open[index]
+    def _segmentation(self, found: dict[str, Tensor]) -> Tensor | None:
+        """Labels, int64 (B, H, W)."""
+        return _mirrored(found["segmentation"].long(), found["flip"]) if "segmentation" in found else None
+
+    def _pinned(self, value: Tensor) -> Tensor:
+        return value.pin_memory() if self.device.type == "cuda" else value
+
+    def _look_ahead(self, position: int) -> None:
+        """Where a window begins, want its shards and the next window's, and let the others go."""
+        window = self.order.window_at(position)
+        if window != self._window:
+            self._window, self._uses = window, self.order.next_use(position)
+            self._ahead.want(self.order.upcoming_shards(position, 2 * self.options.window))
+
+    def _open(self, index: int) -> dict[str, Tensor | Scattered]:
+        """A shard's columns; the shard stays mapped, and its copy in the cache, for as long as one of them lives."""
         record = self.manifest.shards[index]
-        path = self.cache.fetch(storage.join(self.folder, record.name), record.bytes, record.crc32)
-        self._open[index] = LatentShard(path, record.samples, self.manifest.members, self.manifest.stride)
-        if len(self._open) > 2 * self.options.window:
-            self._open.popitem(last=False)
-        return self._open[index]
+        path = storage.join(self.folder, record.name)
+        with self.cache.open(path, record.bytes, record.crc32, self._next_use) as file:
+            shard = LatentShard(file, record.samples, self.manifest.members, self.manifest.stride, name=path)
+        columns: dict[str, Tensor | Scattered] = {
+            suffix: column if isinstance(column, Scattered) else torch.from_numpy(column)
+            for suffix, column in shard.columns.items()
+            if suffix != "cls"
+        }
+        return columns if shard.class_indices is None else columns | {"cls": torch.from_numpy(shard.class_indices)}
+
+    def _next_use(self, copy: str) -> float:
+        """How soon a copy in the cache is needed again, among this stream's shards; never, where it is none of them."""
+        index = self._index.get(copy.rpartition("-")[2])
+        if index is None:
+            return math.inf
+        record = self.manifest.shards[index]
+        known = self.cache.copy_of(storage.join(self.folder, record.name), record.bytes, record.crc32)
+        return float(self._uses[index]) if known.name == copy else math.inf
+
+
+def shard_sizes(manifest: Manifest, skip_shards: tuple[str, ...], folder: str) -> list[int]:
+    """Samples of each shard of a manifest, none in those that are to be left out.
+
+    So every other shard keeps its place in the sequence: a run that stopped at a bad shard goes on where it was.
+
+    Raises:
+        DataError: there is no shard of that name.
+    """
+    unknown = sorted(set(skip_shards) - {shard.name for shard in manifest.shards})
+    if unknown:
+        raise DataError(f"{folder}: no shard {unknown[0]} to leave out; name it as its file")
+    return [0 if shard.name in skip_shards else shard.samples for shard in manifest.shards]
+
+
+def _take(column: Tensor | Scattered, rows: Tensor, out: Tensor) -> None:
+    if isinstance(column, Tensor):
+        torch.index_select(column, 0, rows, out=out)
+    else:
+        out.copy_(torch.from_numpy(column[rows.numpy()]))
+
+
+def _mirrored(maps: Tensor, flip: Tensor) -> Tensor:
+    """Maps (B, h, w), from right to left in the rows where `flip`, bool (B,), is true."""
+    return torch.where(flip[:, None, None], maps.flip(-1), maps)
