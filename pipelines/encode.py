@@ -263,7 +263,7 @@ def _publish_if_complete(
 
 
 def _recipe(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder) -> dict:
-    """Everything that decides the shards' bytes."""
+    """Everything that decides the shards' bytes, but for the last bits, in which devices and batch sizes differ."""
     return {
         "kind": "latents",
         "raw": raw.digest,

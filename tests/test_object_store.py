@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
 from conftest import ALONE, SmallSet, assert_one_line, lfm
+from fault_proxy import Fault, FaultProxy
 from object_store import BUCKET, ObjectStore, requires_object_store
 
 from lfm import storage
@@ -61,6 +65,47 @@ def test_shards_and_latents_have_the_same_bytes_as_on_the_local_disk(
         np.testing.assert_array_equal(one.latents, other.latents)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["broken answers", "a restart"])
+def test_an_unreliable_store_costs_time_and_not_a_byte(
+    store: ObjectStore, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    raw, latents = (f"s3://{BUCKET}/{fault[-7:]}/{name}" for name in ("raw", "latents"))
+    assert lfm("shard", small_set.pictures, raw, "--image-size", 16, "--samples-per-shard", 16).exit_code == 0
+    kinds = [
+        Fault("cut", 700),
+        Fault("status", 503),
+        Fault("reset", 90),
+        Fault("drop"),
+        Fault("lost"),
+        Fault("flip", 99),
+    ]
+    broken = lambda method, path: fault != "a restart"  # noqa: E731
+    with FaultProxy(store.port, broken, plan=[what for kind in 6 * kinds for what in (kind, None)]) as proxy:
+        proxy.plan.insert(9, Fault("stall", 300))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+        def restart() -> None:
+            while len(proxy.requests) < 8:
+                time.sleep(0.001)
+            store.kill()
+            time.sleep(1)
+            store.start()
+
+        thread = threading.Thread(target=restart)
+        thread.start() if fault == "a restart" else None
+        encode = ("encode", raw, latents, "--autoencoder", small_set.autoencoder, "--flips")
+        result = lfm(*encode, "--cache", tmp_path / "cache")
+        s3fs.S3FileSystem.clear_instance_cache()
+        thread.join() if fault == "a restart" else None
+    assert result.exit_code == 0, result.stderr
+    if fault != "a restart":
+        assert {request.fault.kind for request in proxy.requests if request.fault} >= {kind.kind for kind in kinds}
+    monkeypatch.undo()
+    assert content(latents) == content(str(small_set.latents))
+
+
 def test_a_source_in_the_store_shards_as_one_on_the_disk(
     store: ObjectStore, small_set: SmallSet, tmp_path: Path
 ) -> None:
@@ -73,8 +118,6 @@ def test_a_source_in_the_store_shards_as_one_on_the_disk(
 
 
 def test_a_refused_key_is_one_line(store: ObjectStore, small_set: SmallSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs
-
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3fs.S3FileSystem.clear_instance_cache()
     try:
