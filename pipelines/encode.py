@@ -85,7 +85,7 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
         with closing(batches), closing(encoded):
             for _, latents in groupby(encoded, key=lambda batch: batch[0].name):
                 _write(config, autoencoder, latents, bar)
-                bar.done = max(bar.done, sum(sizes[name] for name in manifests.done(config.dest)))
+                bar.done = sum(sizes[name] for name in manifests.done(config.dest))  # by all ranks
     return EncodeResult(summary, _publish_if_complete(config, raw, autoencoder, recipe))
 
 
@@ -147,7 +147,7 @@ def _write(
     def samples() -> Iterator[LatentSample]:
         for _, batch in chain([(shard, first)], batches):
             yield from batch
-            bar.advance(len(batch))
+            bar.advance(min(len(batch), bar.total - bar.done))  # another rank may be at this shard too
 
     with storage.writing(storage.join(config.dest, shard.name)) as temporary:
         write_tar(temporary, map(latent_members, sums.watch(samples())))
