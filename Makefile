@@ -19,7 +19,7 @@ test: $(VENV)/ready
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[s3,test]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[evaluate,s3,test]'
 	touch $@
 	@echo "installed; for the commands in this shell: . $(VENV)/bin/activate"
 

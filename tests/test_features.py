@@ -1,0 +1,118 @@
+"""Feature networks: strictly loaded, known by their hash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lfm.errors import ConfigError
+from lfm.metrics import features
+from lfm.metrics.inception import MIXED, Inception, Mixed, resize
+
+
+@pytest.fixture(scope="module")
+def inception() -> Inception:
+    torch.manual_seed(0)
+    return Inception().eval()
+
+
+@pytest.fixture(scope="module")
+def inception_file(inception: Inception, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(inception.state_dict(), path)
+    return path
+
+
+def pictures(count: int = 2, size: int = 20) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_inception_has_the_published_shape(inception: Inception) -> None:
+    """Of torchvision's 23,834,568 parameters without the auxiliary head, but 1,008 classes; and its names."""
+    assert sum(parameter.numel() for parameter in inception.parameters()) == 23_834_568 + 8 * 2049
+    names = set(inception.state_dict())
+    assert {
+        "Conv2d_1a_3x3.conv.weight",
+        "Mixed_5b.branch5x5_2.bn.running_var",
+        "Mixed_6a.branch3x3.conv.weight",
+        "Mixed_6e.branch7x7dbl_5.conv.weight",
+        "Mixed_7a.branch7x7x3_4.bn.weight",
+        "Mixed_7c.branch3x3dbl_3b.conv.weight",
+        "Mixed_7c.branch_pool.bn.bias",
+        "fc.bias",
+    } <= names
+    assert len([name for name in names if name.endswith("conv.weight")]) == 94
+    assert inception.get_submodule("Mixed_6b.branch7x7_2.conv").weight.shape == (128, 128, 1, 7)
+    pools = [name for name in MIXED if inception.get_submodule(name).max_pool]
+    assert pools == ["Mixed_7c"]
+
+
+def test_averages_leave_the_padding_out() -> None:
+    block = Mixed(4, {"branch_pool": [(4, 1)]}, max_pool=False).eval()
+    nn.init.dirac_(block.get_submodule("branch_pool.conv").weight)
+    ones = torch.ones(1, 4, 5, 5)
+    torch.testing.assert_close(block(ones), ones / (1 + 0.001) ** 0.5)
+
+
+def test_inception_gives_what_the_metrics_take(inception: Inception) -> None:
+    with torch.inference_mode():
+        found = inception(pictures())
+    assert (found.pooled.shape, found.spatial.shape, found.probabilities.shape) == ((2, 2048), (2, 2023), (2, 1008))
+    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("size", [7, 32, 299, 300, 512])
+def test_the_resize_reads_place_i_at_i_of_the_ratio(size: int) -> None:
+    """Which on a line that rises by one a pixel is the place itself, up to the last pixel."""
+    ramp = torch.arange(size, dtype=torch.float32).expand(1, 1, size, size)
+    places = (torch.arange(299) * (size / 299)).clamp(max=size - 1)
+    torch.testing.assert_close(resize(ramp)[0, 0], places.expand(299, 299), rtol=1e-4, atol=1e-3)
+
+
+def test_inception_is_loaded_strictly_and_is_fid_only_as_published(inception_file: Path, tmp_path: Path) -> None:
+    network = features.load(f"inception:{inception_file}")
+    assert (network.name, network.frechet) == ("inception", "fd-inception")
+    assert network.content_hash == features.file_hash(str(inception_file))
+    state = torch.load(inception_file, weights_only=True)
+    for change in ({"more": torch.zeros(1)}, {"fc.bias": torch.zeros(1000)}):
+        torch.save(state | change, tmp_path / "other.pth")
+        with pytest.raises(ConfigError, match=r"other\.pth: no weights of Inception"):
+            features.load(f"inception:{tmp_path / 'other.pth'}")
+    (tmp_path / "broken.pth").write_bytes(b"nothing")
+    for name in ("broken", "absent"):
+        with pytest.raises(ConfigError, match=name):
+            features.load(f"inception:{tmp_path / name}.pth")
+
+
+def test_fd_lite_recognises_what_its_weights_were_trained_on() -> None:
+    network = features.load("fd-lite")
+    assert network.content_hash.startswith("57934424"), "the hash that its publisher wrote into the file's name"
+    noise = network(pictures(2, 64)).pooled
+    assert noise.shape == (2, 1280)
+    assert float(noise.std()) > 0.1
+    assert not torch.equal(noise[0], noise[1])
+
+
+class Colours(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3))
+
+
+def test_a_module_of_ones_own_is_a_network(tmp_path: Path) -> None:
+    path = tmp_path / "colours.pt2"
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    torch.export.save(torch.export.export(Colours(), (pictures(),), dynamic_shapes=(sizes,)), path)
+    network = features.load(str(path))
+    assert (network.name, network.frechet) == ("colours", "fd-colours")
+    expected = pictures(5, 8).numpy().mean((2, 3))
+    np.testing.assert_allclose(network(pictures(5, 8)).pooled.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["inception", "inception:", "vgg", "absent.pt2"])
+def test_unknown_networks_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        features.load(name)
