@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipelines import cli_data, cli_model
+from pipelines import cli_data, cli_metrics, cli_model
 from pipelines.cli_options import Commands
 
 
@@ -18,6 +18,7 @@ def main() -> None:
     lfm encode RAW LATENTS --autoencoder PATH_OR_HUB_ID
     deepspeed launch/train.py --config configs/NAME.yaml
     lfm sample RUN --out DIR
+    lfm reference RAW REFERENCE.safetensors; lfm evaluate RUN --reference REFERENCE.safetensors --out DIR
 
     The same command resumes. `lfm demo` does all of it on drawn pictures.
     """
@@ -25,6 +26,7 @@ def main() -> None:
 
 for command in (
     *(cli_data.shard, cli_data.encode, cli_data.inspect, cli_data.autoencoder, cli_data.scenes),
+    *(cli_metrics.reference, cli_metrics.evaluate),
     *(cli_model.sample, cli_model.demo, cli_model.train_hint),
 ):
     main.add_command(command)

@@ -15,6 +15,7 @@ from pipelines.cli_options import (
     Finite,
     cache_option,
     dry_run_option,
+    num_gpus_option,
     overwrite_option,
     show,
 )
@@ -62,7 +63,7 @@ def shard(**options: Any) -> None:
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16.")
 @click.option("--threads", type=COUNT, default=4, show_default=True, help="Of each process, to decode pictures.")
-@click.option("--num-gpus", type=COUNT, help="Processes to start; on a machine without GPUs too.  [default: all GPUs]")
+@num_gpus_option
 @cache_option
 @overwrite_option
 @dry_run_option

@@ -69,6 +69,10 @@ overwrite_option = click.option(
 )
 cache_option = click.option("--cache", help="Folder for copies of remote shards.  [default: ~/.cache/lfm]")
 
+num_gpus_option = click.option(
+    "--num-gpus", type=COUNT, help="Processes to start; on a machine without GPUs too.  [default: all GPUs]"
+)
+
 
 def show(config: Any, plan: str) -> None:
     """Print a resolved configuration and its plan, for `--dry-run`."""

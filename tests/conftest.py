@@ -10,7 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from lfm import checkpoint
 from lfm.autoencoder import import_diffusers
+from lfm.checkpoint import WeightsHeader, save_weights
+from lfm.data import manifest as manifests
+from lfm.models.dit import DiT, DiTConfig
 from lfm.world import World
 from pipelines import encode, scenes, shard
 from pipelines.cli import main
@@ -55,6 +59,19 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
     shard.run(shard.ShardConfig(str(pictures), str(raw), image_size=16, samples_per_shard=16))
     encode.run(encode.EncodeConfig(str(raw), str(latents), str(autoencoder), flips=True), ALONE)
     return SmallSet(pictures, raw, latents, autoencoder)
+
+
+@pytest.fixture
+def weights(small_set: SmallSet, tmp_path: Path) -> Path:
+    """An untrained class-conditional model for the small set's latents, as a run folder."""
+    manifest = manifests.load(str(small_set.latents), "latents")
+    assert manifest.autoencoder is not None
+    model = DiT(DiTConfig(4, 8, 2, 32, 1, 2, num_classes=8, class_dropout=0.1))
+    header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    save_weights(str(run_folder / checkpoint.WEIGHTS), model.state_dict(), header)
+    return run_folder
 
 
 def lfm(*arguments: object, env: dict[str, str] | None = None, command: click.Command = main) -> Result:

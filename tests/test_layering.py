@@ -15,8 +15,8 @@ import lfm
 import pipelines
 
 HOUSE = Path(__file__).parents[1]
-STAGES = {"shard", "encode", "train", "sample", "autoencoder", "scenes", "inspect", "demo"}
-COMMAND_LINE = {"cli", "cli_options", "cli_data", "cli_model"}
+STAGES = {"shard", "encode", "train", "sample", "autoencoder", "scenes", "inspect", "demo", "reference", "evaluate"}
+COMMAND_LINE = {"cli", "cli_options", "cli_data", "cli_metrics", "cli_model"}
 # Who alone may import what.
 OWNERS = {
     "fsspec": {"lfm.storage"},

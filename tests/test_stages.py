@@ -14,9 +14,7 @@ from conftest import REPOSITORY, SmallSet, assert_one_line, lfm, make_autoencode
 from PIL import Image
 
 from lfm import checkpoint
-from lfm.checkpoint import WeightsHeader, save_weights
 from lfm.data import manifest as manifests
-from lfm.models.dit import DiT, DiTConfig
 from pipelines.shard import ShardConfig, run
 
 
@@ -33,19 +31,6 @@ def picture_folder(root: Path, count: int, classes: tuple[str, ...] = ("cat", "d
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file and its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def weights(small_set: SmallSet, tmp_path: Path) -> Path:
-    """An untrained class-conditional model for the small set's latents, as a run folder."""
-    manifest = manifests.load(str(small_set.latents), "latents")
-    assert manifest.autoencoder is not None
-    model = DiT(DiTConfig(4, 8, 2, 32, 1, 2, num_classes=8, class_dropout=0.1))
-    header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
-    run_folder = tmp_path / "run"
-    run_folder.mkdir()
-    save_weights(str(run_folder / checkpoint.WEIGHTS), model.state_dict(), header)
-    return run_folder
 
 
 # --- shard ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""The commands that measure pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pipelines.cli_options import (
+    COUNT,
+    PIXELS,
+    POSITIVE,
+    SEED,
+    Finite,
+    cache_option,
+    dry_run_option,
+    num_gpus_option,
+    overwrite_option,
+    show,
+)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--image-size", type=PIXELS, help="Resize and crop the pictures of a folder; of an .npz, what they had.")
+@click.option("--crop", help="centre, pad or squash, with --image-size.  [default: centre]")
+@click.option("--network", default="fd-lite", show_default=True, help="fd-lite, inception:WEIGHTS.pth or MODULE.pt2.")
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@num_gpus_option
+@cache_option
+@overwrite_option
+@dry_run_option
+def reference(num_gpus: int | None, **options: Any) -> None:
+    """Measure the real pictures of SOURCE (raw shards, a folder, or statistics in an .npz) once, into OUT.safetensors."""
+    from pipelines.processes import on_every_gpu
+    from pipelines.reference import ReferenceConfig, run
+
+    config = ReferenceConfig(**options)
+    results = on_every_gpu(run, config, 1 if config.dry_run else num_gpus)
+    if config.dry_run:
+        return show(config, results[0].plan)
+    if not any(result.reference for result in results):
+        return click.echo("this rank is done; the last one writes the reference")
+    click.echo(results[0].plan)
+    click.echo(f"next: lfm evaluate RUN --reference {config.out} --out DIR")
+
+
+@click.command()
+@click.argument("targets", nargs=-1, required=True)
+@click.option("--reference", multiple=True, required=True, help="Of `lfm reference`; several for several networks.")
+@click.option("--out", required=True, help="Folder for the report and the features.")
+@click.option("--metrics", help="As fd,kid,recall.  [default: all that can be had]")
+@click.option("--pairs", help="Real pictures of the same keys as the TARGETS', for psnr, ssim, p-ids, ...")
+@click.option("--network", multiple=True, help="Where a reference's network is now, if it has moved.")
+@click.option("--lpips", help="A module of torch.export: two pictures -> their distance.")
+@click.option("--segmenter", help="A module of torch.export: a picture -> scores of labels.")
+@click.option("--num", type=COUNT, help="Pictures of each run.  [default: 50,000]")
+@click.option("--first-seed", type=SEED, help="The seeds count on from it.  [default: 0]")
+@click.option("--guidance-scale", type=Finite(-1000, 1000), multiple=True, help="Several for a curve.  [default: 1]")
+@click.option("--solver", help="euler, midpoint, heun, rk4, dopri5, bosh3, ...  [default: heun]")
+@click.option("--num-steps", type=COUNT, help="Of a fixed-step solver.  [default: 25]")
+@click.option("--atol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
+@click.option("--rtol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@click.option("--autoencoder", help="Where the runs' autoencoder is now, if it has moved.")
+@num_gpus_option
+@cache_option
+@overwrite_option
+@dry_run_option
+def evaluate(num_gpus: int | None, **options: Any) -> None:
+    """Measure TARGETS against references: runs or checkpoints, or folders of pictures or raw shards."""
+    from pipelines.evaluate import EvaluateConfig, run
+    from pipelines.processes import on_every_gpu
+
+    config = EvaluateConfig(**options)
+    results = on_every_gpu(run, config, 1 if config.dry_run else num_gpus)
+    if config.dry_run:
+        return show(config, results[0].plan)
+    table = next((result.table for result in results if result.table), None)
+    click.echo(f"{table}\n{config.out}/report.json" if table else "this rank is done; the last one writes the report")
