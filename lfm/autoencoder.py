@@ -79,8 +79,12 @@ class Autoencoder:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) as uint8 pictures (B, 3, H, W), rounded to the nearest level."""
+        return to_levels(self.pixels(latents))
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) as pixels (B, 3, H, W) about [-1, 1]; gradients go through."""
         unscaled = latents.to(self.device) / self.scale_factor + self.shift
-        return to_levels(self.model.decode(unscaled.to(self.model.dtype)).sample)
+        return self.model.decode(unscaled.to(self.model.dtype)).sample
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ def reference(num_gpus: int | None, **options: Any) -> None:
 
 @click.command()
 @click.argument("targets", nargs=-1, required=True)
-@click.option("--reference", multiple=True, required=True, help="Of `lfm reference`; several for several networks.")
+@click.option("--reference", multiple=True, help="Of `lfm reference`; several for several networks.")
 @click.option("--out", required=True, help="Folder for the report and the features.")
+@click.option("--bound", metavar="RAW", help="In place of metrics: the paper's bound, on held-back pictures.")
 @click.option("--metrics", help="As fd,kid,recall.  [default: all that can be had]")
 @click.option("--pairs", help="Real pictures of the same keys as the TARGETS', for psnr, ssim, p-ids, ...")
 @click.option("--network", multiple=True, help="Where a reference's network is now, if it has moved.")
@@ -68,14 +69,37 @@ def reference(num_gpus: int | None, **options: Any) -> None:
 @cache_option
 @overwrite_option
 @dry_run_option
-def evaluate(num_gpus: int | None, **options: Any) -> None:
+def evaluate(num_gpus: int | None, bound: str | None, **options: Any) -> None:
     """Measure TARGETS against references: runs or checkpoints, or folders of pictures or raw shards."""
     from pipelines.evaluate import EvaluateConfig, run
     from pipelines.processes import on_every_gpu
 
+    if bound:
+        return _bound(bound, options)
+    if not options["reference"]:
+        raise click.UsageError("Missing option '--reference'; make one with `lfm reference`")
     config = EvaluateConfig(**options)
     results = on_every_gpu(run, config, 1 if config.dry_run else num_gpus)
     if config.dry_run:
         return show(config, results[0].plan)
     table = next((result.table for result in results if result.table), None)
     click.echo(f"{table}\n{config.out}/report.json" if table else "this rank is done; the last one writes the report")
+
+
+def _bound(raw: str, options: dict[str, Any]) -> None:
+    """Do what `lfm evaluate RUN --bound RAW` asks for."""
+    from pipelines import factory
+    from pipelines.bound import BoundConfig, run
+
+    used = {"num", "first_seed", "out", "batch_size", "autoencoder", "cache", "dry_run"}
+    given = {name: value for name, value in options.items() if name in used and value is not None}
+    for name in sorted(options.keys() - used - {"targets"}):
+        if options[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')} is not for --bound; leave it out")
+    if len(options["targets"]) != 1:
+        raise click.UsageError("--bound takes one run at a time")
+    config = BoundConfig(run=options["targets"][0], raw=raw, seed=given.pop("first_seed", 0), **given)
+    result = run(config, factory.world())
+    if config.dry_run:
+        return show(config, result.plan)
+    click.echo(f"{result.table}\n{config.out}/bound.json")

@@ -14,13 +14,14 @@ import torch
 
 import lfm
 from lfm import autoencoder as autoencoders
-from lfm import storage
+from lfm import checkpoint, storage
 from lfm.autoencoder import Autoencoder
 from lfm.cache import Cache
+from lfm.checkpoint import WeightsHeader
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream import StreamOptions
-from lfm.errors import ConfigError, DataError
-from lfm.models.dit import DIT_SIZES, DiTConfig
+from lfm.errors import CheckpointError, ConfigError, DataError
+from lfm.models.dit import DIT_SIZES, DiT, DiTConfig
 from lfm.world import World
 from pipelines.config import ExperimentConfig
 
@@ -78,6 +79,23 @@ def matching_autoencoder(record: AutoencoderRecord, name: str | None, world: Wor
             f"({record.content_hash[:12]}); name that one with --autoencoder"
         )
     return found
+
+
+def trained(run: str, autoencoder: str | None, world: World) -> tuple[DiT, WeightsHeader, Autoencoder]:
+    """The EMA model of a run on this process's device, in eval mode, what its weights say of themselves, and its autoencoder.
+
+    Raises:
+        CheckpointError: there are no weights, or they do not fit.
+        ConfigError: the autoencoder is another one.
+    """
+    weights, header = checkpoint.load_weights(run)
+    found = matching_autoencoder(header.autoencoder, autoencoder, world, run)
+    model = DiT(header.model)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{run}: its weights do not fit its header; take another checkpoint") from error
+    return model.to(device(world)).eval(), header, found
 
 
 def autoencoder_record(autoencoder: Autoencoder) -> AutoencoderRecord:

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lfm import checkpoint, solvers
+from lfm import solvers
 from lfm.autoencoder import content_hash
 from lfm.conditioning import class_condition, null_condition
 from lfm.data.draws import picture_noise
 from lfm.data.picture_sets import FolderPictures, PictureSet, blocks_of
-from lfm.errors import CheckpointError, DataError
+from lfm.errors import DataError
 from lfm.guidance import CountedVelocity, Guided, NetworkVelocity
-from lfm.models.dit import DiT
 from lfm.types import Condition
 from lfm.world import World
 from pipelines import factory, features
@@ -118,19 +117,11 @@ class Run:
     """`num` pictures of a run, without a condition or of all classes in turn: those of the seeds from the first on."""
 
     def __init__(self, name: str, sampling: Sampling, autoencoder: str | None, batch_size: int, world: World) -> None:
-        weights, self.header = checkpoint.load_weights(name)
-        model = self.header.model
         self.name, self.sampling, self.batch_size = name, sampling, batch_size
         solvers.check_options(sampling.solver, num_steps=sampling.num_steps, atol=sampling.atol, rtol=sampling.rtol)
+        self.model, self.header, self.autoencoder = factory.trained(name, autoencoder, world)
         if sampling.guidance_scale != 1:
             self._null(self._condition([0]))
-        self.autoencoder = factory.matching_autoencoder(self.header.autoencoder, autoencoder, world, name)
-        self.model = DiT(model)
-        try:
-            self.model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"{name}: its weights do not fit its header; take another checkpoint") from error
-        self.model.to(factory.device(world)).eval()
         self.image_size, self.counts = self.header.image_size, blocks_of(sampling.num)
         self.rule: str | None = None
         self.offers: tuple[str, ...] = ("nfe",)

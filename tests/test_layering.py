@@ -15,7 +15,19 @@ import lfm
 import pipelines
 
 HOUSE = Path(__file__).parents[1]
-STAGES = {"shard", "encode", "train", "sample", "autoencoder", "scenes", "inspect", "demo", "reference", "evaluate"}
+STAGES = {
+    "shard",
+    "encode",
+    "train",
+    "sample",
+    "autoencoder",
+    "scenes",
+    "inspect",
+    "demo",
+    "reference",
+    "evaluate",
+    "bound",
+}
 COMMAND_LINE = {"cli", "cli_options", "cli_data", "cli_metrics", "cli_model"}
 # Who alone may import what.
 OWNERS = {
