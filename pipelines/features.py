@@ -85,17 +85,19 @@ def describe(networks: list[FeatureNetwork], images: Tensor) -> Block:
 def summarise(folder: str, counts: tuple[int, ...], number: int) -> tuple[dict[str, Gaussian], Tensor]:
     """Of one network's features: `pooled` and `spatial` as Gaussians, and the kept rows of `pooled`, float32 (K, D)."""
     sums: dict[str, FeatureSums] = {}
-    kept, start, rows = [], 0, torch.from_numpy(kept_rows(sum(counts)))
+    rows, start, kept = torch.from_numpy(kept_rows(sum(counts))), 0, torch.empty(0)
     for block in read(folder, counts):
         for name in ("pooled", "spatial"):
             if (values := block.get(f"{number}.{name}")) is not None:
                 part = FeatureSums.of(values)
                 sums[name] = sums[name] + part if name in sums else part
         pooled = block[f"{number}.pooled"]
-        here = rows[(rows >= start) & (rows < start + len(pooled))] - start
-        kept.append(pooled[here])
+        if not start:
+            kept = pooled.new_empty(len(rows), pooled.shape[1])
+        here = (rows >= start) & (rows < start + len(pooled))
+        kept[here] = pooled[rows[here] - start]
         start += len(pooled)
-    return {name: value.gaussian() for name, value in sums.items()}, torch.cat(kept)
+    return {name: value.gaussian() for name, value in sums.items()}, kept
 
 
 def batched(things: Iterable[T], size: int) -> Iterator[list[T]]:

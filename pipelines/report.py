@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from pipelines import pictures
 
 REPORT, TABLE, PICTURE = "report.json", "report.txt", "report.png"
 PLOT = (480, 200)  # width and height of a curve in pixels
-MARGIN = 40
+MARGIN = 44
+AXES = ("samples_seen", "guidance_scale")  # what a curve may go over
 INK, LINE = (40, 40, 40), (31, 119, 180)
 
 
@@ -77,21 +79,20 @@ def label(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def picture(
     rows: list[dict[str, Any]], shown: list[torch.Tensor], neighbours: list[torch.Tensor] | None
 ) -> Image.Image:
-    """Each target's first pictures, under each the real one nearest to it, and a curve of each metric over the targets."""
+    """Each target's first pictures, under each the real one nearest to it; curves of the metrics over checkpoints or scales."""
     parts = []
     for index, images in enumerate(shown):
         lines = [images, neighbours[index]] if neighbours else [images]
         stacked = torch.cat(lines).permute(0, 2, 3, 1).numpy()
         enlarge = max(1, 64 // images.shape[2])
         parts.append(_titled(label(rows[index], rows), pictures.grid(stacked, columns=len(images), enlarge=enlarge)))
-    if len(rows) > 1:
-        axis = next(
-            (key for key in ("samples_seen", "guidance_scale") if len({row.get(key) for row in rows}) > 1), None
-        )
-        at = [float(row[axis]) if axis else float(index) for index, row in enumerate(rows)]
-        for name in (name for name in rows[0]["metrics"] if "deviation" not in name):
-            values = [row["metrics"][name] for row in rows]
-            parts.append(_titled(f"{name} over {(axis or 'targets').replace('_', ' ')}", curve(at, values)))
+    if axis := next((key for key in AXES if len({row.get(key) for row in rows}) > 1), None):
+        at = [float(row[axis]) for row in rows]
+        names = [name for name in rows[0]["metrics"] if "deviation" not in name]
+        curves = [
+            curve(f"{name} over {axis.replace('_', ' ')}", at, [r["metrics"][name] for r in rows]) for name in names
+        ]
+        parts.append(pictures.grid(np.stack([np.asarray(image) for image in curves]), columns=2))
     canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:
@@ -100,13 +101,14 @@ def picture(
     return canvas
 
 
-def curve(at: list[float], values: list[float]) -> Image.Image:
+def curve(title: str, at: list[float], values: list[float]) -> Image.Image:
     """Values over places, as a line with its ends named."""
     image = Image.new("RGB", PLOT, "white")
     draw = ImageDraw.Draw(image)
     width, height = PLOT[0] - 2 * MARGIN, PLOT[1] - 2 * MARGIN
     x, y = (_unit(np.asarray(numbers)) for numbers in (at, values))
     points = [(MARGIN + width * a, MARGIN + height * (1 - b)) for a, b in sorted(zip(x, y, strict=True))]
+    draw.text((MARGIN, 12), title, fill=INK)
     draw.rectangle((MARGIN, MARGIN, MARGIN + width, MARGIN + height), outline=INK)
     draw.line(points, fill=LINE, width=2)
     for point in points:
@@ -132,6 +134,4 @@ def _titled(title: str, image: Image.Image) -> Image.Image:
 
 def _as_json(content: Any) -> Any:
     """As it reads back: no tuples."""
-    import json
-
     return json.loads(json.dumps(content))
