@@ -77,6 +77,9 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
     """
     found = [references.load(path) for path in config.reference]
     used = [_network(config, path, reference, world) for path, reference in zip(config.reference, found, strict=True)]
+    for name in config.network:
+        if networks.short_name(name) not in [network.name for network in used]:
+            raise ConfigError(f"--network {name}: no reference was made by it; leave it out, or name its reference")
     targets = _targets(config, world)
     for target in targets:
         for path, reference in zip(config.reference, found, strict=True):
@@ -174,9 +177,7 @@ def _network(config: EvaluateConfig, path: str, reference: Reference, world: Wor
         ConfigError: it is not to be found.
     """
     header = reference.header
-    named = [
-        name for name in config.network if name.startswith(f"{header.network_name}:") or header.network_name in name
-    ]
+    named = [name for name in config.network if networks.short_name(name) == header.network_name]
     found = networks.load(named[0] if named else header.network, factory.device(world))
     if header.network_hash not in (None, found.content_hash) or header.network_name != found.name:
         raise ConfigError(

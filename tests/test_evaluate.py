@@ -15,8 +15,10 @@ from PIL import Image
 from torch import nn
 
 from lfm.errors import ConfigError
+from lfm.metrics import features
 from lfm.metrics import reference as references
 from lfm.metrics.frechet import FeatureSums, frechet_distance
+from lfm.metrics.inception import Inception
 from lfm.world import World
 from pipelines import evaluate as stage
 from pipelines.evaluate import EvaluateConfig
@@ -162,7 +164,7 @@ def test_a_reference_of_another_size_or_rule_is_refused(
 
 
 def test_what_cannot_be_had_is_said_before_anything_is_done(
-    small_set: SmallSet, reference: Path, tmp_path: Path
+    small_set: SmallSet, reference: Path, network: Path, tmp_path: Path
 ) -> None:
     for options, parts in (
         (["--metrics", "fid"], ["fid", "Inception"]),
@@ -171,7 +173,9 @@ def test_what_cannot_be_had_is_said_before_anything_is_done(
         (["--metrics", "nfe"], ["nfe", "a run"]),
         (["--num", 10], ["--num", "is for runs"]),
         (["--pairs", small_set.raw], ["--pairs", "name a folder"]),
-        (["--network", "fd-lite", "--reference", tmp_path / "none"], ["none", "no such file"]),
+        (["--network", "fd-lite"], ["--network fd-lite", "no reference"]),
+        (["--lpips", network], ["--lpips", "--pairs"]),
+        (["--reference", tmp_path / "none"], ["none", "no such file"]),
     ):
         result = lfm("evaluate", small_set.raw, "--reference", reference, "--out", tmp_path / "out", *options)
         assert_one_line(result, *parts)
@@ -193,6 +197,29 @@ def test_pictures_that_changed_are_measured_again(reference: Path, tmp_path: Pat
     assert metrics(out) == before
     lfm("evaluate", folder, "--reference", reference, "--out", out, "--overwrite")
     assert metrics(out) != before
+
+
+@pytest.mark.slow
+def test_published_statistics_and_weights_make_a_fid(
+    small_set: SmallSet, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With random weights in the place of the published ones: the names and the way are the same."""
+    weights, statistics = tmp_path / "weights.pth", tmp_path / "adm.safetensors"
+    torch.save(Inception().state_dict(), weights)
+    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "adm.npz", **arrays)
+    lfm("reference", tmp_path / "adm.npz", statistics, "--image-size", 16)
+    folder = picture_folder(tmp_path / "pictures", 4)
+    command = ("evaluate", folder, "--reference", statistics, "--reference", reference, "--out", tmp_path / "out")
+    assert_one_line(lfm(*command), "--network inception:WEIGHTS.pth")
+    command = (*command, "--network", f"inception:{weights}")
+    assert_one_line(lfm(*command, "--metrics", "fid"), "fid", "published")
+    monkeypatch.setattr("lfm.metrics.features.PUBLISHED", features.file_hash(str(weights)))
+    assert lfm(*command).exit_code == 0
+    found = metrics(tmp_path / "out")
+    assert {"inception: fid", "inception: sfid", "inception: is", "small: fd-small", "small: kid"} <= set(found)
+    assert found["inception: is"] >= 1
+    assert any("4 pictures in 2,048 dimensions" in line for line in report(tmp_path / "out")["rows"][0]["warnings"])
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------

@@ -71,12 +71,19 @@ def load(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
         description = "Inception-v3 of 2015-12-05, TensorFlow 1's bilinear resize to 299 pixels"
         return FeatureNetwork(INCEPTION, frechet, digest, description, device, lambda x: Features(*network(x)))
     if name.endswith(".pt2"):
-        module, stem = load_module(name, device), Path(name).stem
+        module, stem = load_module(name, device), short_name(name)
         description = "an exported module with a resize of its own"
         return FeatureNetwork(
             stem, f"fd-{stem}", file_hash(name), description, device, lambda x: Features(module(x).float())
         )
+    if name == INCEPTION:
+        raise ConfigError(f"network {name}: name its weights too, as in --network {INCEPTION}:WEIGHTS.pth")
     raise ConfigError(f"network {name}: unknown; {FD_LITE}, {INCEPTION}:WEIGHTS.pth or an exported MODULE.pt2")
+
+
+def short_name(name: str) -> str:
+    """The name in reports of the network that `load` takes under `name`."""
+    return INCEPTION if name.startswith(f"{INCEPTION}:") else Path(name).stem
 
 
 def _fd_lite(device: torch.device) -> FeatureNetwork:
