@@ -14,7 +14,7 @@ from lfm import storage
 from lfm.autoencoder import Autoencoder, to_unit_range
 from lfm.checkpoint import WeightsHeader
 from lfm.conditioning import class_condition
-from lfm.data.draws import draw
+from lfm.data.draws import draw, draw_noise
 from lfm.data.picture_sets import open_pictures
 from lfm.errors import ConfigError
 from lfm.flow import SIGMA_MIN, path_sample
@@ -112,12 +112,10 @@ class Terms:
     def of(self, batch: list[RawSample], start: int, num_steep: int) -> features.Block:
         """Squared errors of every picture (B,), and Jacobians at the first `num_steep`; `start` numbers the first."""
         shape = (self.header.model.latent_channels, *[self.header.model.latent_size] * 2)
-        draws = draw(self.seed, range(start, start + len(batch)), shape)
         images = features.as_batch(batch).to(self.autoencoder.device)
+        numbers = torch.arange(start, start + len(batch), device=images.device)
+        uniform, (drawn, noise) = draw(self.seed, numbers).uniform, draw_noise(self.seed, numbers, shape)
         posterior = self.autoencoder.encode(images)
-        drawn, noise, uniform = (
-            torch.from_numpy(value).to(images.device) for value in (draws.posterior_noise, draws.noise, draws.uniform)
-        )
         latents = (posterior.mean + posterior.std * drawn - self.autoencoder.shift) * self.autoencoder.scale_factor
         condition, few = self._condition(batch).to(images.device), torch.arange(min(num_steep, len(batch)))
         with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from lfm import storage
+from lfm.cache import Cache
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
 from lfm.data.shards import read_raw
@@ -68,7 +69,7 @@ class ShardedPictures:
 
     name: str
     manifest: Manifest
-    cache: storage.Cache
+    cache: Cache
 
     @property
     def image_size(self) -> int:
@@ -176,7 +177,7 @@ def blocks_of(total: int) -> tuple[int, ...]:
 
 
 def open_pictures(
-    path: str, cache: storage.Cache, *, image_size: int | None = None, rule: str | None = None
+    path: str, cache: Cache, *, image_size: int | None = None, rule: str | None = None
 ) -> ShardedPictures | FolderPictures:
     """The pictures of raw shards, or the files below a folder; of what `lfm sample` made, its samples alone.
 
