@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lfm.errors import ConfigError
+from lfm.models.embeddings import rotate
 
 BACKENDS = ("auto", "xformers", "sdpa")
 
@@ -83,21 +84,32 @@ def _preload_cuda_12_runtime() -> None:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: (B, tokens, hidden_size) -> the same. One linear makes q, k, v, then the heads."""
+    """Multi-head self-attention: (B, tokens, hidden_size) -> the same. One linear makes q, k, v, then the heads.
 
-    def __init__(self, hidden_size: int, num_heads: int, backend: str = "auto") -> None:
+    With `qk_norm` queries and keys are divided by their root mean square over head_dim and scaled by learned weights,
+    so that no product of theirs exceeds sqrt(head_dim) at weights of 1 (Henry et al. 2020; Esser et al. 2024).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, backend: str = "auto", qk_norm: bool = False) -> None:
         super().__init__()
         assert hidden_size % num_heads == 0, f"hidden_size {hidden_size}, num_heads {num_heads}"
         self.num_heads = num_heads
         self.backend = backend
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.projection = nn.Linear(hidden_size, hidden_size)
+        head_dim = hidden_size // num_heads
+        self.query_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """`rotation`, by the tokens' positions, is what `embeddings.rotation_of` gives."""
         query, key, value = (
             self.qkv(tokens)  # (B, tokens, 3 * hidden_size)
             .unflatten(-1, (3, self.num_heads, -1))  # (B, tokens, 3, heads, head_dim)
             .unbind(2)  # three of (B, tokens, heads, head_dim)
         )
+        query, key = self.query_norm(query), self.key_norm(key)  # the same shapes
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         mixed = attend(query, key, value, self.backend)  # (B, tokens, heads, head_dim)
         return self.projection(mixed.flatten(2))  # (B, tokens, hidden_size)

@@ -1,4 +1,5 @@
-"""Numbers as vectors of the network's width: time, class and position; a map of class ids as channels of the latent.
+"""Numbers as vectors of the network's width: time and class; position, as such a vector or as a rotation; a map of class
+ids as channels of the latent.
 
     time       MLP([cos(a_1), ..., cos(a_n), sin(a_1), ..., sin(a_n)]),  a_i = scale t P^(-i/n),  i = 0 .. n - 1
     class      one learned row per class, and one more for the null class
@@ -7,9 +8,12 @@
                of low rank, at a cost in memory and weights that does not grow with the number of labels
     position   [e(column), e(row)],  e(p) = [sin(p w_0), ..., sin(p w_m), cos(p w_0), ..., cos(p w_m)],
                w_i = P^(-i/m),  m = width / 4 frequencies
+    rotation   queries and keys turned by the angles [row w_0, ..., row w_m, column w_0, ..., column w_m], m = head_dim / 4
 
 P = 10000, the longest period over 2 pi; n = half the frequency size. Peebles & Xie 2022; the scale is ours: a time in
-[0, 1] times 1000 lets most frequencies vary, while 1 is what the paper's own checkpoints were trained with.
+[0, 1] times 1000 lets most frequencies vary, while 1 is what the paper's own checkpoints were trained with. The
+rotation is that of Su et al. 2021 (RoPE) in two dimensions: the product of a query and a key depends on their positions
+through the difference of these alone.
 """
 
 from __future__ import annotations
@@ -77,3 +81,27 @@ def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Tens
     )
     angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+
+
+def grid_coordinates(height: int, width: int) -> Tensor:
+    """Row and column of a grid's points, row by row: int64 (height * width, 2). Integers keep their values in a bf16 model."""
+    return torch.cartesian_prod(torch.arange(height), torch.arange(width))
+
+
+def rotation_of(coordinates: Tensor, head_dim: int) -> Tensor:
+    """Cosine and sine by which `rotate` turns heads at `coordinates` (tokens, 2): float32 (2, tokens, 1, head_dim / 2).
+
+    head_dim is a multiple of 4.
+    """
+    assert head_dim % 4 == 0, f"head_dim {head_dim}"
+    count = head_dim // 4
+    frequencies = MAX_PERIOD ** (-torch.arange(count, dtype=torch.float32, device=coordinates.device) / count)
+    angles = (coordinates[..., None] * frequencies).flatten(-2)  # (tokens, head_dim / 2)
+    return torch.stack([angles.cos(), angles.sin()])[:, :, None]
+
+
+def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
+    """`vectors` (B, tokens, heads, head_dim), each pair (i, i + head_dim / 2) turned by its angle, in float32."""
+    cos, sin = rotation  # (tokens, 1, head_dim / 2) or (B, tokens, 1, head_dim / 2)
+    first, second = vectors.float().chunk(2, -1)  # (B, tokens, heads, head_dim / 2)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(vectors.dtype)

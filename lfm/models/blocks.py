@@ -1,0 +1,74 @@
+"""The layers of the DiT: a block's two branches, and what makes patches of its tokens.
+
+    x += g1 attention(n(x) (1 + a1) + b1);   x += g2 mlp(n(x) (1 + a2) + b2)
+
+n, normalisation without weights: by mean and deviation (layer), or by the root mean square alone (rms, Zhang & Sennrich
+2019). mlp: W gelu(W x), or of two thirds the width W (silu(W1 x) W2 x) (swiglu, Shazeer 2020). See `lfm.models.dit`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from lfm.models.attention import SelfAttention
+
+if TYPE_CHECKING:
+    from lfm.models.dit import DiTConfig
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each modulated and gated by the signal."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.mlp_width
+        gated = config.mlp == "swiglu"
+        self.norm = _norm(config)
+        self.attention = SelfAttention(width, config.num_heads, config.attention, config.qk_norm)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * inner if gated else inner),
+            SwiGLU() if gated else nn.GELU(approximate="tanh"),
+            nn.Linear(inner, width),
+        )
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, tokens: Tensor, signal: Tensor, rotation: Tensor | None = None) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal)[:, None].chunk(6, -1)  # (B, 1, hidden)
+        mixed = self.attention(_modulate(self.norm(tokens), shift1, scale1), rotation)  # (B, tokens, hidden)
+        tokens = tokens + gate1 * mixed
+        return tokens + gate2 * self.mlp(_modulate(self.norm(tokens), shift2, scale2))  # (B, tokens, hidden)
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) value, of both side by side: (..., 2 inner) -> (..., inner)."""
+
+    def forward(self, pair: Tensor) -> Tensor:
+        gate, value = pair.chunk(2, -1)
+        return silu(gate) * value
+
+
+class FinalLayer(nn.Module):
+    """The modulated tokens (B, tokens, hidden) as patches of velocity (B, tokens, p * p * C)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm = _norm(config)
+        self.linear = nn.Linear(width, config.patch_size**2 * config.latent_channels)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, tokens: Tensor, signal: Tensor) -> Tensor:
+        shift, scale = self.modulation(signal)[:, None].chunk(2, -1)  # (B, 1, hidden)
+        return self.linear(_modulate(self.norm(tokens), shift, scale))  # (B, tokens, p * p * C)
+
+
+def _norm(config: DiTConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.hidden_size, eps=1e-6, elementwise_affine=False)
+
+
+def _modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return tokens * (1 + scale) + shift
