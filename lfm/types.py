@@ -5,7 +5,7 @@ B batch; H W pixels; h w latent size; C latent channels; K condition channels. T
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -91,11 +91,13 @@ class LatentBatch:
     noise: Tensor  # float32 (B, C, h, w): standard normal
     uniform: Tensor  # float32 (B,) in [0, 1): what the time sampler makes a time of
     condition: Condition
+    kept_tokens: Tensor | None = None  # int64 (B, kept): of each sample, where the model drops tokens in training
 
     def rows(self, index: Tensor) -> LatentBatch:
         """Some rows of the batch, for one micro-batch."""
-        tensors = {name: getattr(self, name)[index] for name in ("sample_numbers", "latents", "noise", "uniform")}
-        return LatentBatch(**tensors, condition=self.condition.rows(index))
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        parts = {name: value[index] for name, value in values.items() if value is not None and name != "condition"}
+        return replace(self, **parts, condition=self.condition.rows(index))
 
 
 @dataclass(frozen=True)

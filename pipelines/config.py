@@ -56,14 +56,25 @@ class ModelConfig(_Section):
     mlp_ratio: float = Field(default=4.0, gt=0, le=64)
     time_scale: PositiveFloat = 1000.0  # the paper's own code has 1
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: int = Field(default=0, ge=0)  # every n-th block; 0 none, 1 all
+    compile: bool = False  # torch.compile, block by block
+    # Beyond the paper:
+    position: Literal["sincos", "rope"] = "sincos"
+    norm: Literal["layer", "rms"] = "layer"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    qk_norm: bool = False
+    token_dropout: Share = 0.0  # share of the tokens that bypass the middle blocks in training
 
 
 class FlowConfig(_Section):
-    """The probability path and the distribution of times."""
+    """The probability path, the distribution of times, and the loss."""
 
     sigma_min: float = Field(default=1e-5, ge=0, lt=1)
+    # Beyond the paper:
     time: Literal["uniform", "logit_normal"] = "uniform"
+    time_shift: PositiveFloat = 1.0  # above 1 towards noise, as latents of more tokens want
+    direction_weight: float = Field(default=0.0, ge=0)  # of the loss of the velocity's direction
+    coupling_group: PositiveInt = 1  # samples among which noise is dealt out by optimal transport
 
 
 class TrainConfig(_Section):
@@ -217,6 +228,11 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
     if train.micro_batch and train.global_batch % train.micro_batch:
         raise ConfigError(
             f"{name}: train.global_batch {train.global_batch} is no multiple of train.micro_batch {train.micro_batch}"
+        )
+    if config.flow.coupling_group > 1 and config.conditions:
+        raise ConfigError(
+            f"{name}: flow.coupling_group: gives each condition a noise of its own, which sampling does not; "
+            "set it to 1, or condition: none"
         )
     if config.class_dropout and config.condition == "none":
         raise ConfigError(f"{name}: class_dropout: needs a condition, as in condition: class")

@@ -136,23 +136,19 @@ def model_config(config: ExperimentConfig, manifest: Manifest) -> DiTConfig:
     return DiTConfig(
         latent_channels=record.latent_channels,
         latent_size=manifest.image_size // record.downsample_factor,
-        patch_size=model.patch_size,
         hidden_size=hidden_size or 0,
         depth=depth or 0,
         num_heads=num_heads or 0,
-        mlp_ratio=model.mlp_ratio,
         num_classes=len(manifest.classes) if "class" in config.conditions else None,
         class_dropout=config.class_dropout,
         condition_channels=record.latent_channels + 1 if "inpaint" in config.conditions else 0,
         num_labels=manifest.num_labels if "semantic" in config.conditions else None,
         downsample_factor=record.downsample_factor,
-        time_scale=model.time_scale,
-        attention=model.attention,
-        activation_checkpointing=model.activation_checkpointing,
+        **model.model_dump(exclude={"size", "hidden_size", "depth", "num_heads", "compile"}),
     )
 
 
-def stream_options(config: ExperimentConfig) -> StreamOptions:
+def stream_options(config: ExperimentConfig, model: DiTConfig) -> StreamOptions:
     """What decides the training stream."""
     return StreamOptions(
         seed=config.train.seed,
@@ -161,6 +157,9 @@ def stream_options(config: ExperimentConfig) -> StreamOptions:
         conditions=frozenset(config.conditions),
         class_dropout=config.class_dropout,
         skip_shards=config.data.skip_shards,
+        coupling_group=config.flow.coupling_group,
+        num_tokens=model.num_tokens,
+        num_kept_tokens=model.num_kept_tokens,
     )
 
 
@@ -170,7 +169,7 @@ def micro_batch(config: ExperimentConfig, world: World) -> int:
     Raises:
         ConfigError: the global batch cannot be shared out evenly.
     """
-    train = config.train
+    train, group = config.train, config.flow.coupling_group
     per_rank, rest = divmod(train.global_batch, world.size)
     if rest:
         raise ConfigError(
@@ -180,6 +179,11 @@ def micro_batch(config: ExperimentConfig, world: World) -> int:
     if per_rank % size:
         raise ConfigError(
             f"train.micro_batch {size}: does not divide the {per_rank} samples of each of {world.size} ranks "
+            f"(train.global_batch {train.global_batch}); change either"
+        )
+    if per_rank % group:
+        raise ConfigError(
+            f"flow.coupling_group {group}: does not divide the {per_rank} samples of each of {world.size} ranks "
             f"(train.global_batch {train.global_batch}); change either"
         )
     return size

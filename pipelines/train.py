@@ -25,7 +25,7 @@ from lfm.data.stream import LatentStream
 from lfm.ema import decay_after
 from lfm.engine import Engine
 from lfm.errors import ConfigError, DataError
-from lfm.flow import TIME_SAMPLERS, path_sample, velocity_loss
+from lfm.flow import TIME_SAMPLERS, path_sample, shifted_time, velocity_loss
 from lfm.models.dit import DiT, DiTConfig
 from lfm.types import LatentBatch
 from lfm.world import World
@@ -39,7 +39,7 @@ CONFIG = "config.json"
 # Keys whose change does not change what is learned, only how long or how visibly.
 FREE_KEYS = {
     *("run", "data.shards", "data.cache", "data.cache_gigabytes", "data.skip_shards"),
-    *("model.attention", "model.activation_checkpointing", "train.micro_batch"),
+    *("model.attention", "model.activation_checkpointing", "model.compile", "train.micro_batch"),
     *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every"),
 }
 
@@ -71,6 +71,8 @@ def run(config: ExperimentConfig, world: World, *, dry_run: bool = False, allow_
         )
     torch.manual_seed(config.train.seed)  # of the initial weights alone
     model = DiT(model_config)
+    if config.model.compile:
+        model.compile_blocks()
     plan = _plan(config, manifest, model, world, settings, newest)
     if dry_run:
         return TrainResult(plan, None, 0, None)
@@ -95,7 +97,8 @@ class Training:
         self.config, self.train, self.header = config, config.train, header
         self.engine, self.world, self.folder = engine, engine.world, folder
         self.micro_batch = factory.micro_batch(config, self.world)
-        options, cache = factory.stream_options(config), factory.cache(config.data.cache, config.data.cache_gigabytes)
+        options = factory.stream_options(config, header["model"])
+        cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
         self.stream = LatentStream(config.data.shards, manifest, options, self.world, cache, engine.device)
         self.samples_seen = 0
         self.loss: float | None = None
@@ -131,8 +134,8 @@ class Training:
         for rows in parts:
             micro = batch.rows(rows)
             example = path_sample(micro.latents, micro.noise, self._times(micro.uniform), self.config.flow.sigma_min)
-            predicted = self.engine(example.state, example.time, micro.condition)
-            loss = velocity_loss(predicted, example.velocity).mean()
+            predicted = self.engine(example.state, example.time, micro.condition, micro.kept_tokens)
+            loss = velocity_loss(predicted, example.velocity, self.config.flow.direction_weight).mean()
             self.engine.backward_and_step(loss)
             losses.append(loss.detach())
         self.samples_seen += self.train.global_batch
@@ -141,7 +144,7 @@ class Training:
         return torch.stack(losses).mean()
 
     def _times(self, uniform: torch.Tensor) -> torch.Tensor:
-        return TIME_SAMPLERS[self.config.flow.time](uniform)
+        return shifted_time(TIME_SAMPLERS[self.config.flow.time](uniform), self.config.flow.time_shift)
 
     def _mean_over_ranks(self, losses: list[torch.Tensor]) -> float:
         mean = float(self.engine.sum_over_ranks(torch.stack(losses).mean()) / self.world.size)

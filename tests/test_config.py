@@ -97,3 +97,36 @@ def test_a_launcher_that_contradicts_itself_is_refused(monkeypatch: pytest.Monke
 def test_differences_name_every_changed_key() -> None:
     before, after = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4}, "e": 5}
     assert list(configs.differences(before, after)) == [("b.c", 2, 4), ("b.d", 3, None), ("e", None, 5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.position=alibi", "model.position"),
+        ("model.token_dropout=1", "model.token_dropout"),
+        ("model.activation_checkpointing=-1", "model.activation_checkpointing"),
+        ("flow.time_shift=0", "flow.time_shift"),
+        ("flow.direction_weight=-1", "flow.direction_weight"),
+        ("flow.coupling_group=4", "flow.coupling_group: gives each condition a noise of its own"),
+    ],
+)
+def test_an_option_beyond_its_range_names_its_key(change: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configs.load(str(REPOSITORY / "configs" / "demo.yaml"), [change])
+
+
+def test_groups_that_do_not_fit_a_ranks_part_are_refused_naming_the_key() -> None:
+    config = configs.load(str(REPOSITORY / "configs" / "pictures_256.yaml"), ["flow.coupling_group=32"])
+    assert factory.micro_batch(config, World(size=8)) == 32
+    with pytest.raises(ConfigError, match=r"flow.coupling_group 32: does not divide the 16 samples"):
+        factory.micro_batch(config, World(size=16))
+
+
+def test_every_option_of_the_model_is_a_key_and_reaches_it() -> None:
+    changes = {"position": "rope", "norm": "rms", "mlp": "swiglu", "qk_norm": True, "token_dropout": 0.5}
+    changes |= {"activation_checkpointing": 2, "attention": "sdpa", "time_scale": 1.0, "mlp_ratio": 2.0}
+    config = configs.load(str(SHIPPED[0]), [f"model.{key}={str(value).lower()}" for key, value in changes.items()])
+    model = factory.model_config(config, manifest(64, 10))
+    assert {key: getattr(model, key) for key in changes} == changes
+    options = factory.stream_options(config, model)
+    assert options.num_kept_tokens == model.num_kept_tokens < options.num_tokens == model.num_tokens

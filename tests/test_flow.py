@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import recorded, requires_reference
 
-from lfm.flow import TIME_SAMPLERS, logit_normal_time, path_sample, shifted_time, uniform_time, velocity_loss
+from lfm.flow import (
+    TIME_SAMPLERS,
+    couple,
+    logit_normal_time,
+    path_sample,
+    shifted_time,
+    uniform_time,
+    velocity_loss,
+)
 
 SMALL = settings(max_examples=30, deadline=None)
 SAMPLERS = {
@@ -104,9 +114,46 @@ def test_a_shift_above_1_prefers_noise_and_1_is_none() -> None:
 
 
 def test_every_sampler_can_be_asked_for_by_name() -> None:
-    assert set(TIME_SAMPLERS) == {"uniform", "logit_normal", "shifted"}
     uniform = torch.rand(5)
-    assert torch.equal(TIME_SAMPLERS["shifted"](uniform, shift=2.0), shifted_time(uniform, 2.0))
+    assert torch.equal(TIME_SAMPLERS["uniform"](uniform), uniform)
+    assert torch.equal(TIME_SAMPLERS["logit_normal"](uniform), logit_normal_time(uniform))
+
+
+def test_the_direction_adds_one_minus_the_cosine_of_each_place() -> None:
+    predicted, target = pair()
+    angle = torch.nn.functional.cosine_similarity(predicted, target, dim=1)
+    expected = velocity_loss(predicted, target) + 0.5 * (1 - angle).flatten(1).mean(1)
+    torch.testing.assert_close(velocity_loss(predicted, target, 0.5), expected)
+    assert torch.equal(velocity_loss(predicted, target, 0.0), velocity_loss(predicted, target))
+    torch.testing.assert_close(velocity_loss(2 * target, target, 7.0), velocity_loss(2 * target, target))
+
+
+def test_the_direction_does_not_drown_the_rest_where_the_velocity_is_zero() -> None:
+    """As it is everywhere at the start of training, for the network's last layer begins at zero."""
+    predicted = torch.zeros(5, 4, 3, 3, requires_grad=True)
+    _, target = pair()
+    norms = []
+    for weight in (0.0, 1.0):
+        (gradient,) = torch.autograd.grad(velocity_loss(predicted, target, weight).sum(), predicted)
+        norms.append(gradient.norm())
+    assert norms[0] < norms[1] < 20 * norms[0]
+
+
+@SMALL
+@given(seed=st.integers(0, 2**31), group=st.sampled_from([2, 3, 4]), first=st.integers(0, 2**40))
+def test_coupling_deals_noise_out_within_each_group_where_it_is_nearest(seed: int, group: int, first: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    data, noise = torch.randn(2, 12, 1, 2, 2, generator=random)
+    order = torch.randperm(12, generator=random)  # a batch may come in any order
+    coupled = couple(data[order], noise[order], first + order, group)[order.argsort()]
+    for rows in torch.arange(12).split(group):
+        mine = data[rows]
+        best = min(float((mine - noise[rows][list(p)]).square().sum()) for p in permutations(range(group)))
+        assert float((mine - coupled[rows]).square().sum()) == pytest.approx(best, rel=1e-5)
+        dealt = (coupled[rows][:, None] == noise[rows][None]).flatten(2).all(2)
+        assert dealt.sum(0).tolist() == dealt.sum(1).tolist() == [1] * group
+        assert torch.equal(coupled[rows], couple(mine, noise[rows], rows, group)), "each group by itself"
+    assert torch.equal(couple(data, noise, order, 1), noise)
 
 
 @requires_reference

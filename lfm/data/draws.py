@@ -51,6 +51,15 @@ def draw_noise(seed: int, sample_numbers: Tensor, shape: Sequence[int]) -> tuple
     return angle.cos().mul_(radius), angle.sin_().mul_(radius)
 
 
+def kept_tokens(seed: int, sample_numbers: Tensor, num_tokens: int, num_kept: int) -> Tensor | None:
+    """Which tokens of each sample the middle blocks see, any as likely: int64 (B, num_kept); None where it is all of them."""
+    if num_kept == num_tokens:
+        return None
+    return _words(seed, sample_numbers, -num_tokens, num_tokens).argsort(1)[
+        :, :num_kept
+    ]  # words that no other draw has
+
+
 def _words(seed: int, sample_numbers: Tensor, first: int, count: int) -> Tensor:
     """`count` words of each sample from word `first` on, int64 (B, count)."""
     start = _mix(_mix(torch.tensor(seed)).to(sample_numbers.device) + sample_numbers)[:, None]

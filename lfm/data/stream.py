@@ -23,11 +23,12 @@ from lfm import storage
 from lfm.cache import Cache
 from lfm.conditioning import drop_condition
 from lfm.data.ahead import Ahead
-from lfm.data.draws import draw, draw_noise
+from lfm.data.draws import draw, draw_noise, kept_tokens
 from lfm.data.manifest import Manifest
 from lfm.data.order import Order
 from lfm.data.shards import LatentShard, Scattered
 from lfm.errors import ConfigError, DataError
+from lfm.flow import couple
 from lfm.prefetch import prefetch
 from lfm.types import Condition, LatentBatch
 from lfm.world import World
@@ -51,6 +52,9 @@ class StreamOptions:
     conditions: frozenset[str] = frozenset()  # of class, inpaint and semantic
     class_dropout: float = 0.0  # share of samples whose condition is the null
     skip_shards: tuple[str, ...] = ()  # names of shards that are left out
+    coupling_group: int = 1  # samples among which noise is dealt out by optimal transport; divides every rank's part
+    num_tokens: int = 0  # of a latent, and
+    num_kept_tokens: int = 0  # how many of them the model's middle blocks see
 
 
 class LatentStream:
@@ -160,9 +164,12 @@ class LatentStream:
 
     def _finish(self, found: dict[str, Tensor]) -> LatentBatch:
         """A batch on the device: latents drawn from their posteriors and scaled, noise, and conditions."""
+        options = self.options
         found = {name: value.to(self.device, non_blocking=True) for name, value in found.items()}
         mean, std = found["latent"].float().chunk(2, dim=1)
-        posterior_noise, noise = draw_noise(self.options.seed, found["number"], mean.shape[1:])
+        numbers = found["number"]
+        posterior_noise, noise = draw_noise(options.seed, numbers, mean.shape[1:])
+        latents = (mean + std * posterior_noise - self.shift) * self.scale
         condition = drop_condition(
             Condition(found.get("class"), self._spatial(found), self._segmentation(found)),
             found["dropped"],
@@ -170,11 +177,12 @@ class LatentStream:
             num_labels=self.manifest.num_labels,
         )
         return LatentBatch(
-            sample_numbers=found["number"],
-            latents=(mean + std * posterior_noise - self.shift) * self.scale,
-            noise=noise,
+            sample_numbers=numbers,
+            latents=latents,
+            noise=couple(latents, noise, numbers, options.coupling_group),
             uniform=found["uniform"],
             condition=condition,
+            kept_tokens=kept_tokens(options.seed, numbers, options.num_tokens, options.num_kept_tokens),
         )
 
     def _spatial(self, found: dict[str, Tensor]) -> Tensor | None:
