@@ -116,7 +116,7 @@ class ExperimentConfig(_Section):
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """The experiment of a YAML file, with `--set key.key=value` put over it.
+    """The experiment of a YAML file, over those it extends, with `--set key.key=value` put over it.
 
     Raises:
         ConfigError: names file and key and the repair.
@@ -177,11 +177,30 @@ def _explain(error: Any) -> str:
     return f"{'.'.join(where)}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a file, over that of each file it `extends` (a name, or a list); names are relative to the file."""
     try:
-        return _parse_yaml(path.read_text(), str(path)) or {}
+        content = _parse_yaml(path.read_text(), str(path)) or {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold keys and values")
+    if isinstance(content.get("deepspeed"), str):
+        content["deepspeed"] = str(path.parent.absolute() / content["deepspeed"])
+    names = content.pop("extends", None) or []
+    names = names if isinstance(names, list) else [names]
+    if path.absolute() in extending or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: extends: must name other files, and none that comes back to itself")
+    below: dict[str, Any] = {}
+    for name in names:
+        below = _merged(below, _read_yaml(path.parent / name, (*extending, path.absolute())))
+    return _merged(below, content)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
 def _parse_yaml(text: str, name: str) -> Any:
