@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lfm import checkpoint, solvers, storage
+from lfm import checkpoint, storage
 from lfm.autoencoder import Autoencoder
 from lfm.checkpoint import WeightsHeader
 from lfm.conditioning import check_class_index, class_condition, null_condition
@@ -20,6 +20,7 @@ from lfm.data.draws import picture_noise
 from lfm.errors import CheckpointError, ConfigError
 from lfm.guidance import CountedVelocity, Guided, NetworkVelocity
 from lfm.models.dit import DiT
+from lfm.solvers import Solving
 from lfm.types import Condition, ImageBatch, SolverResult
 from lfm.world import World
 from pipelines import factory, pictures
@@ -27,7 +28,6 @@ from pipelines.progress import Progress
 
 GRID = "grid.png"
 RECORD = "samples.json"
-DEFAULT_STEPS = 25
 MOST_PICTURES = 1_000_000
 WIDEST_GRID = 20
 
@@ -69,10 +69,7 @@ def run(config: SampleConfig, world: World) -> SampleResult:
     """
     weights, header = checkpoint.load_weights(config.run)
     seeds = numbers("--seeds", config.seeds)
-    num_steps = config.num_steps
-    if config.solver in solvers.SOLVERS and not solvers.SOLVERS[config.solver].adaptive:
-        num_steps = DEFAULT_STEPS if num_steps is None else num_steps
-    solvers.check_options(config.solver, num_steps=num_steps, atol=config.atol, rtol=config.rtol)
+    solving = Solving(config.solver, config.num_steps, atol=config.atol, rtol=config.rtol)
     classes = _classes(config, header, len(seeds))
     if config.guidance_scale != 1:
         null_condition(
@@ -81,19 +78,19 @@ def run(config: SampleConfig, world: World) -> SampleResult:
     autoencoder = factory.matching_autoencoder(header.autoencoder, config.autoencoder, world, config.run)
     plan = (
         f"{len(seeds)} pictures of {header.image_size} x {header.image_size} pixels from {config.run} "
-        f"({header.samples_seen:,} samples seen), {config.solver}"
-        f"{f' in {num_steps} steps' if num_steps else ''}, guidance {config.guidance_scale:g} -> {config.out}"
+        f"({header.samples_seen:,} samples seen), {solving}, "
+        f"guidance {config.guidance_scale:g} -> {config.out}"
     )
     if config.dry_run:
         return SampleResult(plan, None, classes, 0.0)
-    settings = _settings(config, header, num_steps)
+    settings = _settings(config, header)
     model = DiT(header.model)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{config.run}: its weights do not fit its header; take another checkpoint") from error
     _claim(config, settings, seeds)
-    sampler = Sampler(model.to(factory.device(world)).eval(), header, autoencoder, config, num_steps)
+    sampler = Sampler(model.to(factory.device(world)).eval(), header, autoencoder, config, solving)
     finished, nfe = [], []
     with Progress("sample", len(seeds), "pictures") as bar:
         for start in range(0, len(seeds), config.batch_size):
@@ -115,10 +112,10 @@ class Sampler:
     """Pictures of seeds and classes by one model, solver and guidance."""
 
     def __init__(
-        self, model: DiT, header: WeightsHeader, autoencoder: Autoencoder, config: SampleConfig, num_steps: int | None
+        self, model: DiT, header: WeightsHeader, autoencoder: Autoencoder, config: SampleConfig, solving: Solving
     ) -> None:
         self.model, self.header, self.autoencoder, self.config = model, header, autoencoder, config
-        self.num_steps = num_steps
+        self.solving = solving
 
     def sample(self, seeds: list[int], classes: tuple[int, ...]) -> tuple[ImageBatch, SolverResult]:
         """The pictures of these seeds, on the CPU; `classes` as long as `seeds`, or empty for a model without."""
@@ -132,10 +129,7 @@ class Sampler:
         device = self.model.position.device
         noise = torch.from_numpy(picture_noise(seeds, shape)).to(device)
         velocity = self._velocity(_condition(classes, self.header).to(device), len(seeds))
-        latents = solvers.solve(
-            self.config.solver, velocity, noise, num_steps=self.num_steps, atol=self.config.atol, rtol=self.config.rtol
-        )
-        return SolverResult(latents, velocity.nfe.cpu())
+        return SolverResult(self.solving(velocity, noise), velocity.nfe.cpu())
 
     def _velocity(self, condition: Condition, count: int) -> CountedVelocity:
         conditional = NetworkVelocity(self.model, condition, count)
@@ -180,11 +174,11 @@ def _condition(classes: tuple[int, ...], header: WeightsHeader) -> Condition:
     return class_condition(classes, header.model.num_classes) if classes else Condition()
 
 
-def _settings(config: SampleConfig, header: WeightsHeader, num_steps: int | None) -> dict:
+def _settings(config: SampleConfig, header: WeightsHeader) -> dict:
     """All that decides the pictures: what `out` may hold and be written again."""
     free = ("out", "autoencoder", "batch_size", "overwrite", "dry_run")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
-    return settings | {"num_steps": num_steps, "samples_seen": header.samples_seen, "data": header.manifest_digest}
+    return settings | {"samples_seen": header.samples_seen, "data": header.manifest_digest}
 
 
 def _claim(config: SampleConfig, settings: dict, seeds: list[int]) -> None:

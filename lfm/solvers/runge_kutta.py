@@ -1,8 +1,6 @@
-"""Solvers of the flow's differential equation, from noise at time 1 to data at time 0.
+"""Explicit Runge-Kutta methods, with fixed steps or with steps that each row controls for itself.
 
-    dx/dt = v(x, t),    x(1) = noise,    x(0) = latents
-
-Every solver is an explicit Runge-Kutta method: a step h from (x, t), h < 0, is
+A step h from (x, t), h < 0, is
 
     k_i = v(x + h sum_j a_ij k_j, t + c_i h),    x' = x + h sum_i b_i k_i,    e = h sum_i (b_i - b*_i) k_i
 
@@ -20,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
@@ -31,10 +28,10 @@ from torchdiffeq._impl.bosh3 import Bosh3Solver
 from torchdiffeq._impl.dopri5 import Dopri5Solver
 from torchdiffeq._impl.dopri8 import Dopri8Solver
 
-from lfm.errors import ConfigError, LfmError
+from lfm.errors import LfmError
+from lfm.solvers.rows import Watch, by_row, column, require_finite, unwatched
 from lfm.types import Velocity
 
-DEFAULT_TOLERANCE = 1e-5
 SAFETY, SHRINK_AT_MOST, GROW_AT_MOST = 0.9, 0.2, 10.0
 
 
@@ -71,7 +68,7 @@ def _published(solver: Any) -> Tableau:
 
 
 # rk4 is Kutta's 3/8 rule, as in torchdiffeq and so in the paper's results: smaller errors than the classic one
-SOLVERS: dict[str, Tableau] = {
+TABLEAUS: dict[str, Tableau] = {
     "euler": Tableau(1, c=(0.0,), a=((),), b=(1.0,)),
     "midpoint": Tableau(2, c=(0.0, 1 / 2), a=((), (1 / 2,)), b=(0.0, 1.0)),
     "heun": Tableau(2, c=(0.0, 1.0), a=((), (1.0,)), b=(1 / 2, 1 / 2)),
@@ -88,63 +85,16 @@ SOLVERS: dict[str, Tableau] = {
 }
 
 
-def solve(
-    name: str,
-    velocity: Velocity,
-    noise: Tensor,
-    *,
-    num_steps: int | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
+def fixed_step(
+    tableau: Tableau, velocity: Velocity, noise: Tensor, *, times: Tensor, watch: Watch = unwatched
 ) -> Tensor:
-    """The latents (B, ...) that `velocity` makes of `noise` (B, ...), float32 or float64, by the solver `name`.
-
-    A fixed-step solver takes `num_steps` equal steps; an adaptive one the tolerances, 1e-5 each if not given.
-    Raises ConfigError as `check_options` does, and LfmError where the state is not finite or no end is in sight.
-    """
-    check_options(name, num_steps=num_steps, atol=atol, rtol=rtol)
-    tableau = SOLVERS[name]
-    if num_steps is not None:
-        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-        return fixed_step(tableau, velocity, noise, times=times)
-    return adaptive_step(tableau, velocity, noise, atol=atol or DEFAULT_TOLERANCE, rtol=rtol or DEFAULT_TOLERANCE)
-
-
-def check_options(
-    name: str, *, num_steps: int | None = None, atol: float | None = None, rtol: float | None = None
-) -> None:
-    """Raise ConfigError, naming the flag, unless `name` is a solver and these are the options it takes."""
-    if name not in SOLVERS:
-        near = get_close_matches(name, SOLVERS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SOLVERS)}"
-        raise ConfigError(f"--solver {name}: unknown; {hint}")
-    tolerances = {flag: value for flag, value in (("--atol", atol), ("--rtol", rtol)) if value is not None}
-    if SOLVERS[name].adaptive:
-        if num_steps is not None:
-            raise ConfigError(f"--num-steps {num_steps}: {name} finds its own steps; give --atol and --rtol instead")
-        for flag, value in tolerances.items():
-            if not value > 0:
-                raise ConfigError(f"{flag} {value}: must be above 0")
-        return
-    for flag, value in tolerances.items():
-        raise ConfigError(f"{flag} {value}: {name} takes fixed steps; give --num-steps instead")
-    if num_steps is None:
-        raise ConfigError(f"--solver {name} takes fixed steps: give --num-steps")
-    if num_steps < 1:
-        raise ConfigError(f"--num-steps {num_steps}: must be at least 1")
-
-
-def fixed_step(tableau: Tableau, velocity: Velocity, noise: Tensor, *, times: Tensor) -> Tensor:
     """Latents (B, ...) by one step of `tableau` over each interval of `times` (N + 1,), which decrease from 1 to 0."""
-    assert noise.dtype in (torch.float32, torch.float64), f"noise {noise.dtype}"
-    assert times.ndim == 1 and bool((times.diff() < 0).all()), "times must decrease"
-    rows = torch.arange(len(noise), device=noise.device)
-    grid = times.to(noise.device, torch.float64)[:, None].expand(-1, len(noise))  # (N + 1, B)
-    state = noise
+    rows, grid, state = torch.arange(len(noise), device=noise.device), by_row(times, noise), noise
     for time, following in pairwise(grid):
         slopes = _slopes(tableau, velocity, state, time, following - time, rows)
-        state = state + _column(following - time, state) * _combine(tableau.b, slopes)
-        _require_finite(state, time, rows)
+        state = state + column(following - time, state) * _combine(tableau.b, slopes)
+        require_finite(state, time, rows)
+        watch(following, state, rows)
     return state
 
 
@@ -153,9 +103,10 @@ def adaptive_step(
     velocity: Velocity,
     noise: Tensor,
     *,
-    atol: float = DEFAULT_TOLERANCE,
-    rtol: float = DEFAULT_TOLERANCE,
+    atol: float,
+    rtol: float,
     max_evaluations: int = 10_000,
+    watch: Watch = unwatched,
 ) -> Tensor:
     """Latents (B, ...) by steps of `tableau` that keep each row's error within the tolerances.
 
@@ -166,7 +117,7 @@ def adaptive_step(
     rows = torch.arange(len(noise), device=noise.device)
     time = torch.ones(len(noise), dtype=torch.float64, device=noise.device)
     state, slope = noise, velocity(noise, time.to(noise.dtype), rows)
-    _require_finite(slope, time, rows)
+    require_finite(slope, time, rows)
     size = _first_size(tableau, velocity, state, slope, rows, atol, rtol)
     evaluations = 2
     while len(rows):
@@ -178,20 +129,21 @@ def adaptive_step(
         size = torch.minimum(size, time)
         slopes = _slopes(tableau, velocity, state, time, -size, rows, slope)
         evaluations += len(tableau.b) - tableau.first_same_as_last
-        proposal = state - _column(size, state) * _combine(tableau.b, slopes)
-        error = _column(size, state) * _combine(tableau.error, slopes)
-        _require_finite(proposal + error, time, rows)
+        proposal = state - column(size, state) * _combine(tableau.b, slopes)
+        error = column(size, state) * _combine(tableau.error, slopes)
+        require_finite(proposal + error, time, rows)
 
         ratio = _rms(error / (atol + rtol * torch.maximum(state.abs(), proposal.abs())))
         accepted = ratio <= 1
-        state = torch.where(_column(accepted, state), proposal, state)
+        state = torch.where(column(accepted, state), proposal, state)
         time = torch.where(accepted, time - size, time)
         size = size * (SAFETY * ratio ** (-1 / tableau.order)).clamp(SHRINK_AT_MOST, GROW_AT_MOST)
+        watch(time, state, rows)
 
         arrived = time <= 0
         latents[rows[arrived]] = state[arrived]
         left = ~arrived
-        kept = (rows, time, size, state, accepted, torch.where(_column(accepted, slope), slopes[-1], slope))
+        kept = (rows, time, size, state, accepted, torch.where(column(accepted, slope), slopes[-1], slope))
         rows, time, size, state, accepted, slope = (value[left] for value in kept)
         if not tableau.first_same_as_last and accepted.any():
             slope[accepted] = velocity(state[accepted], time[accepted].to(state.dtype), rows[accepted])
@@ -211,7 +163,7 @@ def _slopes(
     """The stages k_i (B, ...) of one step of each row: time and step float64 (B,); `first`, k_1 where it is known."""
     slopes = [velocity(state, time.to(state.dtype), rows) if first is None else first]
     for c, a in zip(tableau.c[1:], tableau.a[1:], strict=True):
-        point = state + _column(step, state) * _combine(a, slopes)
+        point = state + column(step, state) * _combine(a, slopes)
         slopes.append(velocity(point, (time + c * step).to(state.dtype), rows))
     return slopes
 
@@ -227,7 +179,7 @@ def _first_size(
     scale = atol + rtol * state.abs()
     length, speed = _rms(state / scale), _rms(slope / scale)
     guess = torch.where((length < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * length / speed).clamp(max=1)
-    ahead = velocity(state - _column(guess, state) * slope, (1 - guess).to(state.dtype), rows)
+    ahead = velocity(state - column(guess, state) * slope, (1 - guess).to(state.dtype), rows)
     steepest = torch.maximum(speed, _rms((ahead - slope) / scale) / guess)
     size = torch.where(steepest <= 1e-15, (1e-3 * guess).clamp(min=1e-6), (0.01 / steepest) ** (1 / tableau.order))
     return torch.minimum(100 * guess, size)
@@ -238,23 +190,6 @@ def _combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     return sum(others, start=first)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """One value for each row (B,), in the shape (B, 1, ...) and, unless bool, the dtype of `like` (B, ...)."""
-    values = values.view(-1, *[1] * (like.ndim - 1))
-    return values if values.dtype == torch.bool else values.to(like.dtype)
-
-
 def _rms(values: Tensor) -> Tensor:
     """Root mean square of each row (B, ...), float64 (B,): sums in float32 would depend on the shape of the batch."""
     return values.double().flatten(1).square().mean(1).sqrt()
-
-
-def _require_finite(state: Tensor, time: Tensor, rows: Tensor) -> None:
-    """Raise LfmError, naming the row, where a step from `time` (B,) led to a `state` (B, ...) that is not finite."""
-    broken = ~state.flatten(1).isfinite().all(1)
-    if broken.any():
-        first = int(broken.nonzero()[0])
-        raise LfmError(
-            f"row {int(rows[first])} is not finite in the step from time {float(time[first]):.4g}: "
-            "the weights are damaged or diverged, look at the loss of the run they come from"
-        )
