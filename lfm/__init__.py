@@ -1,3 +1,17 @@
 """Flow matching in latent space (Dao, Phung, Nguyen, Tran, 2023): the library behind the pipeline's stages."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lfm.trained import TrainedModel
+
 __version__ = "0.1.0"
+
+
+def load(run: str, **options: Any) -> TrainedModel:
+    """The model of a run folder, a checkpoint folder or a weights file; see `lfm.trained.load`."""
+    from lfm import trained  # here, so that `import lfm` needs no torch
+
+    return trained.load(run, **options)

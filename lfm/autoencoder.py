@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfm.data.manifest import AutoencoderRecord
 from lfm.errors import ConfigError, DataError
 from lfm.types import Posterior
 
@@ -138,6 +139,21 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     # diffusers' own `to` warns of every cast; channels last, since convolutions are a third faster so
     torch.nn.Module.to(model, device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return loaded
+
+
+def load_recorded(record: AutoencoderRecord, name: str | None, device: torch.device | str, user: str) -> Autoencoder:
+    """The autoencoder of a record, found under `name` if it has moved, and no other.
+
+    Raises:
+        ConfigError: it is another one; names both, and whose latents `user` has.
+    """
+    found = load(name or record.name, device)
+    if found.content_hash != record.content_hash:
+        raise ConfigError(
+            f"autoencoder {found.name} ({found.content_hash[:12]}): the latents of {user} are of {record.name} "
+            f"({record.content_hash[:12]}); name that one with --autoencoder"
+        )
+    return found
 
 
 def import_diffusers() -> Any:

@@ -34,7 +34,7 @@ def class_condition(class_index: Sequence[int] | Tensor, num_classes: int | None
     Raises ConfigError for an index that is no class, and for a model that takes no class (num_classes None).
     """
     if num_classes is None:
-        raise ConfigError("a class index was given, but the model was trained without classes: leave it out")
+        raise ConfigError("--class-index: the model was trained without classes; leave it out")
     index = torch.as_tensor(class_index, dtype=torch.int64)
     check_class_index(index, num_classes)
     return Condition(class_index=index)

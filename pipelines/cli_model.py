@@ -6,33 +6,58 @@ from typing import Any
 
 import click
 
-from pipelines.cli_options import COUNT, POSITIVE, Finite, OneLine, dry_run_option, overwrite_option, show
+from pipelines.cli_options import COUNT, POSITIVE, OneLine, cache_option, dry_run_option, overwrite_option, show
 
 
 @click.command()
 @click.argument("run")
 @click.option("--out", required=True, help="Folder for the pictures.")
-@click.option("--seeds", default="0-15", show_default=True, help="One picture for each.")
-@click.option("--class-index", help="Such as 3, or 0-9: the seeds take turns.  [default: all classes]")
-@click.option("--guidance-scale", type=Finite(-1000, 1000), default=1.0, show_default=True, help="1 means none.")
-@click.option("--solver", default="heun", show_default=True, help="euler, midpoint, heun, rk4, dopri5, bosh3, ...")
+@click.option(
+    "--seeds", default="0-15", show_default=True, help="One picture for each; they take turns of what follows."
+)
+@click.option("--class-index", help="Such as 3, or 0-9.  [default: all classes]")
+@click.option("--image", multiple=True, help="A picture to fill in; as often as there are masks.")
+@click.option("--mask", multiple=True, help="White is what to fill.")
+@click.option("--segmentation", multiple=True, help="A map of class ids to make a picture for.")
+@click.option("--shards", help="Raw or latent shards to take masks, maps and classes from.")
+@click.option("--rows", help="Which samples of the shards, such as 0-3.  [default: as many as seeds]")
+@click.option("--composite/--no-composite", default=True, help="Put the known pixels back.  [default: composite]")
+@click.option("--guidance-scale", default="1", show_default=True, help="1 means none; 1,1.5,2 makes a sheet.")
+@click.option("--guidance-interval", help="Times between which to guide, such as 0.2,0.8.  [default: 0,1]")
+@click.option("--autoguidance", metavar="RUN", help="A weaker model to lead away from, in place of no condition.")
+@click.option(
+    "--solver", default="heun", show_default=True, help="euler, midpoint, heun, rk4, ab2, sde, dopri5, bosh3, ..."
+)
 @click.option("--num-steps", type=COUNT, help="Of a fixed-step solver.  [default: 25]")
+@click.option("--time-shift", type=POSITIVE, help="Above 1, more of the steps near noise.  [default: 1]")
+@click.option("--times", help="In place of both, such as 1,0.8,0.5,0.")
 @click.option("--atol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
 @click.option("--rtol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@click.option("--trajectory", metavar="png|gif", help="Show the way of the first pictures from noise, too.")
+@click.option("--time", is_flag=True, help="Measure solver and decoder, too.")
+@click.option("--num-gpus", type=COUNT, help="Processes, one for each GPU.  [default: all there are]")
 @click.option("--autoencoder", help="Where the run's autoencoder is now, if it has moved.")
+@cache_option
 @overwrite_option
 @dry_run_option
-def sample(**options: Any) -> None:
-    """Make pictures with the weights of RUN: one per seed, and a grid."""
-    from pipelines import factory
-    from pipelines.sample import SampleConfig, run
+def sample(num_gpus: int | None, **options: Any) -> None:
+    """Make pictures with the weights of RUN: one per seed, and a grid. Under torchrun every rank takes its part."""
+    from pipelines.processes import on_every_gpu
+    from pipelines.sample import run
+    from pipelines.sampling import SampleConfig
 
     config = SampleConfig(**options)
-    result = run(config, factory.world())
-    if result.grid is None:
-        return show(config, result.plan)
-    click.echo(f"{result.plan}: {result.grid}, {result.mean_nfe:.0f} network evaluations per picture")
+    results = on_every_gpu(run, config, 1 if config.dry_run else num_gpus)
+    if config.dry_run:
+        return show(config, results[0].plan)
+    for result in results:
+        if result.timing:
+            click.echo(result.timing)
+    done = next((result for result in results if result.grid), None)
+    if done is None:
+        return click.echo("this rank is done; the last one makes the grid. If one died, the same command goes on")
+    click.echo(f"{done.plan}: {done.grid}, {done.mean_nfe:.0f} network evaluations per picture")
 
 
 @click.command()

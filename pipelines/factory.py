@@ -67,18 +67,8 @@ def autoencoder(name: str, world: World, precision: str = "fp32") -> Autoencoder
 
 
 def matching_autoencoder(record: AutoencoderRecord, name: str | None, world: World, user: str) -> Autoencoder:
-    """The autoencoder of a record, found under `name` if it has moved, and no other.
-
-    Raises:
-        ConfigError: it is another one; names both, and whose latents `user` has.
-    """
-    found = autoencoder(name or record.name, world)
-    if found.content_hash != record.content_hash:
-        raise ConfigError(
-            f"autoencoder {found.name} ({found.content_hash[:12]}): the latents of {user} are of {record.name} "
-            f"({record.content_hash[:12]}); name that one with --autoencoder"
-        )
-    return found
+    """The autoencoder of a record on this process's device; see `lfm.autoencoder.load_recorded`."""
+    return autoencoders.load_recorded(record, name, device(world), user)
 
 
 def trained(run: str, autoencoder: str | None, world: World) -> tuple[DiT, WeightsHeader, Autoencoder]:

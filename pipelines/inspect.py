@@ -108,16 +108,10 @@ def overlaid(sample: RawSample) -> np.ndarray:
     """A sample's picture under its map and its mask: uint8 (H, W, 3)."""
     image = sample.image.astype(np.float64)
     if sample.segmentation is not None:
-        image = 0.5 * image + 0.5 * _colours(sample.segmentation)
+        image = 0.5 * image + 0.5 * pictures.colours(sample.segmentation)
     if sample.mask is not None:
         image = np.where(sample.mask[..., None] == 1, 0.4 * image + 0.6 * HOLE, image)
     return image.round().astype(np.uint8)
-
-
-def _colours(ids: np.ndarray) -> np.ndarray:
-    """A colour for each class id, neighbours far apart: float32 (H, W, 3)."""
-    turns = np.multiply.outer(ids.astype(np.float32), np.array([0.618034, 0.381966, 0.754878], np.float32))
-    return 255 * (0.5 + 0.5 * np.cos(2 * np.pi * turns))
 
 
 def _decoded_images(config: InspectConfig, manifest: Manifest, cache: Cache, world: World) -> Iterator[np.ndarray]:

@@ -54,7 +54,7 @@ def test_scale_1_never_calls_the_null_branch() -> None:
     plain = NetworkVelocity(Pull(), Condition(torch.tensor([0, 1])), 2)
     noise = torch.randn(2, 4, 2, 2)
     assert torch.equal(solve("heun", field, noise, num_steps=5), solve("heun", plain, noise, num_steps=5))
-    assert field.unconditional.nfe.tolist() == [0, 0]
+    assert field.weak.nfe.tolist() == [0, 0]
     assert field.nfe.tolist() == plain.nfe.tolist() == [10, 10]
 
 
@@ -64,6 +64,17 @@ def test_guidance_counts_twice(solver: str, per_step: int) -> None:
     solve(solver, field, torch.randn(2, 4, 2, 2), num_steps=7)
     assert field.nfe.dtype == torch.int64
     assert field.nfe.tolist() == [2 * 7 * per_step] * 2
+
+
+def test_outside_of_the_interval_there_is_no_guidance_and_no_cost() -> None:
+    field = guided(3.0, [0, 1, 2])
+    field.interval = (0.2, 0.8)
+    state, time = torch.zeros(3, 1, 1, 1), torch.tensor([0.1, 0.5, 0.9])
+    plain = field.velocity(state, time, torch.arange(3)).flatten()
+    out = field(state, time, torch.arange(3)).flatten()
+    assert out[[0, 2]].tolist() == plain[[0, 2]].tolist()
+    assert out[1] == NUM_CLASSES + 3.0 * (plain[1] - NUM_CLASSES)
+    assert field.nfe.tolist() == [2, 3, 2]
 
 
 def test_every_evaluated_row_is_counted_and_no_other() -> None:

@@ -43,6 +43,7 @@ FLOORS = (
     {"flow", "solvers", "guidance", "models", "ema", "conditioning"},
     {"data"},
     {"checkpoint", "metrics", "autoencoder", "engine"},
+    {"told", "trained"},
 )
 MATHEMATICS = FLOORS[2]
 

@@ -175,7 +175,7 @@ def test_a_picture_depends_on_its_seed_and_class_alone(small_set: SmallSet, weig
         (("--solver", "dopri5", "--num-steps", 3), "--num-steps"),
         (("--atol", 1e-3), "--atol"),
         (("--num-steps", 0), "'--num-steps'"),
-        (("--guidance-scale", "inf"), "'--guidance-scale': inf"),
+        (("--guidance-scale", "inf"), "--guidance-scale inf: must be finite"),
         (("--seeds", "0-99999999999"), "give them in parts"),
         (("--seeds", 10**30), "--seeds"),
         (("--rtol", -1), "'--rtol'"),
@@ -200,7 +200,7 @@ def test_only_overwrite_loses_samples_and_the_same_command_repeats_them(weights:
     assert tree(out) == before
     (out / "000007.png").write_text("mine")
     assert lfm(*other, "--overwrite").exit_code == 0
-    assert sorted(tree(out)) == ["000003.png", "000004.png", "000007.png", "grid.png", "samples.json"]
+    assert sorted(tree(out)) == ["000003.png", "000004.png", "000007.png", "grid.png", "recipe.json", "samples.json"]
 
 
 def test_sample_refuses_a_folder_of_other_things(weights: Path, small_set: SmallSet) -> None:

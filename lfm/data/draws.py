@@ -79,10 +79,15 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
     return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def picture_noise(seeds: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """The noise that each seed's picture begins with: float32 (len(seeds), *shape), standard normal."""
+def picture_noise(seeds: Sequence[int] | np.ndarray, shape: Sequence[int], step: int = 0) -> np.ndarray:
+    """The noise that each seed's picture begins with, or is given at a step counted from 1.
+
+    Float32 (len(seeds), *shape), standard normal.
+    """
     noise = np.empty((len(seeds), *shape), np.float32)
     for row, seed in enumerate(seeds):
-        random = np.random.Generator(np.random.Philox(key=np.array([_PICTURES, int(seed)], np.uint64)))
+        random = np.random.Generator(
+            np.random.Philox(key=np.array([_PICTURES, int(seed)], np.uint64), counter=[0, 0, 0, step])
+        )
         random.standard_normal(out=noise[row], dtype=np.float32)
     return noise

@@ -1,0 +1,150 @@
+"""What `lfm sample` tells the model: classes by number, masks and maps from pictures or from shards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lfm import storage
+from lfm.data import manifest as manifests
+from lfm.data.manifest import Manifest
+from lfm.data.shards import LatentShard, read_raw
+from lfm.data.transforms import Rejected, binary, decode, decode_ids, decode_mask
+from lfm.errors import ConfigError, DataError
+from lfm.told import Told, spatial_condition, tell, with_classes
+from lfm.trained import TrainedModel
+from pipelines import factory
+
+if TYPE_CHECKING:
+    from pipelines.sampling import SampleConfig
+
+MOST_NUMBERS = 1_000_000
+MEMBERS = {"cls": "class_index", "masked.npy": "masked", "mask.npy": "mask", "seg.npy": "segmentation"}
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """The numbers of a list such as 0-15 or 3,5,8-9.
+
+    Raises:
+        ConfigError: it is no such list, or names a number twice.
+    """
+    result: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ConfigError(f"{flag} {text}: must be numbers and ranges, as in 0-15 or 3,5,8-9, below {10**18:.0e}")
+        named = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(result) + len(named) > MOST_NUMBERS:
+            raise ConfigError(f"{flag} {text}: more than {MOST_NUMBERS:,} at once; give them in parts")
+        result += named
+    if len(set(result)) != len(result):
+        raise ConfigError(f"{flag} {text}: names a number twice")
+    return result
+
+
+def told(config: SampleConfig, model: TrainedModel, num_seeds: int) -> tuple[Told, list[str]]:
+    """What the model is told, and the names of the masks or maps.
+
+    Raises:
+        ConfigError, DataError: one line that names the flag, file or shard.
+    """
+    classes = None if config.class_index is None else numbers("--class-index", config.class_index)
+    by_file = [f"--{kind}" for kind in ("image", "mask", "segmentation") if getattr(config, kind)]
+    if config.shards is None:
+        if config.rows is not None:
+            raise ConfigError(f"--rows {config.rows}: says which of --shards; give those too")
+        images, masks, maps = (
+            _arrays(*given)
+            for given in (
+                ("--image", config.image, lambda content: np.asarray(decode(content))),
+                ("--mask", config.mask, lambda content: binary(np.asarray(decode_mask(content)))),
+                ("--segmentation", config.segmentation, decode_ids),
+            )
+        )
+        names = [path.rsplit("/", 1)[-1] for path in config.image or config.segmentation]
+        return tell(model.header, model.autoencoder, classes, images, masks, maps, names), names
+    if by_file:
+        raise ConfigError(f"--shards {config.shards}: has all that is told; leave out {' and '.join(by_file)}")
+    return _from_shards(config, model, classes, num_seeds)
+
+
+def _arrays(flag: str, paths: Sequence[str], read: Any) -> np.ndarray | None:
+    arrays = []
+    for path in paths:
+        try:
+            arrays.append(read(storage.read_bytes(path)))
+        except Rejected as error:
+            raise ConfigError(f"{flag} {path}: {error.reason}: {error.detail}") from error
+        if arrays[0].shape != arrays[-1].shape:
+            raise ConfigError(f"{flag} {path}: is not as large as {paths[0]}; scale them first")
+    return np.stack(arrays) if arrays else None
+
+
+def _from_shards(
+    config: SampleConfig, model: TrainedModel, classes: list[int] | None, num_seeds: int
+) -> tuple[Told, list[str]]:
+    folder, shape = str(config.shards), model.header.model
+    manifest = manifests.load(folder)
+    rows = list(range(min(num_seeds, manifest.num_samples)))
+    if config.rows is not None:
+        rows = numbers("--rows", config.rows)
+        if max(rows) >= manifest.num_samples:
+            raise ConfigError(f"--rows {config.rows}: {folder} holds {manifest.num_samples:,} samples, 0 the first")
+    wanted = ["segmentation"] * bool(shape.num_labels) + ["mask"] * bool(shape.condition_channels)
+    if not wanted:
+        raise ConfigError(f"--shards {folder}: {model.name} takes no masks or maps; leave it out")
+    if missing := [name for name in wanted if name not in manifest.fields]:
+        raise DataError(f"{folder}: its samples have no {missing[0]}; name other shards")
+    samples = list(_rows(config, manifest, rows))
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    if classes is None and shape.num_classes and "class_index" in columns:
+        if [entry.name for entry in manifest.classes] != [entry.name for entry in model.header.classes]:
+            raise DataError(f"{folder}: its classes are not those of {model.name}; choose with --class-index")
+        classes = [int(index) for index in columns["class_index"]]
+    maps = np.stack(columns["segmentation"]) if "segmentation" in wanted else None
+    names = [f"{folder} {row}" for row in rows]
+    if "mask" not in wanted or manifest.kind == "raw":
+        images, masks = (np.stack(columns[name]) if "mask" in wanted else None for name in ("image", "mask"))
+        return tell(model.header, model.autoencoder, classes, images, masks, maps, names), names
+    return _from_latents(config, model, manifest, classes, columns), names
+
+
+def _from_latents(
+    config: SampleConfig, model: TrainedModel, manifest: Manifest, classes: list[int] | None, columns: dict[str, list]
+) -> Told:
+    record = manifest.autoencoder
+    if record is None or record.content_hash != model.autoencoder.content_hash:
+        raise DataError(f"{config.shards}: its latents are of another autoencoder than those of {model.name}")
+    if config.composite:
+        raise ConfigError(
+            f"--shards {config.shards}: latents have no pixels to put back; name the raw shards, or add --no-composite"
+        )
+    masked, mask = (torch.from_numpy(np.stack(columns[name])) for name in ("masked", "mask"))
+    spatial = spatial_condition(model.autoencoder, masked, mask[:, None])
+    return with_classes(Told(spatial=spatial), classes, model.header.model.num_classes)
+
+
+def _rows(config: SampleConfig, manifest: Manifest, rows: list[int]) -> Iterator[dict[str, Any]]:
+    """The samples of these numbers, in this order, by the names of their fields."""
+    ends = np.cumsum([shard.samples for shard in manifest.shards])
+    cache, found = factory.cache(config.cache), {}
+    for index, group in groupby(sorted(rows), key=lambda row: int(np.searchsorted(ends, row, side="right"))):
+        shard, first = manifest.shards[index], int(ends[index]) - manifest.shards[index].samples
+        inside = {row - first: row for row in group}
+        path = storage.join(str(config.shards), shard.name)
+        local = cache.fetch(path, shard.bytes, shard.crc32)
+        if manifest.kind == "raw":
+            with local.open("rb") as stream:
+                for place, sample in enumerate(read_raw(stream, path)):
+                    if place in inside:
+                        found[inside[place]] = vars(sample)
+        else:
+            columns = LatentShard(local, shard.samples, manifest.members, manifest.stride).columns
+            for place, row in inside.items():
+                found[row] = {MEMBERS[name]: np.array(columns[name][place]) for name in MEMBERS if name in columns}
+    return (found[row] for row in rows)

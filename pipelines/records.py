@@ -1,0 +1,76 @@
+"""What stands beside samples: a grid of them, and a record of all that made them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from lfm import storage
+from lfm.data.masks import hide
+from lfm.told import Told
+from pipelines import factory, pictures
+
+if TYPE_CHECKING:
+    from pipelines.sampling import Job
+
+GRID, RECORD = "grid.png", "samples.json"
+MOST_IN_GRID, WIDEST_GRID = 1024, 20
+
+
+def grid(job: Job) -> Image.Image:
+    """The pictures, a column for each guidance scale, mask, map or class; masks and maps stand above theirs."""
+    told, size = job.told, job.model.header.image_size
+    turns = [len(part) for part in (told.spatial, told.segmentation, told.class_index) if part is not None]
+    taking_turns = len(job.guidance) if len(job.guidance) > 1 else next(iter(turns), 1)
+    columns = taking_turns if 1 < taking_turns <= WIDEST_GRID else None
+    shown = []
+    for picture in job.pictures[:MOST_IN_GRID]:
+        with storage.open_read(storage.join(job.config.out, picture.file)) as file, Image.open(file) as image:
+            shown.append(np.asarray(image))
+    above = _shown(told)
+    if len(job.guidance) == 1 and len(above) in (1, columns):
+        columns = columns or math.ceil(math.sqrt(len(shown)))
+        white = np.full((size, size, 3), 255, np.uint8)
+        shown = [*above, *[white] * (columns - len(above)), *shown]
+    return pictures.grid(np.stack(shown), columns=columns, enlarge=max(1, 128 // size))
+
+
+def record(job: Job, nfe: list[int]) -> dict[str, Any]:
+    header, told = job.model.header, job.told
+    known = None
+    if told.spatial is not None:
+        known = "put back" if job.composites else "as the model made them"
+    entries = []
+    for picture in job.pictures:
+        index = None if told.class_index is None else int(told.class_index[picture.number % len(told.class_index)])
+        entries.append({
+            "file": picture.file,
+            "seed": picture.seed,
+            "class_index": index,
+            "class_name": None if index is None else header.classes[index].name,
+            "condition": job.names[picture.number % len(job.names)] if job.names else None,
+            "guidance_scale": picture.scale,
+            "nfe": picture.nfe,
+        })  # fmt: skip
+    return {
+        "settings": job.recipe,
+        "files": [*(picture.file for picture in job.pictures), GRID],
+        "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
+        "known_pixels": known,
+        "autoencoder": header.autoencoder.model_dump(),
+        "trained_by": header.code_version,
+        "sampled_by": factory.code_version(),
+        "pictures": entries,
+    }
+
+
+def _shown(told: Told) -> np.ndarray:
+    """Masked pictures or maps, as a person sees them: uint8 (N, H, W, 3)."""
+    if told.images is not None and told.masks is not None:
+        return hide(told.images, told.masks)
+    if told.segmentation is not None:
+        return np.stack([pictures.colours(ids).round().astype(np.uint8) for ids in told.segmentation])
+    return np.zeros((0, 1, 1, 3), np.uint8)
