@@ -145,6 +145,7 @@ def _rows(config: SampleConfig, manifest: Manifest, rows: list[int]) -> Iterator
                         found[inside[place]] = vars(sample)
         else:
             columns = LatentShard(local, shard.samples, manifest.members, manifest.stride).columns
-            for place, row in inside.items():
-                found[row] = {MEMBERS[name]: np.array(columns[name][place]) for name in MEMBERS if name in columns}
+            gathered = {MEMBERS[name]: columns[name][np.array(list(inside))] for name in MEMBERS if name in columns}
+            for place, row in enumerate(inside.values()):
+                found[row] = {name: values[place] for name, values in gathered.items()}
     return (found[row] for row in rows)
