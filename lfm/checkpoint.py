@@ -53,6 +53,7 @@ class WeightsHeader:
     code_version: str
     config: dict[str, Any] = field(default_factory=dict)  # the resolved experiment
     labels: dict[int, str] = field(default_factory=dict)  # the class ids of segmentations
+    prediction: str = "velocity"  # or noise, of an imported diffusion model
 
     def to_json(self) -> str:
         """As one line of JSON."""

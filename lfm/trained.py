@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfm import autoencoder as autoencoders
 from lfm import checkpoint
@@ -30,6 +30,7 @@ from lfm.data.draws import picture_noise
 from lfm.errors import CheckpointError, ConfigError
 from lfm.guidance import CountedVelocity, Guided, NetworkVelocity
 from lfm.models.dit import DiT
+from lfm.models.prediction import NoisePrediction
 from lfm.solvers import Solving
 from lfm.solvers.rows import Watch, unwatched
 from lfm.told import tell
@@ -79,8 +80,9 @@ def load(run: str, *, autoencoder: str | None = None, device: torch.device | str
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{run}: its weights do not fit its header; take another checkpoint") from error
+    network = NoisePrediction(model) if header.prediction == "noise" else model
     decoder = autoencoders.load_recorded(header.autoencoder, autoencoder, device, run)
-    return TrainedModel(model.to(device).eval(), header, decoder, run)
+    return TrainedModel(network.to(device).eval(), header, decoder, run)
 
 
 class TrainedModel:
@@ -93,13 +95,15 @@ class TrainedModel:
         name: where it comes from, for messages.
     """
 
-    def __init__(self, network: DiT, header: WeightsHeader, autoencoder: Autoencoder, name: str = "the model") -> None:
+    def __init__(
+        self, network: nn.Module, header: WeightsHeader, autoencoder: Autoencoder, name: str = "the model"
+    ) -> None:
         self.network, self.header, self.autoencoder, self.name = network, header, autoencoder, name
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.network.position.device
+        return next(self.network.parameters()).device
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

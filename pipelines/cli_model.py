@@ -101,3 +101,42 @@ def train(config: str, overrides: tuple[str, ...], allow_changes: bool, dry_run:
     elif world.is_main:
         click.echo(f"{result.samples_seen:,} samples seen: {result.weights}")
         click.echo(f"next: lfm sample {experiment.run} --out DIR")
+
+
+@click.command("import")
+@click.argument("path")
+@click.argument("dest")
+@click.option("--from", "source", required=True, help="lfm (the paper's, or ours), dit or sit.")
+@click.option("--autoencoder", default="embedded", show_default=True, help="Of its latents: a path or hub id.")
+@click.option("--num-heads", type=COUNT, help="Where width and depth are none of the published ones.")
+@click.option("--num-classes", type=click.IntRange(0), help="0 makes it unconditional.  [default: by the class table]")
+@dry_run_option
+def import_(**options: Any) -> None:
+    """Make of the checkpoint PATH of others weights in DEST that sample here."""
+    from pipelines.exchange import ImportConfig, bring_in
+
+    config = ImportConfig(**options)
+    result = bring_in(config)
+    if config.dry_run:
+        return show(config, result)
+    click.echo(result)
+    click.echo(f"next: lfm sample {config.dest} --out DIR")
+
+
+@click.command()
+@click.argument("run")
+@click.argument("dest")
+@click.option(
+    "--to", required=True, help="safetensors (one file) or diffusers (a folder that DiffusionPipeline loads)."
+)
+@click.option("--autoencoder", help="Where the run's autoencoder is now, if it has moved.")
+@dry_run_option
+def export(**options: Any) -> None:
+    """Write the EMA weights of RUN for others to DEST."""
+    from pipelines.exchange import ExportConfig, send_out
+
+    config = ExportConfig(**options)
+    result = send_out(config)
+    if config.dry_run:
+        return show(config, result)
+    click.echo(result)

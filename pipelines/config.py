@@ -55,6 +55,7 @@ class ModelConfig(_Section):
     patch_size: PositiveInt = 2
     mlp_ratio: float = Field(default=4.0, gt=0, le=64)
     time_scale: PositiveFloat = 1000.0  # the paper's own code has 1
+    frequency_shift: Literal[0, 1] = 1  # the paper's own code has 0; 1 lets `lfm export --to diffusers` express it
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     activation_checkpointing: int = Field(default=0, ge=0)  # every n-th block; 0 none, 1 all
     compile: bool = False  # torch.compile, block by block

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lfm.foreign import our_name
 from lfm.models.dit import DiT, DiTConfig
 
 FOLDER = Path(os.environ.get("LFM_SHARED", Path(__file__).parents[2] / "shared")) / "reference"
@@ -27,27 +28,6 @@ CONFIG = DiTConfig(
     class_dropout=0.1,
     time_scale=1.0,
 )
-
-# in this order; the first part of a name that is found is replaced
-NAMES = {
-    "module.": "",
-    "x_embedder.proj": "patch_embedding",
-    "t_embedder": "time_embedding",
-    "y_embedder.embedding_table": "class_embedding.table",
-    "attn.proj": "attention.projection",
-    "attn.qkv": "attention.qkv",
-    "mlp.fc1": "mlp.0",
-    "mlp.fc2": "mlp.2",
-    "adaLN_modulation": "modulation",
-    "final_layer": "final",
-}
-
-
-def our_name(name: str) -> str:
-    """Our name of a parameter of theirs."""
-    for theirs, ours in NAMES.items():
-        name = name.replace(theirs, ours, 1)
-    return name
 
 
 def recorded(name: str) -> dict[str, Tensor]:

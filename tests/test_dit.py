@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from reference import our_name, recorded, recorded_model, requires_reference
+from reference import recorded, recorded_model, requires_reference
 
 from lfm.errors import ConfigError
 from lfm.flow import path_sample, velocity_loss
+from lfm.foreign import our_name
 from lfm.models.dit import DIT_SIZES, DiT, DiTConfig, flops_per_sample
 from lfm.models.embeddings import ClassEmbedding, TimeEmbedding, sincos_position_embedding
 from lfm.types import Condition

@@ -26,6 +26,7 @@ STAGES = {
     "demo",
     "reference",
     "evaluate",
+    "exchange",
     "bound",
 }
 COMMAND_LINE = {"cli", "cli_options", "cli_data", "cli_metrics", "cli_model"}
@@ -43,7 +44,7 @@ FLOORS = (
     {"flow", "solvers", "guidance", "models", "ema", "conditioning"},
     {"data"},
     {"checkpoint", "metrics", "autoencoder", "engine"},
-    {"told", "trained"},
+    {"told", "foreign", "trained", "likelihood"},
 )
 MATHEMATICS = FLOORS[2]
 

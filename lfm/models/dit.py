@@ -66,6 +66,7 @@ class DiTConfig:
     num_labels: int | None = None  # None: the model takes no segmentation
     downsample_factor: int = 8  # pixels of a segmentation for each of the latent, along a side
     time_scale: float = 1000.0  # 1 for the paper's own checkpoints
+    frequency_shift: int = 0  # of the time's frequencies; 1 as in diffusers' DiT
     attention: str = "auto"  # auto | xformers | sdpa
     position: str = "sincos"  # sincos, added to the tokens | rope, turns queries and keys
     norm: str = "layer"  # layer | rms
@@ -144,7 +145,7 @@ class DiT(nn.Module):
         self.config = config
         width, patch, side = config.hidden_size, config.patch_size, config.latent_size // config.patch_size
         self.patch_embedding = nn.Conv2d(config.input_channels, width, kernel_size=patch, stride=patch)
-        self.time_embedding = TimeEmbedding(width, scale=config.time_scale)
+        self.time_embedding = TimeEmbedding(width, scale=config.time_scale, shift=config.frequency_shift)
         self.class_embedding = (
             None
             if config.num_classes is None

@@ -1,7 +1,7 @@
 """Numbers as vectors of the network's width: time and class; position, as such a vector or as a rotation; a map of class
 ids as channels of the latent.
 
-    time       MLP([cos(a_1), ..., cos(a_n), sin(a_1), ..., sin(a_n)]),  a_i = scale t P^(-i/n),  i = 0 .. n - 1
+    time       MLP([cos(a_1), ..., cos(a_n), sin(a_1), ..., sin(a_n)]),  a_i = scale t P^(-i/(n - shift)),  i = 0 .. n - 1
     class      one learned row per class, and one more for the null class
     map        one learned row per label, and one more for no label, then a convolution whose kernel and stride are the
                pixels of one latent: where in its cell a border runs is heard. It is a linear map of the one-hot map,
@@ -11,9 +11,9 @@ ids as channels of the latent.
     rotation   queries and keys turned by the angles [row w_0, ..., row w_m, column w_0, ..., column w_m], m = head_dim / 4
 
 P = 10000, the longest period over 2 pi; n = half the frequency size. Peebles & Xie 2022; the scale is ours: a time in
-[0, 1] times 1000 lets most frequencies vary, while 1 is what the paper's own checkpoints were trained with. The
-rotation is that of Su et al. 2021 (RoPE) in two dimensions: the product of a query and a key depends on their positions
-through the difference of these alone.
+[0, 1] times 1000 lets most frequencies vary, while 1 is what the paper's own checkpoints were trained with. Their shift is
+0, and that of diffusers' DiT 1. The rotation is that of Su et al. 2021 (RoPE) in two dimensions: the product of a query and
+a key depends on their positions through the difference of these alone.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ LABEL_CHANNELS = 8  # what a latent hears of the map over it
 class TimeEmbedding(nn.Module):
     """Time (B,) -> (B, hidden_size), in the dtype of the weights; frequencies and angles are float32."""
 
-    def __init__(self, hidden_size: int, frequency_size: int = 256, scale: float = 1000.0) -> None:
+    def __init__(self, hidden_size: int, frequency_size: int = 256, scale: float = 1000.0, shift: int = 0) -> None:
         super().__init__()
         assert frequency_size % 2 == 0, f"frequency_size {frequency_size}"
         self.frequency_size = frequency_size
-        self.scale = scale
+        self.scale, self.shift = scale, shift
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def frequencies(self, time: Tensor) -> Tensor:
         """cos, then sin, of the angles of `time` (B,): float32 (B, frequency_size)."""
         half = self.frequency_size // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=time.device) / half
+        exponent = torch.arange(half, dtype=torch.float32, device=time.device) / (half - self.shift)
         angles = self.scale * time.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponent)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
