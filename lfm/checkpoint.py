@@ -52,6 +52,7 @@ class WeightsHeader:
     manifest_digest: str
     code_version: str
     config: dict[str, Any] = field(default_factory=dict)  # the resolved experiment
+    crop: str | None = None  # the rule by which the pictures came to their size, where it is known
     labels: dict[int, str] = field(default_factory=dict)  # the class ids of segmentations
     prediction: str = "velocity"  # or noise, of an imported diffusion model
 

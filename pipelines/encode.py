@@ -267,6 +267,7 @@ def _recipe(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder) -> di
     return {
         "kind": "latents",
         "raw": raw.digest,
+        "crop": raw.recipe.get("crop"),  # told with every picture made of these latents
         "autoencoder": autoencoder.content_hash,
         "flips": config.flips,
         "precision": config.precision,

@@ -123,19 +123,21 @@ class Run:
         if sampling.guidance_scale != 1:
             self._null(self._condition([0]))
         self.image_size, self.counts = self.header.image_size, blocks_of(sampling.num)
-        self.rule: str | None = None
+        self.rule = self.header.crop
         self.offers: tuple[str, ...] = ("nfe",)
         self.settings: dict[str, Any] = {
             "run": name,
             "samples_seen": self.header.samples_seen,
             "weights_hash": content_hash(self.model, 1.0, 0.0),
             "latents_digest": self.header.manifest_digest,
+            "rule": self.rule,
             "autoencoder": self.header.autoencoder.model_dump(),
             "trained_by": self.header.code_version,
             **asdict(sampling),
         }
         free = ("run", "trained_by", "autoencoder")
         self.identity: Any = {key: value for key, value in self.settings.items() if key not in free}
+        self.identity["autoencoder"] = self.autoencoder.content_hash
 
     def make(self, block: int) -> Iterator[Made]:
         start = sum(self.counts[:block])

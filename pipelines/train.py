@@ -246,6 +246,7 @@ def _header(config: ExperimentConfig, manifest: Manifest, model_config: DiTConfi
         "model": model_config,
         "autoencoder": manifest.autoencoder,
         "image_size": manifest.image_size,
+        "crop": manifest.recipe.get("crop"),
         "classes": manifest.classes if "class" in config.conditions else (),
         "labels": manifest.labels if "semantic" in config.conditions else {},
         "manifest_digest": manifest.digest,

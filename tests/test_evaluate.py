@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import ALONE, SmallSet, assert_one_line, lfm
 from PIL import Image
 from torch import nn
 
+from lfm.checkpoint import WEIGHTS, load_weights, save_weights
 from lfm.errors import ConfigError
 from lfm.metrics import features
 from lfm.metrics import reference as references
@@ -302,6 +304,15 @@ def test_exactly_as_many_pictures_whatever_the_ranks_and_batches(
     first, second = metrics(tmp_path / "one"), metrics(tmp_path / "three")
     assert first == pytest.approx(second, rel=1e-6)
     assert first["nfe"] == 4
+
+
+def test_a_run_of_another_crop_rule_is_refused(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    loaded, header = load_weights(str(weights))
+    save_weights(str(weights / WEIGHTS), loaded, dataclasses.replace(header, crop="pad"))
+    with pytest.raises(ConfigError, match=r"by the rule centre.*by pad"):
+        stage.run(config(weights, reference, small_set, tmp_path / "out"), ALONE)
 
 
 def test_a_killed_evaluation_goes_on(
