@@ -10,7 +10,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from lfm import storage
+from lfm import storage, trained
 from lfm.autoencoder import Autoencoder, to_unit_range
 from lfm.checkpoint import WeightsHeader
 from lfm.conditioning import class_condition
@@ -19,7 +19,6 @@ from lfm.data.picture_sets import open_pictures
 from lfm.errors import ConfigError
 from lfm.flow import SIGMA_MIN, path_sample
 from lfm.metrics.bound import Bound, Estimate, estimate, steepness
-from lfm.models.dit import DiT
 from lfm.types import Condition, RawSample
 from lfm.world import World
 from pipelines import factory, features
@@ -60,7 +59,8 @@ def run(config: BoundConfig, world: World) -> BoundResult:
     Raises:
         ConfigError: the pictures are of another size or without the classes that the model takes.
     """
-    model, header, autoencoder = factory.trained(config.run, config.autoencoder, world)
+    found = trained.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
+    model, header, autoencoder = found.network, found.header, found.autoencoder
     real = open_pictures(config.raw, factory.cache(config.cache))
     if real.image_size != header.image_size:
         raise ConfigError(
@@ -81,12 +81,12 @@ def run(config: BoundConfig, world: World) -> BoundResult:
             for name, values in terms.of(batch, start, max(0, config.num_steep - start)).items():
                 measured.setdefault(name, []).append(values.cpu())
             bar.advance(len(batch))
-    found = {name: torch.cat(values) for name, values in measured.items()}
+    joined = {name: torch.cat(values) for name, values in measured.items()}
     bound = estimate(
-        found["reconstruction"],
-        found["decoder"],
-        [found[f"error {part}"] for part in range(PARTS)],
-        [found[f"velocity {part}"] for part in range(PARTS)],
+        joined["reconstruction"],
+        joined["decoder"],
+        [joined[f"error {part}"] for part in range(PARTS)],
+        [joined[f"velocity {part}"] for part in range(PARTS)],
     )
     report = {
         "settings": asdict(config) | {"num": num, "samples_seen": header.samples_seen, "data_digest": real.digest},
@@ -104,7 +104,7 @@ def run(config: BoundConfig, world: World) -> BoundResult:
 class Terms:
     """What the bound takes from pictures, a batch at a time."""
 
-    model: DiT
+    model: torch.nn.Module
     header: WeightsHeader
     autoencoder: Autoencoder
     seed: int

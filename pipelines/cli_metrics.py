@@ -52,7 +52,7 @@ def reference(num_gpus: int | None, **options: Any) -> None:
 @click.option("--out", required=True, help="Folder for the report and the features.")
 @click.option("--bound", metavar="RAW", help="In place of metrics: the paper's bound, on held-back pictures.")
 @click.option("--metrics", help="As fd,kid,recall.  [default: all that can be had]")
-@click.option("--pairs", help="Real pictures of the same keys as the TARGETS', for psnr, ssim, p-ids, ...")
+@click.option("--pairs", help="Real pictures that the TARGETS' stand for, for psnr, p-ids, ...")
 @click.option("--network", multiple=True, help="Where a reference's network is now, if it has moved.")
 @click.option("--lpips", help="A module of torch.export: two pictures -> their distance.")
 @click.option("--segmenter", help="A module of torch.export: a picture -> scores of labels.")

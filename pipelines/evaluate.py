@@ -23,14 +23,14 @@ from lfm.metrics import reference as references
 from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.precision_recall import nearest
 from lfm.metrics.reference import Reference
-from lfm.solvers import SOLVERS
+from lfm.solvers import Solving
 from lfm.world import World
 from pipelines import factory, measures, report
 from pipelines.judge import SHOWN, Judge
 from pipelines.measures import Means
-from pipelines.targets import PairedPictures, Pictures, Run, Sampling, Target
+from pipelines.targets import PairedPictures, Pictures, Run, Target
 
-DEFAULT_NUM, DEFAULT_SOLVER, DEFAULT_STEPS = 50_000, "heun", 25
+DEFAULT_NUM = 50_000
 PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "diffusers")
 
 
@@ -42,7 +42,9 @@ class EvaluateConfig:
     reference: tuple[str, ...]
     out: str
     metrics: str | None = None  # by default all that can be had
-    pairs: str | None = None  # the real pictures that those of a folder stand for, by key
+    pairs: str | None = (
+        None  # real pictures: those of a folder stand for them by key, a run is told their masks or maps
+    )
     network: tuple[str, ...] = ()  # where the references' networks are now, if they have moved
     lpips: str | None = None  # a module of torch.export
     segmenter: str | None = None  # a module of torch.export
@@ -124,28 +126,13 @@ def _targets(config: EvaluateConfig, world: World) -> list[Target]:
         raise ConfigError("TARGETS: are runs and folders of pictures; evaluate them one kind at a time")
     if not config.targets or not are_runs[config.targets[0]]:
         return _pictures(config)
-    if config.pairs:
-        raise ConfigError(f"--pairs {config.pairs}: is for folders of pictures; make them with `lfm sample` first")
-    solver = config.solver or DEFAULT_SOLVER
-    num_steps = config.num_steps
-    if solver in SOLVERS and not SOLVERS[solver].adaptive:
-        num_steps = DEFAULT_STEPS if num_steps is None else num_steps
+    if config.pairs and config.num:
+        raise ConfigError(f"--num {config.num}: there is one picture for each of --pairs {config.pairs}; leave it out")
+    real = open_pictures(config.pairs, factory.cache(config.cache)) if config.pairs else None
+    solving = Solving(config.solver or "heun", config.num_steps, atol=config.atol, rtol=config.rtol)
+    num, first_seed = config.num or DEFAULT_NUM, config.first_seed or 0
     return [
-        Run(
-            name,
-            Sampling(
-                num=config.num or DEFAULT_NUM,
-                first_seed=config.first_seed or 0,
-                guidance_scale=scale,
-                solver=solver,
-                num_steps=num_steps,
-                atol=config.atol,
-                rtol=config.rtol,
-            ),
-            config.autoencoder,
-            config.batch_size,
-            world,
-        )
+        Run(name, num, first_seed, solving, scale, real, config.autoencoder, config.batch_size, world)
         for name in config.targets
         for scale in config.guidance_scale or (1.0,)
     ]

@@ -14,14 +14,13 @@ import torch
 
 import lfm
 from lfm import autoencoder as autoencoders
-from lfm import checkpoint, storage
+from lfm import storage
 from lfm.autoencoder import Autoencoder
 from lfm.cache import Cache
-from lfm.checkpoint import WeightsHeader
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream import StreamOptions
-from lfm.errors import CheckpointError, ConfigError, DataError
-from lfm.models.dit import DIT_SIZES, DiT, DiTConfig
+from lfm.errors import ConfigError, DataError
+from lfm.models.dit import DIT_SIZES, DiTConfig
 from lfm.world import World
 from pipelines.config import ExperimentConfig
 
@@ -69,23 +68,6 @@ def autoencoder(name: str, world: World, precision: str = "fp32") -> Autoencoder
 def matching_autoencoder(record: AutoencoderRecord, name: str | None, world: World, user: str) -> Autoencoder:
     """The autoencoder of a record on this process's device; see `lfm.autoencoder.load_recorded`."""
     return autoencoders.load_recorded(record, name, device(world), user)
-
-
-def trained(run: str, autoencoder: str | None, world: World) -> tuple[DiT, WeightsHeader, Autoencoder]:
-    """The EMA model of a run on this process's device, in eval mode, what its weights say of themselves, and its autoencoder.
-
-    Raises:
-        CheckpointError: there are no weights, or they do not fit.
-        ConfigError: the autoencoder is another one.
-    """
-    weights, header = checkpoint.load_weights(run)
-    found = matching_autoencoder(header.autoencoder, autoencoder, world, run)
-    model = DiT(header.model)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{run}: its weights do not fit its header; take another checkpoint") from error
-    return model.to(device(world)).eval(), header, found
 
 
 def autoencoder_record(autoencoder: Autoencoder) -> AutoencoderRecord:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lfm import solvers
+from lfm import trained
 from lfm.autoencoder import content_hash
-from lfm.conditioning import class_condition, null_condition
-from lfm.data.draws import picture_noise
 from lfm.data.picture_sets import FolderPictures, PictureSet, blocks_of
-from lfm.errors import DataError
-from lfm.guidance import CountedVelocity, Guided, NetworkVelocity
-from lfm.types import Condition
+from lfm.errors import ConfigError, DataError
+from lfm.solvers import Solving
+from lfm.told import Told, tell
+from lfm.trained import Guidance
+from lfm.types import RawSample
 from lfm.world import World
 from pipelines import factory, features
 
@@ -55,7 +55,8 @@ class Pictures:
     def __init__(self, pictures: PictureSet, batch_size: int) -> None:
         self.pictures, self.batch_size = pictures, batch_size
         self.name, self.image_size, self.rule = pictures.name, pictures.image_size, pictures.rule
-        self.counts, self.offers = pictures.blocks, tuple[str, ...]()
+        self.counts = pictures.blocks
+        self.offers: tuple[str, ...] = ()
         self.identity: Any = pictures.digest
         self.settings: dict[str, Any] = {"pictures": pictures.name, "data_digest": pictures.digest}
         self.settings |= {"stored": pictures.stored}
@@ -95,80 +96,108 @@ class PairedPictures(Pictures):
             if missing:
                 raise DataError(f"{self.name}: no picture of the key {missing[0]}, which {self.real.name} has")
             fakes = [self.folder.picture(self.folder.by_key[sample.key]) for sample in samples]
-            maps = [sample.segmentation for sample in samples if sample.segmentation is not None]
-            segmentation = torch.from_numpy(np.stack(maps).astype(np.int64)) if maps else None
-            yield Made(features.as_batch(fakes), features.as_batch(samples), segmentation)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures of a run are made."""
-
-    num: int
-    first_seed: int
-    guidance_scale: float
-    solver: str
-    num_steps: int | None
-    atol: float | None
-    rtol: float | None
+            yield Made(features.as_batch(fakes), features.as_batch(samples), _maps(samples))
 
 
 class Run:
-    """`num` pictures of a run, without a condition or of all classes in turn: those of the seeds from the first on."""
+    """Pictures of a run: of `num` seeds, without a condition or of all classes in turn; or of what each real one tells.
 
-    def __init__(self, name: str, sampling: Sampling, autoencoder: str | None, batch_size: int, world: World) -> None:
-        self.name, self.sampling, self.batch_size = name, sampling, batch_size
-        solvers.check_options(sampling.solver, num_steps=sampling.num_steps, atol=sampling.atol, rtol=sampling.rtol)
-        self.model, self.header, self.autoencoder = factory.trained(name, autoencoder, world)
-        if sampling.guidance_scale != 1:
-            self._null(self._condition([0]))
-        self.image_size, self.counts = self.header.image_size, blocks_of(sampling.num)
-        self.rule = self.header.crop
+    Args:
+        name: a run folder, checkpoint or weights file.
+        num: how many, without `real`.
+        first_seed: the seeds count on from it.
+        real: pictures with the masks or maps that the model takes.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: it cannot be done so; nothing has been made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num: int,
+        first_seed: int,
+        solving: Solving,
+        guidance_scale: float,
+        real: PictureSet | None,
+        autoencoder: str | None,
+        batch_size: int,
+        world: World,
+    ) -> None:
+        self.model = trained.load(name, autoencoder=autoencoder, device=factory.device(world))
+        header = self.model.header
+        self.name, self.image_size, self.rule, self.real = name, header.image_size, header.crop, real
+        self.solving, self.guidance = solving, Guidance(guidance_scale)
         self.offers: tuple[str, ...] = ("nfe",)
+        self.first_seed, self.batch_size = first_seed, batch_size
+        if real is None:
+            self.told = tell(header, self.model.autoencoder)
+            self.model.velocity(
+                self.told.condition([0]).to(self.model.device), 1, self.guidance
+            )  # refused here or never
+            self.counts = blocks_of(num)
+        else:
+            self.needs = ["mask"] * bool(header.model.condition_channels) + ["segmentation"] * bool(
+                header.model.num_labels
+            )
+            if not self.needs or not {*self.needs} <= {*real.fields} or real.image_size != header.image_size:
+                wanted = " and ".join(self.needs) or "neither masks nor maps"
+                raise ConfigError(
+                    f"--pairs {real.name}: {name} takes {wanted}, of {header.image_size} pixels; name raw shards of such"
+                )
+            self.counts, self.offers = real.blocks, ("nfe", "pairs", *["maps"] * ("segmentation" in real.fields))
         self.settings: dict[str, Any] = {
             "run": name,
-            "samples_seen": self.header.samples_seen,
-            "weights_hash": content_hash(self.model, 1.0, 0.0),
-            "latents_digest": self.header.manifest_digest,
+            "samples_seen": header.samples_seen,
+            "weights_hash": content_hash(self.model.network, 1.0, 0.0),
+            "latents_digest": header.manifest_digest,
             "rule": self.rule,
-            "autoencoder": self.header.autoencoder.model_dump(),
-            "trained_by": self.header.code_version,
-            **asdict(sampling),
+            "autoencoder": header.autoencoder.model_dump(),
+            "trained_by": header.code_version,
+            "first_seed": first_seed,
+            "guidance_scale": guidance_scale,
+            "solving": str(solving),
+            "pairs": real and real.name,
+            "pairs_digest": real and real.digest,
         }
-        free = ("run", "trained_by", "autoencoder")
-        self.identity: Any = {key: value for key, value in self.settings.items() if key not in free}
-        self.identity["autoencoder"] = self.autoencoder.content_hash
+        names = ("weights_hash", "first_seed", "guidance_scale", "solving", "pairs_digest")
+        self.identity: Any = [self.settings[key] for key in names] + [asdict(solving), header.autoencoder.content_hash]
 
     def make(self, block: int) -> Iterator[Made]:
         start = sum(self.counts[:block])
-        for numbers in features.batched(range(start, start + self.counts[block]), self.batch_size):
-            began = time.perf_counter()
-            images, nfe = self._pictures(numbers)
-            yield Made(images, nfe=nfe, seconds=time.perf_counter() - began)
+        if self.real is None:
+            for numbers in features.batched(range(start, start + self.counts[block]), self.batch_size):
+                yield self._made(numbers, self.told, numbers)
+            return
+        for samples in features.batched(self.real.read(block), self.batch_size):
+            rows = range(len(samples))
+            made = self._made([start + row for row in rows], self._tell(samples), rows)
+            yield replace(made, real=features.as_batch(samples), segmentation=_maps(samples))
+            start += len(samples)
 
-    def _pictures(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        sampling, model = self.sampling, self.header.model
-        shape = (model.latent_channels, *[model.latent_size] * 2)
-        device = self.model.position.device
-        noise = torch.from_numpy(picture_noise([sampling.first_seed + number for number in numbers], shape)).to(device)
-        velocity = self._velocity(self._condition(numbers).to(device), len(numbers))
-        latents = solvers.solve(
-            sampling.solver, velocity, noise, num_steps=sampling.num_steps, atol=sampling.atol, rtol=sampling.rtol
-        )
-        return self.autoencoder.decode(latents).cpu(), velocity.nfe.cpu()
+    def _tell(self, samples: list[RawSample]) -> Told:
+        def stacked(field: str) -> np.ndarray:
+            return np.stack([getattr(sample, field) for sample in samples])
 
-    def _velocity(self, condition: Condition, count: int) -> CountedVelocity:
-        conditional = NetworkVelocity(self.model, condition, count)
-        if self.sampling.guidance_scale == 1:
-            return conditional
-        unconditional = NetworkVelocity(self.model, self._null(condition), count)
-        return Guided(conditional, unconditional, self.sampling.guidance_scale)
+        images, masks = (stacked(field) if "mask" in self.needs else None for field in ("image", "mask"))
+        maps = stacked("segmentation") if "segmentation" in self.needs else None
+        classes = stacked("class_index").tolist() if self.model.header.model.num_classes else None
+        keys = [sample.key for sample in samples]
+        return tell(self.model.header, self.model.autoencoder, classes, images, masks, maps, keys)
 
-    def _condition(self, numbers: list[int]) -> Condition:
-        """The classes of these pictures: all of them take turns."""
-        num_classes = self.header.model.num_classes
-        return class_condition([n % num_classes for n in numbers], num_classes) if num_classes else Condition()
+    def _made(self, numbers: Sequence[int], told: Told, rows: Sequence[int]) -> Made:
+        """The pictures of some numbers, each under its row of what is told."""
+        began = time.perf_counter()
+        seeds = [self.first_seed + number for number in numbers]
+        result = self.model.solve(seeds, told.condition(rows), self.solving, self.guidance)
+        images = self.model.decode(result.latents)
+        if told.masks is not None:
+            images = told.composite(rows, images)
+        batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return Made(batch, nfe=result.nfe, seconds=time.perf_counter() - began)
 
-    def _null(self, condition: Condition) -> Condition:
-        model = self.header.model
-        return null_condition(condition, model.class_dropout, num_classes=model.num_classes)
+
+def _maps(samples: list[RawSample]) -> Tensor | None:
+    """int64 (B, H, W), where every sample has one."""
+    maps = [sample.segmentation for sample in samples if sample.segmentation is not None]
+    return torch.from_numpy(np.stack(maps).astype(np.int64)) if len(maps) == len(samples) else None

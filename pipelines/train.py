@@ -1,7 +1,6 @@
 """The training stage: latents -> a DiT's weights, by flow matching under DeepSpeed ZeRO.
 
-Everything is a function of the samples seen, so a run that was killed at any moment goes on, by the same command, as if
-it had not been.
+Everything is a function of the samples seen: a run killed at any moment goes on, by the same command, as if it had not been.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, SmallSet, assert_one_line, lfm
+from conftest import ALONE, SmallSet, Tasks, assert_one_line, lfm
 from PIL import Image
 from torch import nn
 
 from lfm.checkpoint import WEIGHTS, load_weights, save_weights
+from lfm.data.draws import picture_noise
 from lfm.errors import ConfigError
 from lfm.metrics import features
 from lfm.metrics import reference as references
@@ -282,6 +283,22 @@ def test_maps_are_compared_with_what_a_segmenter_finds(reference: Path, tmp_path
     assert metrics(tmp_path / "out") == {"pixel-accuracy": 15 / 16, "miou": pytest.approx(120 / 136)}
 
 
+def test_a_run_that_fills_in_is_judged_by_its_pairs(tasks: Tasks, reference: Path, tmp_path: Path) -> None:
+    """Each picture of the shards is filled in once, under its own mask, in batches of any size."""
+    options = ("--pairs", tasks.raw, "--num-steps", 1, "--autoencoder", tasks.autoencoder, "--reference", reference)
+    for name, size in (("one", 32), ("two", 3)):
+        command = ("evaluate", tasks.runs / "both", *options, "--out", tmp_path / name, "--batch-size", size)
+        assert lfm(*command).exit_code == 0
+    assert report(tmp_path / "one")["rows"][0]["count"] == 20
+    found = metrics(tmp_path / "one")
+    assert found == pytest.approx(metrics(tmp_path / "two"), rel=1e-3)
+    assert {"p-ids", "u-ids", "ssim", "nfe"} <= set(found)
+    assert found["psnr"] > 8, "what is known is put back"
+    refused = lfm("evaluate", tasks.runs / "class", *options, "--out", tmp_path / "three")
+    assert_one_line(refused, "--pairs", "neither masks nor maps")
+    assert_one_line(lfm(*command, "--num", 5), "--num", "--pairs")
+
+
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -327,7 +344,7 @@ def test_a_killed_evaluation_goes_on(
     shutil.copy(next((tmp_path / "whole").glob("blocks-*")) / "000001.safetensors", blocks)
     made: list[int] = []
     monkeypatch.setattr(
-        "pipelines.targets.picture_noise", lambda seeds, shape: made.extend(seeds) or noise(seeds, shape)
+        "lfm.trained.picture_noise", lambda seeds, *rest: made.extend(seeds) or picture_noise(seeds, *rest)
     )
     stage.run(killed, ALONE)
     assert made == [*range(8), *range(16, 21)]
@@ -335,12 +352,6 @@ def test_a_killed_evaluation_goes_on(
     made.clear()
     stage.run(killed, ALONE)
     assert made == [], "everything was there"
-
-
-def noise(seeds: list[int], shape: tuple[int, ...]) -> np.ndarray:
-    from lfm.data.draws import picture_noise
-
-    return picture_noise(seeds, shape)
 
 
 def test_several_guidance_scales_make_a_curve(
@@ -361,7 +372,7 @@ def test_several_guidance_scales_make_a_curve(
     assert result.exit_code == 0, result.stderr
     rows = report(tmp_path)["rows"]
     assert [(row["guidance_scale"], row["metrics"]["nfe"]) for row in rows] == [(1, 1), (2, 2)]
-    settings = {"samples_seen", "weights_hash", "autoencoder", "solver", "num_steps", "first_seed", "num", "trained_by"}
+    settings = {"samples_seen", "weights_hash", "autoencoder", "solving", "first_seed", "trained_by"}
     assert settings <= set(rows[0])
     assert rows[0]["autoencoder"]["content_hash"]
     assert "guidance 2" in result.output

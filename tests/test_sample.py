@@ -3,77 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import ALONE, SmallSet, assert_one_line, lfm
+from conftest import ALONE, SmallSet, Tasks, assert_one_line, lfm
 from PIL import Image
 
 import lfm as library
-from lfm import checkpoint
-from lfm.checkpoint import WeightsHeader, save_weights
-from lfm.data import manifest as manifests
-from lfm.data.scenes import CLASS_NAMES, SEGMENT_NAMES
+from lfm.data.scenes import CLASS_NAMES
 from lfm.data.shards import read_raw
-from lfm.models.dit import DiT, DiTConfig
-from pipelines import encode, pictures, scenes, shard
+from pipelines import encode, pictures
 
 STEPS = ("--num-steps", 2)
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """Scenes with maps and masks, and a model of random weights for each task."""
-
-    scenes: Path
-    raw: Path
-    latents: Path
-    runs: Path
-    autoencoder: Path
-
-
-@pytest.fixture(scope="module")
-def tasks(small_set: SmallSet, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
-    root = tmp_path_factory.mktemp("tasks")
-    scenes.run(scenes.ScenesConfig(str(root / "scenes"), num=20, image_size=16))
-    (root / "scenes" / "labels.txt").write_text("\n".join(f"{i}: {name}" for i, name in enumerate(SEGMENT_NAMES)))
-    shard.run(
-        shard.ShardConfig(str(root / "scenes"), str(root / "raw"), image_size=16, samples_per_shard=8, layout="paired")
-    )
-    encode.run(encode.EncodeConfig(str(root / "raw"), str(root / "latents"), str(small_set.autoencoder)), ALONE)
-    manifest = manifests.load(str(root / "latents"), "latents")
-    assert manifest.autoencoder is not None
-    for name, shape in {
-        "none": {},
-        "class": {"num_classes": 8},
-        "inpaint": {"condition_channels": 5},
-        "semantic": {"num_labels": manifest.num_labels, "downsample_factor": 2},
-        "both": {"num_classes": 8, "condition_channels": 5},
-        "undropped": {"condition_channels": 5, "class_dropout": 0.0},
-    }.items():
-        dropout = {"class_dropout": 0.1} if shape else {}
-        model = opened(DiTConfig(4, 8, 2, 32, 1, 2, **dropout | shape))
-        header = WeightsHeader(
-            *(model.config, manifest.autoencoder, 16, manifest.classes if "num_classes" in shape else ()),
-            *(64, manifest.digest, "test"),
-            labels=manifest.labels if "num_labels" in shape else {},
-        )
-        (root / "runs" / name).mkdir(parents=True)
-        save_weights(str(root / "runs" / name / checkpoint.WEIGHTS), model.state_dict(), header)
-    return Tasks(root / "scenes", root / "raw", root / "latents", root / "runs", small_set.autoencoder)
-
-
-def opened(config: DiTConfig) -> DiT:
-    """A model that hears every part of its input."""
-    torch.manual_seed(0)
-    model = DiT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def picture(path: Path) -> np.ndarray:
