@@ -1,11 +1,13 @@
 """What each option beyond the paper does to the loss: trained on the same latents for the same samples, by the command.
 
     python benchmarks/ablation.py OUT [--num-steps 300] [--latents FOLDER --held-back FOLDER] [--only NAME ...]
+                                      [--reference FILE --num 500]
 
 Without latents of one's own, drawn scenes are made in OUT by the demo's stages. Every option of OPTIONS, or those named,
 is trained by launch/train.py over the same order of samples, and resumes. Then its EMA meets latents that it never saw,
 with the same noise and the same uniform times for all: the mean squared error of the velocity, whatever was trained on.
 "another seed" is the paper's network with other initial weights and draws: differences that are not larger mean nothing.
+With a reference (of `lfm reference`), `lfm evaluate` measures the kernel distance of as many pictures of each run too.
 """
 
 from __future__ import annotations
@@ -100,6 +102,8 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=300, help=f"of {BATCH} samples")
     parser.add_argument("--latents", type=Path)
     parser.add_argument("--held-back", type=Path)
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--num", type=int, default=500, help="pictures of each run, against the reference")
     options = parser.parse_args()
     if set(options.only or ()) - set(OPTIONS) or (options.latents is None) != (options.held_back is None):
         parser.error(f"names are {', '.join(OPTIONS)}; --latents and --held-back belong together")
@@ -108,16 +112,19 @@ def main() -> None:
     batches = fixed_batches(options.held_back or scenes(out / "held-back", num=512, seed=1), num=512)
     names = ["the paper's", *(name for name in options.only or OPTIONS if name != "the paper's")]
     losses: dict[str, float] = {}
+    folders = {name: out / "runs" / f"{name.replace(' ', '-')}-{options.num_steps}" for name in names}
     print(f"{options.num_steps} steps of {BATCH}; loss at fixed noise of {len(batches) * BATCH} samples never seen")
     print(f"{'':>20} {'loss':>8} {'difference':>11} {'parameters':>11} {'FLOPs/sample':>13}")
     for name in names:
-        folder = out / "runs" / f"{name.replace(' ', '-')}-{options.num_steps}"
-        model = train(folder, latents, options.num_steps, OPTIONS[name])
+        model = train(folders[name], latents, options.num_steps, OPTIONS[name])
         losses[name] = fixed_loss(model, batches)
         change = losses[name] / losses["the paper's"] - 1
         cost = flops_per_sample(model.config)
         print(f"{name:>20} {losses[name]:8.4f} {change:>+11.2%} {model.num_parameters:>11,} {cost:>13.3g}", flush=True)
     (out / f"ablation-{options.num_steps}.json").write_text(json.dumps(losses, indent=1))
+    if options.reference:
+        measured = ("--reference", options.reference.absolute(), "--metrics", "kid", "--num", options.num)
+        lfm("evaluate", *folders.values(), *measured, "--out", out / f"evaluation-{options.num_steps}")
 
 
 if __name__ == "__main__":
