@@ -103,3 +103,30 @@ def _bound(raw: str, options: dict[str, Any]) -> None:
     if config.dry_run:
         return show(config, result.plan)
     click.echo(f"{result.table}\n{config.out}/bound.json")
+
+
+@click.command()
+@click.argument("run")
+@click.argument("latents")
+@click.option("--out", default="likelihood.json", show_default=True, help="Where the numbers go.")
+@click.option("--rows", default="0-63", show_default=True, help="Which of the latents.")
+@click.option("--estimator", default="hutchinson", show_default=True, help="Or exact: a backward pass per dimension.")
+@click.option("--solver", default="dopri5", show_default=True)
+@click.option("--num-steps", type=COUNT, help="Of a fixed-step solver.  [default: 25]")
+@click.option("--atol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
+@click.option("--rtol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@click.option("--autoencoder", help="Where the run's autoencoder is now, if it has moved.")
+@cache_option
+@dry_run_option
+def likelihood(**options: Any) -> None:
+    """Measure how likely the model of RUN holds LATENTS, in bits per dimension."""
+    from pipelines import factory
+    from pipelines.likelihood import LikelihoodConfig, run
+
+    config = LikelihoodConfig(**options)
+    result = run(config, factory.world())
+    if result.bits_per_dim is None:
+        return show(config, result.plan)
+    click.echo(f"{result.plan}: {result.bits_per_dim:.4f} +- {result.standard_error:.4f} bits per dimension, {result.nfe:.0f} "
+               "network evaluations per latent")  # fmt: skip

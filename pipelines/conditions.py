@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.manifest import Manifest
+from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.shards import LatentShard, read_raw
 from lfm.data.transforms import Rejected, binary, decode, decode_ids, decode_mask
 from lfm.errors import ConfigError, DataError
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from pipelines.sampling import SampleConfig
 
 MOST_NUMBERS = 1_000_000
-MEMBERS = {"cls": "class_index", "masked.npy": "masked", "mask.npy": "mask", "seg.npy": "segmentation"}
+MEMBERS = {
+    "cls": "class_index",
+    "latent.npy": "posterior",
+    "masked.npy": "masked",
+    "mask.npy": "mask",
+    "seg.npy": "segmentation",
+}
 
 
 def numbers(flag: str, text: str) -> list[int]:
@@ -93,15 +99,12 @@ def _from_shards(
     rows = list(range(min(num_seeds, manifest.num_samples)))
     if config.rows is not None:
         rows = numbers("--rows", config.rows)
-        if max(rows) >= manifest.num_samples:
-            raise ConfigError(f"--rows {config.rows}: {folder} holds {manifest.num_samples:,} samples, 0 the first")
     wanted = ["segmentation"] * bool(shape.num_labels) + ["mask"] * bool(shape.condition_channels)
     if not wanted:
         raise ConfigError(f"--shards {folder}: {model.name} takes no masks or maps; leave it out")
     if missing := [name for name in wanted if name not in manifest.fields]:
         raise DataError(f"{folder}: its samples have no {missing[0]}; name other shards")
-    samples = list(_rows(config, manifest, rows))
-    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    columns = gathered(folder, manifest, rows, config.cache)
     if classes is None and shape.num_classes and "class_index" in columns:
         if [entry.name for entry in manifest.classes] != [entry.name for entry in model.header.classes]:
             raise DataError(f"{folder}: its classes are not those of {model.name}; choose with --class-index")
@@ -111,32 +114,52 @@ def _from_shards(
     if "mask" not in wanted or manifest.kind == "raw":
         images, masks = (np.stack(columns[name]) if "mask" in wanted else None for name in ("image", "mask"))
         return tell(model.header, model.autoencoder, classes, images, masks, maps, names), names
-    return _from_latents(config, model, manifest, classes, columns), names
-
-
-def _from_latents(
-    config: SampleConfig, model: TrainedModel, manifest: Manifest, classes: list[int] | None, columns: dict[str, list]
-) -> Told:
-    record = manifest.autoencoder
-    if record is None or record.content_hash != model.autoencoder.content_hash:
-        raise DataError(f"{config.shards}: its latents are of another autoencoder than those of {model.name}")
+    check_latents(folder, manifest, model)
     if config.composite:
         raise ConfigError(
-            f"--shards {config.shards}: latents have no pixels to put back; name the raw shards, or add --no-composite"
+            f"--shards {folder}: latents have no pixels to put back; name the raw shards, or add --no-composite"
         )
-    masked, mask = (torch.from_numpy(np.stack(columns[name])) for name in ("masked", "mask"))
-    spatial = spatial_condition(model.autoencoder, masked, mask[:, None])
-    return with_classes(Told(spatial=spatial), classes, model.header.model.num_classes)
+    return told_by_latents(model, columns, classes), names
 
 
-def _rows(config: SampleConfig, manifest: Manifest, rows: list[int]) -> Iterator[dict[str, Any]]:
-    """The samples of these numbers, in this order, by the names of their fields."""
+def check_latents(folder: str, manifest: Manifest, model: TrainedModel) -> AutoencoderRecord:
+    """The record of the autoencoder of some latents, which must be the model's.
+
+    Raises:
+        DataError: it is another.
+    """
+    record = manifest.autoencoder
+    if record is None or record.content_hash != model.autoencoder.content_hash:
+        raise DataError(f"{folder}: its latents are of another autoencoder than those of {model.name}")
+    return record
+
+
+def told_by_latents(model: TrainedModel, columns: dict[str, list[Any]], classes: list[int] | None) -> Told:
+    """What the samples of latent shards tell the model, one of each part for each of them."""
+    shape, spatial = model.header.model, None
+    if shape.condition_channels:
+        masked, mask = (torch.from_numpy(np.stack(columns[name])) for name in ("masked", "mask"))
+        spatial = spatial_condition(model.autoencoder, masked, mask[:, None])
+    maps = np.stack(columns["segmentation"]) if shape.num_labels is not None else None
+    return with_classes(Told(spatial=spatial, segmentation=maps), classes, shape.num_classes)
+
+
+def gathered(folder: str, manifest: Manifest, rows: list[int], cache_folder: str | None) -> dict[str, list[Any]]:
+    """The samples of these numbers, in this order, by the names of their fields.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    if max(rows) >= manifest.num_samples:
+        raise ConfigError(
+            f"--rows: {folder} holds {manifest.num_samples:,} samples, 0 is the first, there is no {max(rows)}"
+        )
     ends = np.cumsum([shard.samples for shard in manifest.shards])
-    cache, found = factory.cache(config.cache), {}
+    cache, found = factory.cache(cache_folder), {}
     for index, group in groupby(sorted(rows), key=lambda row: int(np.searchsorted(ends, row, side="right"))):
         shard, first = manifest.shards[index], int(ends[index]) - manifest.shards[index].samples
         inside = {row - first: row for row in group}
-        path = storage.join(str(config.shards), shard.name)
+        path = storage.join(folder, shard.name)
         local = cache.fetch(path, shard.bytes, shard.crc32)
         if manifest.kind == "raw":
             with local.open("rb") as stream:
@@ -145,7 +168,7 @@ def _rows(config: SampleConfig, manifest: Manifest, rows: list[int]) -> Iterator
                         found[inside[place]] = vars(sample)
         else:
             columns = LatentShard(local, shard.samples, manifest.members, manifest.stride).columns
-            gathered = {MEMBERS[name]: columns[name][np.array(list(inside))] for name in MEMBERS if name in columns}
+            values = {MEMBERS[name]: columns[name][np.array(list(inside))] for name in MEMBERS if name in columns}
             for place, row in enumerate(inside.values()):
-                found[row] = {name: values[place] for name, values in gathered.items()}
-    return (found[row] for row in rows)
+                found[row] = {name: value[place] for name, value in values.items()}
+    return {name: [found[row][name] for row in rows] for name in found[rows[0]]}

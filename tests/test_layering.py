@@ -28,6 +28,7 @@ STAGES = {
     "evaluate",
     "exchange",
     "bound",
+    "likelihood",
 }
 COMMAND_LINE = {"cli", "cli_options", "cli_data", "cli_metrics", "cli_model"}
 # Who alone may import what.

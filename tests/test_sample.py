@@ -146,7 +146,7 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
         ("inpaint", ("--image", "{image}", "--mask", "{nothing}"), "nothing.png"),
         ("inpaint", ("--shards", "{latents}"), "latents have no pixels to put back"),
         ("inpaint", ("--shards", "{flat}"), "its samples have no mask"),
-        ("inpaint", ("--shards", "{raw}", "--rows", "20"), "holds 20 samples"),
+        ("inpaint", ("--shards", "{raw}", "--rows", "20"), "holds 20 samples, 0 is the first, there is no 20"),
         ("inpaint", ("--shards", "{raw}", "--image", "{image}"), "leave out --image"),
         ("undropped", ("--shards", "{raw}", "--guidance-scale", "2"), "class_dropout 0: use guidance scale 1"),
         ("semantic", ("--segmentation", "{grey}"), "class id 200: the model knows 12 labels"),
