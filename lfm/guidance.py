@@ -10,6 +10,7 @@ evaluations, counts the calls of a network for each picture: a guided evaluation
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -54,7 +55,9 @@ class Guided:
         scale: float,
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        self.velocity, self.weak, self.scale, self.interval = velocity, weak, scale, interval
+        self.velocity, self.weak, self.scale = velocity, weak, scale
+        low, high = interval  # open at the ends of time, which torchdiffeq's last step goes beyond
+        self.interval = (low if low > 0 else -math.inf, high if high < 1 else math.inf)
 
     @property
     def nfe(self) -> Tensor:
