@@ -144,7 +144,7 @@ _EXPRESSIBLE = {
         "num_classes",
         "class_dropout",
     ),
-    *("time_scale", "frequency_shift", "attention", "activation_checkpointing", "downsample_factor"),
+    *("time_scale", "frequency_shift", "attention", "activation_checkpointing", "token_dropout", "downsample_factor"),
 }
 
 
