@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -62,9 +63,14 @@ def kept_tokens(seed: int, sample_numbers: Tensor, num_tokens: int, num_kept: in
 
 def _words(seed: int, sample_numbers: Tensor, first: int, count: int) -> Tensor:
     """`count` words of each sample from word `first` on, int64 (B, count)."""
-    start = _mix(_mix(torch.tensor(seed)).to(sample_numbers.device) + sample_numbers)[:, None]
+    start = _mix(sample_numbers + _key(seed))[:, None]
     index = torch.arange(first, first + count, device=sample_numbers.device)
     return _mix(index * (_mix(~start) | 1) + start)
+
+
+@lru_cache(maxsize=8)
+def _key(seed: int) -> int:
+    return int(_mix(torch.tensor(seed)))
 
 
 def _mix(words: Tensor) -> Tensor:

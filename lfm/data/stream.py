@@ -150,16 +150,14 @@ class LatentStream:
         for name, (suffix, _) in self.fields.items():
             member = self.members[suffix]
             dtype = torch.int64 if suffix == "cls" else torch.from_numpy(np.empty(0, member.dtype)).dtype
-            found[name] = torch.empty(len(rows), *member.shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+            found[name] = self._empty((len(rows), *member.shape), dtype)
         self._look_ahead(samples_seen)
-        begin = 0
-        for group, count in zip(
-            *(part.tolist() for part in groups.unique_consecutive(return_counts=True)), strict=True
-        ):
-            columns, taken = self._ahead.take(group // 2), slice(begin, begin + count)
-            for name, pair in self.fields.items():
-                _take(columns[pair[group % 2]], rows[taken], found[name][taken])
-            begin += count
+        present, counts = (part.tolist() for part in groups.unique_consecutive(return_counts=True))
+        targets = zip(*(found[name].split(counts) for name in self.fields), strict=True)
+        for group, taken, parts in zip(present, rows.split(counts), targets, strict=True):
+            columns = self._ahead.take(group // 2)
+            for pair, out in zip(self.fields.values(), parts, strict=True):
+                _take(columns[pair[group % 2]], taken, out)
         return found
 
     def _finish(self, found: dict[str, Tensor]) -> LatentBatch:
@@ -195,6 +193,10 @@ class LatentStream:
     def _segmentation(self, found: dict[str, Tensor]) -> Tensor | None:
         """Labels, int64 (B, H, W)."""
         return _mirrored(found["segmentation"].long(), found["flip"]) if "segmentation" in found else None
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory to gather into; pinned memory is torch's to reuse, once it has been copied to the device."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def _pinned(self, value: Tensor) -> Tensor:
         return value.pin_memory() if self.device.type == "cuda" else value
