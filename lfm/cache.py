@@ -30,7 +30,7 @@ from lfm.patience import patiently
 
 _PIECE = 1 << 20
 _ATTEMPTS = 3  # at a copy that is not what it should be: the network may have changed a bit on its way
-_REPAIR = "remove it and its record, and make it again"
+_REPAIR = "remove it and its record, and make it again (training can leave it out: data.skip_shards)"
 
 
 def _never(name: str) -> float:

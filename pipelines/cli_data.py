@@ -91,8 +91,19 @@ def encode(num_gpus: int | None, **options: Any) -> None:
 @click.argument("path")
 @click.option("--verify", is_flag=True, help="Check every shard against its checksum.")
 @click.option("--out", default="sheet.png", show_default=True, help="Where the sheet of pictures goes.")
-@click.option("--num", type=click.IntRange(1, 4096), default=64, show_default=True, help="Pictures on the sheet.")
+@click.option(
+    "--num",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    help="Pictures on the sheet, or samples of the plan.",
+)
 @click.option("--autoencoder", help="Where the latents' autoencoder is now, if it has moved.")
+@click.option("--plan", is_flag=True, help="Say which samples training reads next, and nothing else.")
+@click.option("--at", type=click.IntRange(0, 2**62), default=0, help="Where: samples seen, as in a checkpoint's name.")
+@click.option("--seed", type=SEED, default=0, help="train.seed of the run that --plan tells of.")
+@click.option("--window", type=COUNT, default=8, show_default=True, help="data.window of that run.")
+@click.option("--skip-shard", multiple=True, help="One of its data.skip_shards; may be repeated.")
 @cache_option
 def inspect(**options: Any) -> None:
     """Say what is in the shards of PATH, and make a sheet of their pictures."""

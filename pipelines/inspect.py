@@ -16,8 +16,9 @@ from lfm import storage
 from lfm.cache import Cache
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest, ShardRecord
+from lfm.data.order import Order
 from lfm.data.shards import LatentShard, read_raw
-from lfm.errors import DataError, StorageError
+from lfm.errors import ConfigError, DataError, StorageError
 from lfm.types import RawSample
 from lfm.world import World
 from pipelines import factory, pictures
@@ -37,6 +38,11 @@ class InspectConfig:
     num: int = 64  # pictures on the sheet
     autoencoder: str | None = None  # where the one of the latents is now, if it has moved
     cache: str | None = None
+    plan: bool = False  # say which samples come, and nothing else
+    at: int = 0  # of training: samples seen
+    seed: int = 0
+    window: int = 8
+    skip_shard: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,11 @@ def run(config: InspectConfig, world: World) -> InspectResult:
     Raises:
         DataError: they are incomplete, or with `verify` not what their manifest lists; all damaged shards are named.
     """
-    manifest = manifests.load(config.path)
+    manifest = manifests.load(config.path, "latents" if config.plan else None)
+    if config.plan:
+        return InspectResult("\n".join(_plan(config, manifest)))
+    if (config.at, config.seed, config.window, config.skip_shard) != (0, 0, 8, ()):
+        raise ConfigError("--at, --seed, --window and --skip-shard: tell of the plan of training; add --plan")
     cache = factory.cache(config.cache)
     if config.verify:
         _verify(config, manifest, cache)
@@ -79,6 +89,26 @@ def _description(manifest: Manifest) -> Iterator[str]:
             yield f"  channel {channel}: mean {mean:+.3f}, deviation {std:.3f}"
     yield from (f"  {key}: {value}" for key, value in manifest.recipe.items() if key != "labels")
     yield f"  digest {manifest.digest}"
+
+
+def _plan(config: InspectConfig, manifest: Manifest) -> Iterator[str]:
+    """The samples that training reads from sample `at` on, in the global order."""
+    import torch
+
+    from lfm.data.draws import draw
+    from lfm.data.stream import shard_sizes
+
+    sizes = shard_sizes(manifest, config.skip_shard, config.path)
+    if not sum(sizes):
+        raise DataError(f"{config.path}: holds no samples")
+    order = Order(sizes, config.seed, config.window)
+    numbers = range(config.at, config.at + config.num)
+    flips = draw(config.seed, torch.tensor(numbers)).flip.tolist()
+    has_flips = any(member.suffix == "latent_flip.npy" for member in manifest.members)
+    for number, shard, row, flip in zip(numbers, *order.at(config.at, config.num), flips, strict=True):
+        mirrored = ", mirrored" if flip and has_flips else ""
+        epoch = number // order.num_samples
+        yield f"sample {number:,}: epoch {epoch}, {manifest.shards[shard].name} row {row}{mirrored}"
 
 
 def _verify(config: InspectConfig, manifest: Manifest, cache: Cache) -> None:

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SmallSet, assert_one_line, lfm
+import torch
+from conftest import ALONE, SmallSet, assert_one_line, lfm
 from PIL import Image
 
+from lfm.cache import Cache
+from lfm.data import manifest as manifests
 from lfm.data.scenes import CLASS_NAMES, draw_scene
+from lfm.data.shards import LatentShard
+from lfm.data.stream import LatentStream, StreamOptions
 from lfm.types import RawSample
 from pipelines.inspect import overlaid
 
@@ -51,3 +56,27 @@ def test_a_hole_is_red_and_every_class_has_its_colour() -> None:
 
 def test_a_folder_without_shards_is_one_line(tmp_path: Path) -> None:
     assert_one_line(lfm("inspect", tmp_path), tmp_path, "lfm shard")
+
+
+def test_the_plan_is_what_training_reads(small_set: SmallSet) -> None:
+    """From any sample on, across the end of an epoch."""
+    manifest = manifests.load(str(small_set.latents), "latents")
+    options = StreamOptions(seed=5, window=2, global_batch=10)
+    stream = LatentStream(str(small_set.latents), manifest, options, ALONE, Cache())
+    lines = lfm("inspect", small_set.latents, "--plan", "--at", 33, "--num", 10, "--seed", 5, "--window", 2)
+    lines = lines.stdout.splitlines()
+    batch = stream.batch(33)
+    assert (
+        len(lines) == 10 and lines[0].startswith("sample 33: epoch 0, ") and lines[9].startswith("sample 42: epoch 1, ")
+    )
+    for number, latent in zip(batch.sample_numbers.tolist(), batch.latents, strict=True):
+        name, _, row, *mirrored = lines[number - 33].split(", ", 1)[1].replace(",", "").split()
+        record = next(record for record in manifest.shards if record.name == name)
+        shard = LatentShard(small_set.latents / name, record.samples, manifest.members, manifest.stride)
+        column = shard.columns["latent_flip.npy" if mirrored else "latent.npy"]
+        mean, std = torch.from_numpy(column[slice(int(row), int(row) + 1)]).float().chunk(2, dim=1)
+        assert abs(latent / stream.scale + stream.shift - mean[0]).max() <= 6 * std.max()
+
+
+def test_options_of_the_plan_need_it(small_set: SmallSet) -> None:
+    assert_one_line(lfm("inspect", small_set.latents, "--at", 5), "--plan")
