@@ -112,6 +112,8 @@ class Cache:
                     if attempt == _ATTEMPTS:
                         raise
                 self._count("retries")
+            with self._locked("room"):  # who counts what is there while a file changes its name may miss it
+                stack.close()
         self._count("downloads")
 
     def _copy(self, path: str, temporary: Path) -> tuple[int, int]:

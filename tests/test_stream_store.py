@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -60,11 +61,13 @@ def read(latents: Latents, cache: Cache, start: int, count: int, options: Stream
 
 
 def held(folder: Path) -> int:
-    """Bytes of all that is in a folder; a file that just changes its name counts once."""
+    """Bytes of all that is in a cache's folder while nobody makes room; a file that just changes its name counts once."""
     found = {}
-    for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):
-            found[entry.inode()] = entry.stat().st_size
+    with (folder / "lock-room").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found[entry.inode()] = entry.stat().st_size
     return sum(found.values())
 
 
