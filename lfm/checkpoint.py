@@ -3,8 +3,9 @@
     RUN/checkpoints/samples-000000064000/   complete if it has this name: it is written under another and renamed
         state.json                          samples seen, configuration, code version, manifest digest
         weights.safetensors                 the EMA in float32
-        ...                                 DeepSpeed's own files, one set per rank
+        master-00000.safetensors, ...       weights, moments and averages, as whole tensors, a part by each rank
     RUN/weights.safetensors                 the newest checkpoint's, all that sampling needs
+    RUN/snapshots/                          averages of other widths, from which more are made afterwards
 
 A weights file carries in its header everything that sampling must know and check.
 """
@@ -35,6 +36,7 @@ from lfm.models.dit import DiTConfig
 WEIGHTS = "weights.safetensors"
 STATE = "state.json"
 _FOLDER = "checkpoints"
+_SNAPSHOTS = "snapshots"
 _PREFIX = "samples-"
 _HEADER = "lfm"
 _REPAIR = "remove that folder to go on from the checkpoint before it"
@@ -130,6 +132,7 @@ class RunState(BaseModel):
     manifest_digest: str
     code_version: str
     config: dict[str, Any]  # the resolved experiment
+    engine: dict[str, Any] = {}  # the few numbers that belong to its tensors
     files: dict[str, int] = {}  # crc32 of every other file
 
 
@@ -149,6 +152,16 @@ class RunFolder:
     def temporary_tag(self, samples_seen: int) -> str:
         """The name it has while it is written."""
         return storage.TEMPORARY_PREFIX + self.tag(samples_seen)
+
+    def snapshot(self, samples_seen: int, width: float) -> Path:
+        """Where the power-function average of this relative width is put aside at this point."""
+        return self.path / _SNAPSHOTS / f"{self.tag(samples_seen)}-{width:g}.safetensors"
+
+    def snapshots(self) -> list[tuple[Path, int, float]]:
+        """The snapshots, each with its samples seen and its relative width, the oldest first."""
+        paths = sorted((self.path / _SNAPSHOTS).glob(f"{_PREFIX}*-*.safetensors"))
+        parts = [path.stem.removeprefix(_PREFIX).split("-", 1) for path in paths]
+        return [(path, int(samples), float(width)) for path, (samples, width) in zip(paths, parts, strict=True)]
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, the oldest first."""
@@ -199,6 +212,21 @@ class RunFolder:
                 storage.remove(str(path))
             storage.sweep(str(self.path))
             yield
+
+    def require_space(self, size: int, keep: int, beside: int = 0) -> None:
+        """See that there is room for the checkpoints to come, of `size` bytes each, and for `beside` bytes.
+
+        Raises:
+            CheckpointError: there is not; says how much is missing.
+        """
+        above = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        needed = size * max(1, keep + 1 - len(self.complete())) + beside
+        free = shutil.disk_usage(above).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.path}: {free / 1e9:,.1f} GB are free, {needed / 1e9:,.1f} GB are needed for checkpoints of "
+                f"{size / 1e9:,.1f} GB; make room, name another folder with run, or set train.keep_checkpoints lower"
+            )
 
     def publish(self, samples_seen: int, state: RunState, keep: int) -> Path:
         """Make the checkpoint that was written under its temporary name visible, and drop the oldest beyond `keep`.

@@ -1,24 +1,34 @@
-"""A model in training under DeepSpeed ZeRO, with its EMA: the only importer of deepspeed.
+"""A model in training under DeepSpeed ZeRO, with its averages: the only importer of deepspeed.
 
-What DeepSpeed does not do by itself: the EMA beside its masters, consolidated weights, and checkpoints that are either
-complete or not there.
+Under ZeRO each rank holds flat float32 partitions of the weights (the masters) and of the optimizer's moments; our averages
+lie beside them, cut alike. What DeepSpeed's own checkpoints do not allow, to go on with another number of ranks or another
+ZeRO stage, follows from one idea: DeepSpeed gives and takes the masters as whole tensors by name at every stage, so
+whatever is cut like the masters is saved and loaded through their place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lfm.ema import Ema
+from lfm.ema import Ema, lent
 from lfm.errors import CheckpointError, ConfigError, StorageError
+from lfm.stepguard import StepGuard
 from lfm.world import World
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+BYTES_PER_PARAMETER = 12  # masters and moments, over all ranks; 4 more for each average
 
 
 def start_processes(world: World) -> Any:
@@ -50,35 +60,63 @@ class Engine:
         model: in float32, the same on every rank.
         settings: DeepSpeed's configuration; ZeRO stage 1, 2 or 3.
         world: this rank's place.
+        averages: the names of the averages to keep.
+        guard: which steps are left out, on all ranks alike.
     """
 
-    def __init__(self, model: nn.Module, settings: dict[str, Any], world: World) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: dict[str, Any],
+        world: World,
+        averages: Sequence[str] = (),
+        guard: StepGuard | None = None,
+    ) -> None:
         deepspeed = start_processes(world)
-        self.world = world
+        self.world, self.guard = world, guard or StepGuard()
         try:
             self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-        except (ValueError, TypeError, AssertionError, KeyError) as error:
+        except (ValueError, TypeError, AssertionError, KeyError, ImportError) as error:
             raise ConfigError(f"deepspeed: refuses the configuration: {_short(error)}") from error
         self.device = self.engine.device
-        stage = self.engine.zero_optimization_stage()
-        optimizer = self.engine.optimizer
-        self.ema = Ema(
-            optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+        self.stage = self.engine.zero_optimization_stage()
+        zero = self.engine.optimizer
+        self.masters: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         )
+        self.averages = {name: Ema(self.masters) for name in averages}
+        # The norm of the whole gradient is known by then. Torch's fused optimizers leave a step out where this is 1.
+        zero.optimizer.register_step_pre_hook(self._judge)
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's forward pass."""
         return self.engine(*inputs)
 
     def backward_and_step(self, loss: Tensor) -> None:
-        """One micro-batch's backward pass; DeepSpeed steps after the last one of the global batch."""
+        """One micro-batch's backward pass; DeepSpeed steps after the last one of the global batch.
+
+        A step that the guard refuses changes neither weights nor moments, on any rank.
+        """
         self.engine.backward(loss)
+        steps = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
+        if steps:
+            self.guard.count(self.gradient_norm)
+
+    def _judge(self, optimizer: Any, *_: Any) -> None:
+        norm = float(self.engine.optimizer._global_grad_norm)
+        optimizer.found_inf = torch.tensor(float(self.guard.refuses(norm)), device=self.masters[0].device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Which the model computes with."""
+        return torch.bfloat16 if self.engine.bfloat16_enabled() else torch.float32
 
     @property
     def gradient_norm(self) -> float:
-        """Of the last step, over all ranks, before clipping."""
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        """Of the last step, over all ranks, before clipping; infinite where it is not finite."""
+        norm = self.engine.get_global_grad_norm()
+        return 0.0 if norm is None else float(norm)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the steps to come."""
@@ -90,6 +128,11 @@ class Engine:
         torch.distributed.all_reduce(value)
         return value
 
+    def write_monitors(self, figures: dict[str, float], samples_seen: int) -> None:
+        """Hand figures to the monitors (TensorBoard, W&B, CSV) of DeepSpeed's configuration."""
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events([(name, value, samples_seen) for name, value in figures.items()])
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         torch.distributed.barrier()
@@ -99,48 +142,141 @@ class Engine:
         self.barrier()
         torch.distributed.destroy_process_group()
 
-    def ema_weights(self) -> dict[str, Tensor]:
-        """The EMA of every parameter in float32, on the CPU of the main rank; empty elsewhere. All ranks must call it."""
-        with self.ema.in_place():
-            weights = {name: full.cpu().clone() for name, full in self._full_masters() if self.world.is_main}
-        return weights
+    @contextlib.contextmanager
+    def averaged(self, name: str) -> Iterator[None]:
+        """Within the block the model computes with an average's weights, in eval mode. All ranks must enter it."""
+        training = self.engine.training
+        self.engine.eval()
+        with torch.no_grad(), self.averages[name].in_place():
+            self._publish_masters()
+            yield
+        self._publish_masters()
+        self.engine.train(training)
 
-    def _full_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def full(self, shares: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's whole tensor, float32, of what is cut like the masters. All ranks must go through it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in self.engine.module.named_parameters():
-            yield name, safe_get_full_fp32_param(parameter)
+        with lent(self.masters, shares):
+            for name, parameter in self.engine.module.named_parameters():
+                yield name, safe_get_full_fp32_param(parameter)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's files to `folder`/`tag`; all ranks must call it, and the files are complete when it returns."""
-        try:
-            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        except RuntimeError as error:  # what torch makes of a write that the disk refuses
-            raise StorageError(
-                f"{folder / tag}: cannot be written ({_short(error)}); is there no space left?"
-            ) from error
+    def average_weights(self, name: str) -> dict[str, Tensor]:
+        """An average of every parameter in float32, on the CPU of the main rank; empty elsewhere. All must call it."""
+        shares = self.averages[name].average
+        return {key: full.cpu().clone() for key, full in self.full(shares) if self.world.is_main}
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Begin with these weights, whole tensors by name; the averages begin there too."""
+        self._set_full(self.masters, weights)
+        self._publish_masters()
+        for average in self.averages.values():
+            average.restart()
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write all that training goes on from into `folder`; all ranks must call it.
+
+        Each rank writes its part of the parameters, as whole tensors: any number of ranks at any stage can read them. The
+        files are complete when it returns, with the few numbers that belong to them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        rank, size = self.world.rank, self.world.size
+        for kind, shares in self._carried().items():
+            own = {
+                name: whole.cpu().clone()
+                for number, (name, whole) in enumerate(self.full(shares))
+                if number % size == rank
+            }
+            try:
+                save_file(own, folder / f"{kind}-{rank:05d}.safetensors")
+            except (SafetensorError, OSError) as error:
+                raise StorageError(f"{folder}: cannot be written ({_short(error)}); is there no space left?") from error
         self.barrier()
+        return {"adam_steps": self._adam_steps, "guard": asdict(self.guard)}
 
-    def load(self, checkpoint: Path, ema: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint of the same number of ranks and the same ZeRO stage.
+    def load(self, folder: Path, numbers: dict[str, Any], samples_seen: int) -> None:
+        """Go on from what `save` wrote and returned, under any number of ranks and any ZeRO stage.
 
         Raises:
-            CheckpointError: it is of another number of ranks or stage, or cannot be read.
+            CheckpointError: it is of another model, or cannot be read.
         """
-        from deepspeed.utils import safe_set_full_fp32_param
+        optimizer = self.engine.optimizer.optimizer
+        for master in self.masters:
+            step = torch.tensor(float(numbers["adam_steps"]), device=master.device)
+            moments = {kind: torch.zeros_like(master) for kind in MOMENTS}
+            optimizer.state[master] = {"step": step, **moments}
+        # Whatever goes through the masters' place before they are there themselves.
+        for kind, shares in sorted(self._carried().items(), key=lambda item: item[0] == MASTER):
+            self._set_full(shares, _read(folder, kind))
+        self._publish_masters()
+        self.guard = StepGuard(**numbers["guard"] | {"ratio": self.guard.ratio})
+        self.engine.global_samples = samples_seen  # what DeepSpeed's monitors count by
 
-        try:
-            # The EMA first: setting the masters may touch the parameters, and loading sets both right.
-            for name, parameter in self.engine.module.named_parameters():
-                safe_set_full_fp32_param(parameter, ema[name].to(self.device))
-            self.ema.restart()
-            loaded, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        except Exception as error:  # DeepSpeed and pickle raise anything
-            raise CheckpointError(f"{checkpoint}: DeepSpeed cannot go on from it: {_short(error)}") from error
-        if loaded is None:
-            raise CheckpointError(
-                f"{checkpoint}: DeepSpeed finds nothing there; remove that folder to go on from the one before"
+    def _carried(self) -> dict[str, list[Tensor]]:
+        """What is carried from step to step, by kind; each is cut like the masters."""
+        state = self.engine.optimizer.optimizer.state
+        moments = {kind: [state[master][kind] for master in self.masters] for kind in MOMENTS}
+        averages = {name: average.average for name, average in self.averages.items()}
+        return {MASTER: self.masters, **moments, **averages}
+
+    @property
+    def _adam_steps(self) -> int:
+        return int(self.engine.optimizer.optimizer.state[self.masters[0]]["step"])
+
+    @torch.no_grad()
+    def _set_full(self, shares: list[Tensor], weights: dict[str, Tensor]) -> None:
+        """Cut whole tensors by name into `shares`, by way of the masters, which then hold them too."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self.engine.module.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if name not in weights or weights[name].shape != shape:
+                raise CheckpointError(f"{name}: of another model: the weights have none, or one of another shape")
+            whole = weights[name].float().to(self.device)
+            if self.stage == 3:  # where DeepSpeed cannot set a whole tensor that does not divide by the ranks
+                length = parameter.partition_numel()
+                padded = nn.functional.pad(whole.flatten(), (0, length * self.world.size - whole.numel()))
+                safe_set_local_fp32_param(parameter, padded[self.world.rank * length :][:length])
+            else:
+                safe_set_full_fp32_param(parameter, whole)
+        torch._foreach_copy_(shares, self.masters)
+
+    @torch.no_grad()
+    def _publish_masters(self) -> None:
+        """Make the masters what the model computes with, in its own precision, as DeepSpeed does after a step."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            zero._partition_all_parameters()
+            for group in range(len(self.masters)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        else:
+            from deepspeed.runtime.utils import all_gather_dp_groups
+
+            for partitions, master in zip(zero.parallel_partitioned_bit16_groups, self.masters, strict=True):
+                partitions[self.world.rank].copy_(master)
+            all_gather_dp_groups(
+                groups_flat=zero.bit16_groups_flat,
+                partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+                dp_process_group=zero.real_dp_process_group,
+                start_alignment_factor=zero.nccl_start_alignment_factor,
+                allgather_bucket_size=zero.allgather_bucket_size,
             )
+
+
+def _read(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Whole tensors by name, from however many ranks wrote them; mapped, so that only what is used is read."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        for path in sorted(folder.glob(f"{kind}-[0-9]*.safetensors")):
+            with safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({_short(error)}); go on from the one before it") from error
+    if not tensors:
+        raise CheckpointError(f"{folder}: holds no {kind}; begin another run with --initialize-from")
+    return tensors
 
 
 def _short(error: Exception) -> str:

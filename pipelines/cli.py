@@ -27,7 +27,7 @@ def main() -> None:
 for command in (
     *(cli_data.shard, cli_data.encode, cli_data.inspect, cli_data.autoencoder, cli_data.scenes),
     *(cli_metrics.reference, cli_metrics.evaluate, cli_metrics.likelihood),
-    *(cli_model.sample, cli_model.import_, cli_model.export, cli_model.demo, cli_model.train_hint),
+    *(cli_model.sample, cli_model.import_, cli_model.export, cli_model.ema, cli_model.demo, cli_model.train_hint),
 ):
     main.add_command(command)
 

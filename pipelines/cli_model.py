@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pipelines.cli_options import COUNT, POSITIVE, OneLine, cache_option, dry_run_option, overwrite_option, show
+from pipelines.cli_options import COUNT, POSITIVE, Finite, OneLine, cache_option, dry_run_option, overwrite_option, show
 
 
 @click.command()
@@ -74,6 +74,24 @@ def demo(**options: Any) -> None:
     click.echo(result.report)
 
 
+@click.command()
+@click.argument("run")
+@click.option("--sigma-rel", type=Finite(0.01, 0.25), required=True, help="Its width, as a share of the training.")
+@click.option("--samples-seen", type=COUNT, help="Where the average ends.  [default: the newest snapshot]")
+@click.option("--out", help="Weights file.  [default: RUN/ema-SIGMA_REL.safetensors]")
+@dry_run_option
+def ema(**options: Any) -> None:
+    """Make an average of another width from the snapshots of RUN (train.ema_sigma_rel)."""
+    from pipelines.ema import EmaConfig, run
+
+    config = EmaConfig(**options)
+    result = run(config)
+    if result.weights is None:
+        return show(config, result.plan)
+    click.echo(result.plan)
+    click.echo(f"next: lfm sample {result.weights} --out DIR")
+
+
 @click.command("train", hidden=True, context_settings={"ignore_unknown_options": True})
 @click.argument("rest", nargs=-1)
 def train_hint(rest: tuple[str, ...]) -> None:
@@ -84,9 +102,10 @@ def train_hint(rest: tuple[str, ...]) -> None:
 @click.option("--config", required=True, help="YAML of the experiment.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Put over a key of the YAML.")
 @click.option("--allow-changes", is_flag=True, help="Go on from a checkpoint of another configuration.")
+@click.option("--initialize-from", metavar="RUN", help="Begin with the EMA weights of a run or weights file.")
 @click.option("--local_rank", type=int, hidden=True, help="From the deepspeed launcher; the environment has it.")
 @dry_run_option
-def train(config: str, overrides: tuple[str, ...], allow_changes: bool, dry_run: bool, local_rank: int | None) -> None:
+def train(config: str, overrides: tuple[str, ...], dry_run: bool, local_rank: int | None, **options: Any) -> None:
     """Train a DiT on latent shards. The same command resumes."""
     from pipelines import config as configs
     from pipelines import factory
@@ -94,7 +113,7 @@ def train(config: str, overrides: tuple[str, ...], allow_changes: bool, dry_run:
 
     experiment = configs.load(config, overrides)
     world = factory.world()
-    result = run(experiment, world, dry_run=dry_run, allow_changes=allow_changes)
+    result = run(experiment, world, dry_run=dry_run, **options)
     if dry_run:
         click.echo(configs.as_yaml(experiment))
         click.echo(result.plan)

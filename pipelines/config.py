@@ -25,6 +25,7 @@ OWNED_BY_YAML = {
     "gradient_clipping": "train.gradient_clipping",
     "bf16": "train.precision",
     "fp16": "train.precision",
+    "checkpoint": "train.checkpoint_every",
 }
 
 
@@ -43,6 +44,7 @@ class DataConfig(_Section):
     cache: str | None = None  # folder for copies of remote shards
     cache_gigabytes: PositiveFloat | None = None  # of 10^9 bytes: how large it may become
     skip_shards: tuple[str, ...] = ()  # names of damaged shards that are left out
+    held_back: int = Field(default=0, ge=0)  # the last shards, never trained on: for the validation loss
 
 
 class ModelConfig(_Section):
@@ -92,10 +94,15 @@ class TrainConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clipping: float = Field(default=0.0, ge=0)  # 0 means none
     precision: Literal["fp32", "bf16"] = "fp32"
+    skip_above: float = Field(default=20.0, ge=0)  # times the usual gradient norm: such steps are left out; 0: none
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    # Widths of power-function averages (EDM2), kept as snapshots, from which `lfm ema` makes any other width.
+    ema_sigma_rel: tuple[Annotated[float, Field(ge=0.01, le=0.25)], ...] = ()
+    ema_snapshots: PositiveInt = 16  # over the whole run, of each width, in float16
     checkpoint_every: PositiveInt = 1000  # steps
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10  # steps
+    look_every: PositiveInt | None = None  # steps: a grid of pictures, and the validation loss; by default neither
 
 
 class ExperimentConfig(_Section):
@@ -256,6 +263,16 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
         )
     if config.class_dropout and config.condition == "none":
         raise ConfigError(f"{name}: class_dropout: needs a condition, as in condition: class")
+    if config.data.held_back and not train.look_every:
+        raise ConfigError(f"{name}: data.held_back: needs train.look_every, the steps between validation losses")
+    if len(set(train.ema_sigma_rel)) != len(train.ema_sigma_rel):
+        raise ConfigError(f"{name}: train.ema_sigma_rel: names a width twice")
+    for offload in ("offload_optimizer", "offload_param"):
+        where = settings["zero_optimization"].get(offload)
+        if isinstance(where, dict) and where.get("device") == "nvme":
+            raise ConfigError(
+                f"{name}: deepspeed: zero_optimization.{offload}: nvme is not offered; set its device to cpu"
+            )
     stage = settings["zero_optimization"].get("stage")
     if type(stage) is not int or stage not in (1, 2, 3):
         raise ConfigError(f"{name}: deepspeed: zero_optimization.stage is {stage}; choose 1, 2 or 3")

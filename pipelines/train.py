@@ -1,13 +1,12 @@
 """The training stage: latents -> a DiT's weights, by flow matching under DeepSpeed ZeRO.
 
-Everything is a function of the samples seen: a run killed at any moment goes on, by the same command, as if it had not been.
+Everything is a function of the samples seen, so a run that was killed at any moment goes on, by the same command, as if
+it had not been: bit for bit on as many ranks at the same ZeRO stage, and to rounding on others.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,26 +20,24 @@ from lfm.checkpoint import RunFolder, RunState, WeightsHeader
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
 from lfm.data.stream import LatentStream
-from lfm.ema import decay_after
-from lfm.engine import Engine
-from lfm.errors import ConfigError, DataError
+from lfm.ema import decay_after, power_decay_after
+from lfm.engine import BYTES_PER_PARAMETER, Engine
+from lfm.errors import DataError
 from lfm.flow import TIME_SAMPLERS, path_sample, shifted_time, velocity_loss
-from lfm.models.dit import DiT, DiTConfig
+from lfm.models.dit import DiT, DiTConfig, flops_per_sample
+from lfm.stepguard import StepGuard
 from lfm.types import LatentBatch
 from lfm.world import World
-from pipelines import config as configs
 from pipelines import factory
 from pipelines.config import ExperimentConfig, TrainConfig
+from pipelines.leaving import Request
+from pipelines.looks import Looks, split
+from pipelines.origin import check_continues, initial_weights
 from pipelines.progress import Progress
+from pipelines.telemetry import Log
 
-LOG = "log.jsonl"
 CONFIG = "config.json"
-# Keys whose change does not change what is learned, only how long or how visibly.
-FREE_KEYS = {
-    *("run", "data.shards", "data.cache", "data.cache_gigabytes", "data.skip_shards"),
-    *("model.attention", "model.activation_checkpointing", "model.compile", "train.micro_batch"),
-    *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every"),
-}
+MOST_SKIPPED_IN_A_ROW = 5  # then training goes back to the newest checkpoint, once
 
 
 @dataclass(frozen=True)
@@ -53,38 +50,54 @@ class TrainResult:
     loss: float | None
 
 
-def run(config: ExperimentConfig, world: World, *, dry_run: bool = False, allow_changes: bool = False) -> TrainResult:
+def run(
+    config: ExperimentConfig,
+    world: World,
+    *,
+    dry_run: bool = False,
+    allow_changes: bool = False,
+    initialize_from: str | None = None,
+) -> TrainResult:
     """Train to the configured number of steps, from the newest checkpoint if there is one.
+
+    Args:
+        initialize_from: a run or weights file whose EMA a run without checkpoints begins with.
 
     Raises:
         ConfigError, DataError, CheckpointError: before training, wherever it can be known before.
+        KeyboardInterrupt: SIGTERM or Ctrl-C came; everything is saved.
     """
     manifest = manifests.load(config.data.shards, "latents")
+    split(manifest, config.data.held_back)
     model_config = factory.model_config(config, manifest)
     settings = factory.deepspeed_settings(config, world)
     folder = RunFolder(config.run)
     newest = folder.newest()
     if newest:
-        _check_continues(
-            config, manifest, folder.read_state(newest, verify=world.is_main), newest, world, allow_changes
-        )
+        check_continues(config, manifest, folder.read_state(newest, verify=world.is_main), newest, allow_changes)
     torch.manual_seed(config.train.seed)  # of the initial weights alone
     model = DiT(model_config)
     if config.model.compile:
         model.compile_blocks()
-    plan = _plan(config, manifest, model, world, settings, newest)
+    initial = initial_weights(initialize_from, model, manifest) if initialize_from and not newest else None
+    kept = (BYTES_PER_PARAMETER + 4 * (1 + len(config.train.ema_sigma_rel))) * model.num_parameters
+    folder.require_space(kept, config.train.keep_checkpoints, 4 * model.num_parameters)
+    plan = _plan(config, manifest, model, world, settings, newest.name if newest else initialize_from)
     if dry_run:
         return TrainResult(plan, None, 0, None)
-    header = _header(config, manifest, model_config)
     with folder.only_one() if world.is_main else nullcontext():
-        engine = Engine(model, settings, world)
+        guard = StepGuard(config.train.skip_above)
+        engine = Engine(model, settings, world, ("ema", *map(_profile, config.train.ema_sigma_rel)), guard)
         if world.is_main:
             print(plan, flush=True)
             storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
         engine.barrier()
-        result = Training(config, manifest, header, engine, folder).run(plan, newest)
+        training = Training(config, manifest, _header(config, manifest, model_config), engine, folder)
+        training.run(newest, initial)
         engine.close()
-        return result
+    if training.leaves:
+        raise KeyboardInterrupt
+    return TrainResult(plan, folder.path / checkpoints.WEIGHTS, training.samples_seen, training.loss)
 
 
 class Training:
@@ -96,37 +109,73 @@ class Training:
         self.config, self.train, self.header = config, config.train, header
         self.engine, self.world, self.folder = engine, engine.world, folder
         self.micro_batch = factory.micro_batch(config, self.world)
+        trained, held_back = split(manifest, config.data.held_back)
         options = factory.stream_options(config, header["model"])
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
-        self.stream = LatentStream(config.data.shards, manifest, options, self.world, cache, engine.device)
+        self.stream = LatentStream(config.data.shards, trained, options, self.world, cache, engine.device)
+        self.looks = None
+        if self.train.look_every:
+            decoder = None
+            if self.world.is_main:
+                decoder = factory.matching_autoencoder(header["autoencoder"], None, self.world, config.data.shards)
+            self.looks = Looks(config, trained, held_back, header["model"], engine, decoder)
         self.samples_seen = 0
-        self.loss: float | None = None
+        self.loss: float | None = None  # over all ranks, of the last step
+        self.leaves = False  # every rank knows that one was asked to leave
 
-    def run(self, plan: str, newest: Path | None) -> TrainResult:
-        """Train from `newest`, or from the start."""
+    @property
+    def step(self) -> int:
+        """Steps done, from the one clock."""
+        return self.samples_seen // self.train.global_batch
+
+    def run(self, newest: Path | None, initial: dict[str, torch.Tensor] | None) -> None:
+        """Train from `newest`, from `initial` weights or from the start; after too many skipped steps back, once."""
         if newest:
             self._resume(newest)
-        batch, total = self.train.global_batch, self.train.num_steps * self.train.global_batch
-        log = Log(self.folder.path / LOG, self.samples_seen, quiet=not self.world.is_main)
+        elif initial:
+            self.engine.set_weights(initial)
+        with Request() as leave:
+            if self._train(leave):
+                return
+            newest = self.folder.newest()
+            if newest is None:
+                raise self._diverged("before the first checkpoint")
+            self._resume(newest)
+            if not self._train(leave):
+                raise self._diverged(f"again after going back to {newest.name}")
+
+    def _train(self, leave: Request) -> bool:
+        """Train to the end, or until asked to leave; False after too many skipped steps in a row."""
+        train, total = self.train, self.train.num_steps * self.train.global_batch
+        log = Log(self.folder.path, self.samples_seen, self.engine, 3 * flops_per_sample(self.header["model"]))
         bar = Progress("train", total, "samples", done=self.samples_seen, quiet=not self.world.is_main)
         with bar, closing(log), closing(self.stream.batches(self.samples_seen)) as batches:
-            losses: list[torch.Tensor] = []
-            while self.samples_seen < total:
-                losses.append(self._step(next(batches)))
-                step = self.samples_seen // batch
+            while self.samples_seen < total and not self.leaves:
+                self._step(next(batches), leave)
+                if self.engine.guard.in_a_row > MOST_SKIPPED_IN_A_ROW:
+                    return False
+                log.losses.append(self.loss if self.loss is not None else math.nan)
+                looks = train.look_every and self.step % train.look_every == 0
+                saves = self.step % train.checkpoint_every == 0 or self.leaves
+                # What comes before skipped steps may be what ruined the weights: no checkpoint to go back to.
+                saves = self.samples_seen == total or (saves and not self.engine.guard.in_a_row)
                 figures: dict[str, str] = {}
-                saves = step % self.train.checkpoint_every == 0 or self.samples_seen == total
-                if saves or step % self.train.log_every == 0:
-                    self.loss = self._mean_over_ranks(losses)
-                    figures = log.write(self.samples_seen, step, self.loss, self.engine, self.stream)
-                    losses.clear()
+                if looks or saves or self.step % train.log_every == 0:
+                    rate = learning_rate_at(self.samples_seen - train.global_batch, train)
+                    loss = self._look() if looks else None
+                    figures = log.write(
+                        self.samples_seen, self.step, self.stream, learning_rate=rate, validation_loss=loss
+                    )
+                if self._snapshots_due(self.step) > self._snapshots_due(self.step - 1):
+                    self._snapshot()
                 if saves:
                     self._save()
-                bar.advance(batch, **figures)
-        return TrainResult(plan, self.folder.path / checkpoints.WEIGHTS, self.samples_seen, self.loss)
+                    log.draw()
+                bar.advance(train.global_batch, **figures)
+        return True
 
-    def _step(self, batch: LatentBatch) -> torch.Tensor:
-        """One optimizer update; returns this rank's mean loss, float32 ()."""
+    def _step(self, batch: LatentBatch, leave: Request) -> None:
+        """One optimizer update, and the ranks' agreement on its loss and on leaving."""
         self.engine.set_learning_rate(learning_rate_at(self.samples_seen, self.train))
         parts = torch.arange(len(batch.latents), device=batch.latents.device).split(self.micro_batch)
         losses = []
@@ -138,95 +187,66 @@ class Training:
             self.engine.backward_and_step(loss)
             losses.append(loss.detach())
         self.samples_seen += self.train.global_batch
-        step = self.samples_seen // self.train.global_batch
-        self.engine.ema.update(decay_after(step, self.train.ema_decay))
-        return torch.stack(losses).mean()
+        self.engine.averages["ema"].update(decay_after(self.step, self.train.ema_decay))
+        for width in self.train.ema_sigma_rel:
+            self.engine.averages[_profile(width)].update(power_decay_after(self.step, width))
+        mean = torch.stack(losses).mean()
+        loss, leaves = self.engine.sum_over_ranks(torch.stack([mean, torch.full_like(mean, leave.came)])).tolist()
+        self.loss, self.leaves = loss / self.world.size, leaves > 0
 
     def _times(self, uniform: torch.Tensor) -> torch.Tensor:
         return shifted_time(TIME_SAMPLERS[self.config.flow.time](uniform), self.config.flow.time_shift)
 
-    def _mean_over_ranks(self, losses: list[torch.Tensor]) -> float:
-        mean = float(self.engine.sum_over_ranks(torch.stack(losses).mean()) / self.world.size)
-        if not math.isfinite(mean):
-            raise DataError(
-                f"the loss is {mean} at sample {self.samples_seen:,}: nothing of it was saved; lower train.learning_rate, "
-                "set train.gradient_clipping, or look for broken latents, and run the same command"
-            )
-        return mean
+    def _diverged(self, when: str) -> DataError:
+        return DataError(
+            f"more than {MOST_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite or over "
+            f"{self.train.skip_above:g} times the usual one, {when}; nothing of them was saved: lower "
+            "train.learning_rate, set train.gradient_clipping, or look for broken latents, and run the same command"
+        )
+
+    def _look(self) -> float | None:
+        assert self.looks
+        loss, images = self.looks.look()
+        self.looks.save(images, str(self.folder.path / "previews" / f"{self.folder.tag(self.samples_seen)}.png"))
+        return loss
+
+    def _snapshots_due(self, step: int) -> int:
+        return step * self.train.ema_snapshots // self.train.num_steps
+
+    def _snapshot(self) -> None:
+        """Put the power-function averages aside, in float16."""
+        for width in self.train.ema_sigma_rel:
+            weights = self.engine.average_weights(_profile(width))
+            if self.world.is_main:
+                halves = {name: tensor.half() for name, tensor in weights.items()}
+                path = self.folder.snapshot(self.samples_seen, width)
+                checkpoints.save_weights(str(path), halves, self._header_now())
+
+    def _header_now(self) -> WeightsHeader:
+        return WeightsHeader(**self.header, samples_seen=self.samples_seen)
 
     def _save(self) -> None:
-        weights = self.engine.ema_weights()
-        tag = self.folder.temporary_tag(self.samples_seen)
-        self.engine.save(self.folder.checkpoints, tag)
+        weights = self.engine.average_weights("ema")
+        temporary = self.folder.checkpoints / self.folder.temporary_tag(self.samples_seen)
+        numbers = self.engine.save(temporary)
         if self.world.is_main:
-            header = WeightsHeader(**self.header, samples_seen=self.samples_seen)
-            checkpoints.save_weights(str(self.folder.checkpoints / tag / checkpoints.WEIGHTS), weights, header)
+            header = self._header_now()
+            checkpoints.save_weights(str(temporary / checkpoints.WEIGHTS), weights, header)
             state = RunState(
                 samples_seen=self.samples_seen,
                 world_size=self.world.size,
                 manifest_digest=header.manifest_digest,
                 code_version=header.code_version,
                 config=header.config,
+                engine=numbers,
             )
             self.folder.publish(self.samples_seen, state, self.train.keep_checkpoints)
         self.engine.barrier()
 
     def _resume(self, newest: Path) -> None:
-        weights, header = checkpoints.load_weights(str(newest))
-        self.samples_seen = header.samples_seen
-        self.engine.load(newest, weights)
-
-
-class Log:
-    """The figures of a run as JSON lines; what a killed run wrote beyond its last checkpoint is dropped."""
-
-    def __init__(self, path: Path, samples_seen: int, *, quiet: bool) -> None:
-        self.quiet, self.path = quiet, path
-        if quiet:
-            return
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line + "\n" for line in lines if _samples_seen(line) <= samples_seen]
-        storage.write_bytes(str(path), "".join(kept).encode())
-        self.file = path.open("a", buffering=1)
-        self.at, self.seen, self.waited = time.perf_counter(), samples_seen, 0.0
-
-    def write(self, samples_seen: int, step: int, loss: float, engine: Engine, stream: LatentStream) -> dict[str, str]:
-        """Add a line; returns what the progress bar shows of it."""
-        if self.quiet:
-            return {}
-        now = time.perf_counter()
-        elapsed, wait = now - self.at, stream.wait_seconds - self.waited
-        counts = {what: stream.cache.counts[what] for what in ("cache_hits", "downloads", "retries")}
-        self.file.write(
-            json.dumps(
-                {
-                    "samples_seen": samples_seen,
-                    "step": step,
-                    "loss": loss,
-                    "gradient_norm": engine.gradient_norm,
-                    "samples_per_second": (samples_seen - self.seen) / elapsed,
-                    "data_wait": wait / elapsed,
-                    **counts,
-                }
-            )
-            + "\n"
-        )
-        self.at, self.seen, self.waited = now, samples_seen, stream.wait_seconds
-        shown = {what: f"{count:,}" for what, count in counts.items() if count}
-        return {"loss": f"{loss:.4f}", "data_wait": f"{wait / elapsed:.1%}", **shown}
-
-    def close(self) -> None:
-        """Nothing more is written."""
-        if not self.quiet:
-            self.file.close()
-
-
-def _samples_seen(line: str) -> float:
-    """Of a line of the log; infinite where a kill cut it off."""
-    try:
-        return json.loads(line)["samples_seen"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        state = self.folder.read_state(newest, verify=False)
+        self.samples_seen = state.samples_seen
+        self.engine.load(newest, state.engine, state.samples_seen)
 
 
 def learning_rate_at(samples_seen: int, train: TrainConfig) -> float:
@@ -254,30 +274,9 @@ def _header(config: ExperimentConfig, manifest: Manifest, model_config: DiTConfi
     }
 
 
-def _check_continues(
-    config: ExperimentConfig, manifest: Manifest, state: RunState, newest: Path, world: World, allow_changes: bool
-) -> None:
-    """Refuse to go on with other data, ranks or configuration than the checkpoint's."""
-    if state.world_size != world.size:
-        raise ConfigError(
-            f"{newest}: was written by {state.world_size} ranks, now there are {world.size}; start as many"
-        )
-    if state.manifest_digest != manifest.digest:
-        raise DataError(
-            f"{config.data.shards}: other latents than {newest} was trained on; name those, or another folder with run"
-        )
-    changes = [
-        f"{key} ({before}, now {after})"
-        for key, before, after in configs.differences(state.config, config.model_dump(mode="json"))
-        if key not in FREE_KEYS
-    ]
-    if config.train.schedule == "cosine" and state.config["train"]["num_steps"] != config.train.num_steps:
-        changes.append("train.num_steps (the cosine schedule depends on it)")
-    if any(change.startswith("deepspeed.zero_optimization.stage") for change in changes):
-        raise ConfigError(f"{newest}: {', '.join(changes)}: a run keeps its ZeRO stage; name another folder with run")
-    if changes and not allow_changes:
-        raise ConfigError(f"{newest}: was made with another configuration: {', '.join(changes)}; name another folder "
-                          "with run, or go on all the same with --allow-changes")  # fmt: skip
+def _profile(width: float) -> str:
+    """The name under which the engine keeps a power-function average."""
+    return f"ema-{width:g}"
 
 
 def _plan(
@@ -286,15 +285,13 @@ def _plan(
     model: DiT,
     world: World,
     settings: dict[str, Any],
-    newest: Path | None,
+    origin: str | None,
 ) -> str:
     batch = config.train.global_batch
-    stage = settings["zero_optimization"]["stage"]
-    origin = f"from {newest.name}" if newest else "from the start"
-    skipped = config.data.skip_shards
+    stage, skipped = settings["zero_optimization"]["stage"], config.data.skip_shards
     return (
         f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {config.data.shards}; "
         f"{f'{len(skipped)} shards left out; ' if skipped else ''}"
         f"{config.train.num_steps:,} steps of {batch} ({config.train.num_steps * batch / manifest.num_samples:.1f} epochs) "
-        f"on {world.size} ranks, ZeRO {stage}, {config.train.precision}, {origin} -> {config.run}"
+        f"on {world.size} ranks, ZeRO {stage}, {config.train.precision}, from {origin or 'the start'} -> {config.run}"
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,3 +146,29 @@ def assert_one_line(result: Result, *parts: object) -> None:
     assert len(lines) == 1, result.stderr
     for part in parts:
         assert str(part) in lines[0], lines[0]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_ranks(command: Sequence[object], ranks: int) -> list[subprocess.Popen[str]]:
+    """Start a command on some ranks as torchrun would, without its seconds."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **shared, **place}
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen(list(map(str, command)), env=environment, text=True, stdout=pipe, stderr=pipe)
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> subprocess.CompletedProcess[str]:
+    """Wait for all; returns the first rank's result, with what all said on stderr."""
+    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    return subprocess.CompletedProcess([], results[0][2], results[0][0], "".join(result[1] for result in results))

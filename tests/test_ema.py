@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.ema import Ema, decay_after
+from lfm.ema import Ema, combination, decay_after, exponent, power_decay_after
 
 SHAPES = [(7,), (3, 5), ()]
 
@@ -92,3 +93,59 @@ def test_restart_takes_the_masters_as_they_are() -> None:
         weight.mul_(3)
     ema.restart()
     assert all(torch.equal(kept, weight) for kept, weight in zip(average(ema, weights), weights, strict=True))
+
+
+@given(width=st.floats(0.01, 0.28))
+def test_the_exponent_has_the_width_it_is_asked_for(width: float) -> None:
+    """The published formula, and two published pairs (Karras et al. 2023, section 3.1)."""
+    g = exponent(width)
+    assert ((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5 == pytest.approx(width, rel=1e-6)
+    assert exponent(0.05) == pytest.approx(16.97, abs=0.01) and exponent(0.10) == pytest.approx(6.94, abs=0.01)
+
+
+@settings(max_examples=10, deadline=None)
+@given(width=st.floats(0.03, 0.25), num_steps=st.integers(50, 400))
+def test_the_power_decay_makes_the_profile_that_is_wanted(width: float, num_steps: int) -> None:
+    """Mean and spread of the average's weight over time, which must be those of the power function."""
+    weights = np.zeros(num_steps)
+    for step in range(1, num_steps + 1):
+        decay = power_decay_after(step, width)
+        weights[: step - 1] *= decay
+        weights[step - 1] = 1 - decay
+    times, g = (np.arange(num_steps) + 0.5) / num_steps, exponent(width)
+    mean = weights @ times
+    assert weights.sum() == pytest.approx(1) and mean == pytest.approx((g + 1) / (g + 2), abs=2 / num_steps)
+    assert (weights @ (times - mean) ** 2) ** 0.5 == pytest.approx(width, abs=2 / num_steps)
+
+
+@settings(max_examples=15, deadline=None)
+@given(width=st.floats(0.04, 0.2), seed=st.integers(0, 100), end=st.sampled_from([1.0, 0.75]))
+def test_a_width_made_afterwards_is_that_of_an_average_kept_all_along(width: float, seed: int, end: float) -> None:
+    """Of weights that wander: what is missed is of the size that the fit says."""
+    num_steps, stored = 800, (0.05, 0.1)
+    walk = np.cumsum(np.random.default_rng(seed).standard_normal((num_steps, 30)), 0)
+    averages = {each: np.zeros(30) for each in (*stored, width)}
+    snapshots: list[tuple[float, float, np.ndarray]] = []
+    wanted = np.zeros(30)
+    for step, weights in enumerate(walk, 1):
+        for each, average in averages.items():
+            decay = power_decay_after(step, each)
+            averages[each] = decay * average + (1 - decay) * weights
+        if step % 50 == 0 and step <= end * num_steps:
+            snapshots += [(step, each, averages[each]) for each in stored]
+        if step == end * num_steps:
+            wanted = averages[width]
+    times, widths, kept = zip(*snapshots, strict=True)
+    factors, misfit = combination(times, widths, end * num_steps, width)
+    made = factors @ np.array(kept)
+    nearest = min(float(np.linalg.norm(average - wanted)) for average in kept)
+    assert misfit < 0.03
+    assert np.linalg.norm(made - wanted) < 0.02 * np.linalg.norm(wanted) + 0.25 * nearest
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_stored_average_is_made_of_itself(index: int) -> None:
+    times, widths = [10.0, 20.0, 30.0] * 2, [0.05] * 3 + [0.1] * 3
+    factors, misfit = combination(times, widths, times[index], widths[index])
+    np.testing.assert_allclose(factors, np.eye(6)[index], atol=1e-6)
+    assert misfit < 1e-6

@@ -29,6 +29,7 @@ STAGES = {
     "exchange",
     "bound",
     "likelihood",
+    "ema",
 }
 COMMAND_LINE = {"cli", "cli_options", "cli_data", "cli_metrics", "cli_model"}
 # Who alone may import what.
@@ -42,7 +43,7 @@ OWNERS = {
 FLOORS = (
     {"errors", "types"},
     {"storage", "patience", "cache", "world", "prefetch"},
-    {"flow", "solvers", "guidance", "models", "ema", "conditioning"},
+    {"flow", "solvers", "guidance", "models", "ema", "conditioning", "stepguard"},
     {"data"},
     {"checkpoint", "metrics", "autoencoder", "engine"},
     {"told", "foreign", "trained", "likelihood"},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
-from test_train import assert_same_weights, experiment, losses, train
+from training import assert_same_weights, experiment, losses, train
 
 from lfm.checkpoint import load_weights
 

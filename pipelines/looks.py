@@ -1,0 +1,119 @@
+"""What a training has learned so far, looked at through its EMA in eval mode: a grid of pictures and a validation loss.
+
+Everything is fixed, so that looks compare: the seeds and labels of the pictures, and the samples, noise and times of the
+loss. Its times are uniform whatever training prefers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lfm import solvers
+from lfm.autoencoder import Autoencoder
+from lfm.conditioning import class_condition
+from lfm.data.draws import picture_noise
+from lfm.data.manifest import Manifest
+from lfm.data.stream import LatentStream
+from lfm.engine import Engine
+from lfm.errors import DataError
+from lfm.flow import path_sample, uniform_time, velocity_loss
+from lfm.guidance import NetworkVelocity
+from lfm.models.dit import DiTConfig
+from lfm.world import World
+from pipelines import factory, pictures
+from pipelines.config import ExperimentConfig
+
+SOLVER, NUM_STEPS = "heun", 25
+MOST_PICTURES, MOST_COLUMNS, MOST_SAMPLES = 32, 20, 4096
+
+
+def split(manifest: Manifest, held_back: int) -> tuple[Manifest, Manifest]:
+    """The shards to train on, and the last ones, which are held back.
+
+    Raises:
+        DataError: none would be left to train on.
+    """
+    if held_back >= len(manifest.shards):
+        raise DataError(
+            f"data.held_back {held_back}: there are {len(manifest.shards)} shards, and some must be trained on; "
+            "lower it, or encode with fewer samples per shard"
+        )
+    border = len(manifest.shards) - held_back
+    trained, rest = manifest.shards[:border], manifest.shards[border:]
+    return manifest.model_copy(update={"shards": trained}), manifest.model_copy(update={"shards": rest})
+
+
+class Looks:
+    """Looks at a model in training; all ranks look together.
+
+    Args:
+        held_back: what the validation loss is taken on; may have no shards.
+        autoencoder: decodes the pictures; the main rank's alone is used.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        manifest: Manifest,
+        held_back: Manifest,
+        model: DiTConfig,
+        engine: Engine,
+        autoencoder: Autoencoder | None,
+    ) -> None:
+        self.config, self.engine, self.autoencoder, self.model = config, engine, autoencoder, model
+        cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
+        self.micro_batch = factory.micro_batch(config, engine.world)
+        classes = model.num_classes
+        self.columns = classes if classes and classes <= MOST_COLUMNS else None
+        count = MOST_PICTURES // self.columns * self.columns if self.columns else MOST_PICTURES
+        options = replace(factory.stream_options(config, model), seed=0, class_dropout=0.0, global_batch=count)
+        self.condition = LatentStream(config.data.shards, manifest, options, World(), cache).batch(0).condition
+        if classes:  # as many pictures of each, or every n-th class
+            index = [i * max(1, classes // count) % classes for i in range(count)]
+            self.condition = replace(self.condition, class_index=class_condition(index, classes).class_index)
+        shape = (model.latent_channels, model.latent_size, model.latent_size)
+        self.noise = torch.from_numpy(picture_noise(range(count), shape))
+        self.validation = []
+        if held_back.shards:
+            batch = config.train.global_batch
+            options = replace(options, global_batch=batch)
+            stream = LatentStream(config.data.shards, held_back, options, engine.world, cache, engine.device)
+            batches = max(1, min(held_back.num_samples, MOST_SAMPLES) // batch)
+            self.validation = [stream.batch(number * batch) for number in range(batches)]
+
+    def look(self) -> tuple[float | None, np.ndarray | None]:
+        """The validation loss, if there are held-back shards, and on the main rank the pictures, uint8 (B, H, W, 3)."""
+        with self.engine.averaged("ema"):
+            loss = self._validation_loss() if self.validation else None
+            latents = self._latents()
+        if self.autoencoder is None:
+            return loss, None
+        images = torch.cat([self.autoencoder.decode(some).cpu() for some in latents.split(self.micro_batch)])
+        return loss, images.permute(0, 2, 3, 1).numpy()
+
+    def _validation_loss(self) -> float:
+        total = torch.zeros(2, device=self.engine.device)
+        for whole in self.validation:
+            for rows in torch.arange(len(whole.latents), device=self.engine.device).split(self.micro_batch):
+                batch = whole.rows(rows)
+                time = uniform_time(batch.uniform)
+                example = path_sample(batch.latents, batch.noise, time, self.config.flow.sigma_min)
+                losses = velocity_loss(self.engine(example.state, example.time, batch.condition), example.velocity)
+                total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=losses.device)])
+        self.engine.sum_over_ranks(total)
+        return float(total[0] / total[1])
+
+    def _latents(self) -> torch.Tensor:
+        """Every rank makes all of them: under ZeRO 3 the ranks must compute in step."""
+        condition = self.condition.to(self.engine.device)
+        velocity = NetworkVelocity(self.engine, condition, len(self.noise))  # type: ignore[arg-type]
+        return solvers.solve(SOLVER, velocity, self.noise.to(self.engine.device), num_steps=NUM_STEPS)
+
+    def save(self, images: np.ndarray | None, path: str) -> None:
+        """Publish the grid of pictures, a column for each class where they are few."""
+        if images is not None:
+            grid = pictures.grid(images, columns=self.columns, enlarge=max(1, 128 // images.shape[1]))
+            pictures.save(grid, path, flush=False)

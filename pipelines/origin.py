@@ -1,0 +1,67 @@
+"""What a training begins with: its newest checkpoint, if that is of the same experiment, or another run's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lfm import checkpoint as checkpoints
+from lfm.checkpoint import RunState
+from lfm.data.manifest import Manifest
+from lfm.errors import CheckpointError, ConfigError, DataError
+from lfm.models.dit import DiT
+from pipelines import config as configs
+from pipelines.config import ExperimentConfig
+
+# Keys whose change does not change what is learned, only how long or how visibly.
+FREE_KEYS = {
+    *("run", "data.shards", "data.cache", "data.cache_gigabytes", "data.skip_shards", "train.micro_batch"),
+    *("model.attention", "model.activation_checkpointing", "model.compile"),
+    *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.look_every"),
+    "train.ema_snapshots",
+}
+FREE_SECTION = "deepspeed."  # owns how the work is shared out, and no number of the optimization
+
+
+def initial_weights(source: str, model: DiT, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The EMA of another run, for this model.
+
+    Raises:
+        CheckpointError: it is of another model, or of latents of another autoencoder.
+    """
+    weights, header = checkpoints.load_weights(source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted({*shapes, *theirs}):
+        if shapes.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"--initialize-from {source}: {name} is {theirs.get(name, 'missing')} there and "
+                f"{shapes.get(name, 'missing')} here; set model and condition as they were for it"
+            )
+    if manifest.autoencoder is None or header.autoencoder.content_hash != manifest.autoencoder.content_hash:
+        raise CheckpointError(
+            f"--initialize-from {source}: was trained on latents of {header.autoencoder.name}, another autoencoder; "
+            "encode with that one"
+        )
+    return weights
+
+
+def check_continues(
+    config: ExperimentConfig, manifest: Manifest, state: RunState, newest: Path, allow_changes: bool
+) -> None:
+    """Refuse to go on with other data or another configuration than the checkpoint's."""
+    if state.manifest_digest != manifest.digest:
+        raise DataError(
+            f"{config.data.shards}: other latents than {newest} was trained on; name those, or another folder with run"
+        )
+    changes = [
+        f"{key} ({before}, now {after})"
+        for key, before, after in configs.differences(state.config, config.model_dump(mode="json"))
+        if key not in FREE_KEYS and not key.startswith(FREE_SECTION)
+    ]
+    if config.train.schedule == "cosine" and state.config["train"]["num_steps"] != config.train.num_steps:
+        changes.append("train.num_steps (the cosine schedule depends on it)")
+    if changes and not allow_changes:
+        raise ConfigError(f"{newest}: was made with another configuration: {', '.join(changes)}; name another folder "
+                          "with run, or go on all the same with --allow-changes")  # fmt: skip
