@@ -14,7 +14,7 @@ _PAUSES = (0.5, 60.0)  # seconds before the second request, and the longest
 # Of the operating system's errors all may pass but these, and of the libraries' own those alone.
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PASSING = {
-    *("HTTPClientError", "EndpointConnectionError", "IncompleteReadError"),  # botocore
+    *("HTTPClientError", "EndpointConnectionError", "IncompleteReadError", "FlexibleChecksumError"),  # botocore
     *("ClientPayloadError", "ServerDisconnectedError"),  # aiohttp
     *("ServiceRequestError", "ServiceResponseError", "HttpError"),  # azure, gcsfs
 }

@@ -99,6 +99,7 @@ def encode(num_gpus: int | None, **options: Any) -> None:
     help="Pictures on the sheet, or samples of the plan.",
 )
 @click.option("--autoencoder", help="Where the latents' autoencoder is now, if it has moved.")
+@click.option("--raw", help="Compare with the raw shards that the latents are of: PSNR, SSIM, originals on the sheet.")
 @click.option("--plan", is_flag=True, help="Say which samples training reads next, and nothing else.")
 @click.option("--at", type=click.IntRange(0, 2**62), default=0, help="Where: samples seen, as in a checkpoint's name.")
 @click.option("--seed", type=SEED, default=0, help="train.seed of the run that --plan tells of.")

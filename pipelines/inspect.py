@@ -37,6 +37,7 @@ class InspectConfig:
     out: str = SHEET
     num: int = 64  # pictures on the sheet
     autoencoder: str | None = None  # where the one of the latents is now, if it has moved
+    raw: str | None = None  # what the latents were encoded from, to compare with
     cache: str | None = None
     plan: bool = False  # say which samples come, and nothing else
     at: int = 0  # of training: samples seen
@@ -64,13 +65,41 @@ def run(config: InspectConfig, world: World) -> InspectResult:
     if (config.at, config.seed, config.window, config.skip_shard) != (0, 0, 8, ()):
         raise ConfigError("--at, --seed, --window and --skip-shard: tell of the plan of training; add --plan")
     cache = factory.cache(config.cache)
+    if config.raw and manifest.kind == "raw":
+        raise ConfigError(
+            "--raw: compares latents with the raw shards that they are of; name the latents' folder first"
+        )
     if config.verify:
         _verify(config, manifest, cache)
-    images = _raw_images if manifest.kind == "raw" else _decoded_images
-    shown = list(islice(images(config, manifest, cache, world), config.num))
-    pictures.save(pictures.grid(np.stack(shown), enlarge=max(1, 128 // manifest.image_size)), config.out)
+    images: Iterator[np.ndarray] = map(overlaid, _raw_samples(config.path, manifest, cache))
+    if manifest.kind == "latents":
+        images = _decoded_images(config, manifest, cache, world)
+    shown = np.stack(list(islice(images, config.num)))
     lines = [*_description(manifest), f"the first {len(shown)} pictures: {config.out}"]
+    if config.raw:
+        originals = _originals(config, manifest, cache, len(shown))
+        lines.append(_likeness(originals, shown))
+        shown = np.stack([originals, shown], axis=1).reshape(-1, *shown.shape[1:])  # each original before its likeness
+    pictures.save(pictures.grid(shown, enlarge=max(1, 128 // manifest.image_size)), config.out)
     return InspectResult("\n".join([*lines, *(["every shard is what the manifest lists"] if config.verify else [])]))
+
+
+def _originals(config: InspectConfig, manifest: Manifest, cache: Cache, count: int) -> np.ndarray:
+    """The first pictures that the latents were encoded from: uint8 (B, H, W, 3)."""
+    raw = manifests.load(str(config.raw), "raw")
+    if raw.digest != manifest.parent_digest:
+        raise DataError(f"--raw {config.raw}: {config.path} was encoded from other shards; name those")
+    return np.stack([sample.image for sample in islice(_raw_samples(str(config.raw), raw, cache), count)])
+
+
+def _likeness(originals: np.ndarray, decoded: np.ndarray) -> str:
+    import torch
+
+    from lfm.metrics.inpainting import psnr, ssim
+
+    first, second = (torch.from_numpy(images).permute(0, 3, 1, 2) for images in (originals, decoded))
+    found = {"PSNR": psnr(first, second), "SSIM": ssim(first, second)}
+    return ", ".join(f"{name} {value.mean():.3f} (least {value.min():.3f})" for name, value in found.items())
 
 
 def _description(manifest: Manifest) -> Iterator[str]:
@@ -127,11 +156,11 @@ def _verify(config: InspectConfig, manifest: Manifest, cache: Cache) -> None:
         raise DataError(f"{'; '.join(damaged[:5])}{more}: remove these and their records, and make them again")
 
 
-def _raw_images(config: InspectConfig, manifest: Manifest, cache: Cache, world: World) -> Iterator[np.ndarray]:
+def _raw_samples(folder: str, manifest: Manifest, cache: Cache) -> Iterator[RawSample]:
     for shard in manifest.shards:
-        path = storage.join(config.path, shard.name)
+        path = storage.join(folder, shard.name)
         with cache.fetch(path, shard.bytes, shard.crc32).open("rb") as stream:
-            yield from map(overlaid, read_raw(stream, path))
+            yield from read_raw(stream, path)
 
 
 def overlaid(sample: RawSample) -> np.ndarray:

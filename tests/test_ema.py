@@ -139,7 +139,7 @@ def test_a_width_made_afterwards_is_that_of_an_average_kept_all_along(width: flo
     factors, misfit = combination(times, widths, end * num_steps, width)
     made = factors @ np.array(kept)
     nearest = min(float(np.linalg.norm(average - wanted)) for average in kept)
-    assert misfit < 0.03
+    assert misfit < 0.05
     assert np.linalg.norm(made - wanted) < 0.02 * np.linalg.norm(wanted) + 0.25 * nearest
 
 

@@ -11,10 +11,11 @@ import torch
 from conftest import ALONE, SmallSet, assert_one_line, lfm
 from PIL import Image
 
+from lfm import autoencoder as autoencoders
 from lfm.cache import Cache
 from lfm.data import manifest as manifests
 from lfm.data.scenes import CLASS_NAMES, draw_scene
-from lfm.data.shards import LatentShard
+from lfm.data.shards import LatentShard, read_raw
 from lfm.data.stream import LatentStream, StreamOptions
 from lfm.types import RawSample
 from pipelines.inspect import overlaid
@@ -80,3 +81,22 @@ def test_the_plan_is_what_training_reads(small_set: SmallSet) -> None:
 
 def test_options_of_the_plan_need_it(small_set: SmallSet) -> None:
     assert_one_line(lfm("inspect", small_set.latents, "--at", 5), "--plan")
+
+
+def test_latents_are_compared_with_their_own_raw_shards_alone(small_set: SmallSet, tmp_path: Path) -> None:
+    from lfm.metrics.inpainting import psnr
+
+    sheet = tmp_path / "sheet.png"
+    result = lfm("inspect", small_set.latents, "--raw", small_set.raw, "--num", 9, "--out", sheet)
+    assert result.exit_code == 0, result.stderr
+    manifest, model = manifests.load(str(small_set.latents), "latents"), autoencoders.load(str(small_set.autoencoder))
+    shard = LatentShard(small_set.latents / "000000.tar", 16, manifest.members, manifest.stride)
+    first = model.decode(torch.from_numpy(shard.columns["latent.npy"][:9, :4].astype(np.float32)) * model.scale_factor)
+    with (small_set.raw / "000000.tar").open("rb") as stream:
+        images = [sample.image for _, sample in zip(range(9), read_raw(stream, "raw"), strict=False)]
+    second = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    assert f"PSNR {psnr(first, second).mean():.3f}" in result.stdout and "SSIM 0." in result.stdout
+    assert_one_line(lfm("inspect", small_set.raw, "--raw", small_set.raw, "--out", sheet), "--raw")
+    lfm("shard", small_set.pictures, tmp_path / "other", "--image-size", 16, "--seed", 1)
+    wrong = lfm("inspect", small_set.latents, "--raw", tmp_path / "other", "--out", sheet)
+    assert_one_line(wrong, tmp_path / "other", "encoded from other shards")

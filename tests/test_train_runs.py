@@ -26,13 +26,12 @@ def test_the_loss_curve_is_the_same_on_one_and_two_ranks_under_every_zero_stage(
     experiment: Path, tmp_path: Path
 ) -> None:
     curves = {}
-    for stage in (1, 2, 3):
-        for ranks in (1, 2):
-            run = tmp_path / f"zero{stage}-{ranks}"
-            settings = REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json"
-            result = train(experiment, f"run={run}", f"deepspeed={settings}", "train.micro_batch=2", ranks=ranks)
-            assert result.returncode == 0, result.stderr
-            curves[stage, ranks] = torch.tensor(losses(run))
+    for stage, ranks in ((1, 1), (1, 2), (2, 2), (3, 2)):
+        run = tmp_path / f"zero{stage}-{ranks}"
+        settings = REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json"
+        result = train(experiment, f"run={run}", f"deepspeed={settings}", "train.micro_batch=2", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        curves[stage, ranks] = torch.tensor(losses(run))
     reference = curves[1, 1]
     assert len(reference) == 20
     for curve in curves.values():
@@ -47,7 +46,7 @@ def wait_for_lines(run: Path, least: int, processes: list[subprocess.Popen[str]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "kills"), [(1, 3), (2, 4), (3, 3)])
+@pytest.mark.parametrize(("stage", "kills"), [(3, 2)])
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_not(
     experiment: Path, tmp_path: Path, stage: int, kills: int
 ) -> None:
@@ -90,15 +89,14 @@ def test_a_run_goes_on_with_other_ranks_at_other_stages(experiment: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_asked_to_leave_saves_and_goes_on(experiment: Path, tmp_path: Path, asked: signal.Signals) -> None:
+def test_a_run_asked_to_leave_saves_and_goes_on(experiment: Path, tmp_path: Path) -> None:
     """One rank is asked, all leave at the same step; what is left is the checkpoint of that step."""
     settings = ("train.num_steps=200", "train.checkpoint_every=100")
     undisturbed, left = tmp_path / "undisturbed", tmp_path / "left"
     assert train(experiment, f"run={undisturbed}", *settings, ranks=2).returncode == 0
     processes = start(experiment, f"run={left}", *settings, ranks=2)
     wait_for_lines(left, 5, processes)
-    processes[1].send_signal(asked)
+    processes[1].send_signal(signal.SIGTERM)
     result = finish(processes)
     assert result.returncode == 130 and result.stderr.count("interrupted; the same command goes on") == 2
     assert "Traceback" not in result.stderr

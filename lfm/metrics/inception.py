@@ -185,7 +185,8 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(probabilities: Iterable[Tensor], total: int, num_splits: int = 10) -> InceptionScore:
-    """The score of `total` pictures whose class probabilities (n, K) come in blocks, in their order."""
+    """The score of `total` pictures whose class probabilities (n, K) come in blocks, in their order; no split is empty."""
+    num_splits = min(num_splits, total)
     borders = list(pairwise(index * total // num_splits for index in range(num_splits + 1)))
     negative_entropy = torch.zeros(num_splits, dtype=torch.float64)
     sums: list[Tensor | float] = [0.0] * num_splits

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lfm.errors import ConfigError
+
 _MOST_STEPS = 200
 
 
@@ -76,8 +78,10 @@ def psnr(first: Tensor, second: Tensor) -> Tensor:
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
     """Structural similarity of uint8 pictures (B, 3, H, W), float32 (B,): Gaussian window of 11 pixels (Wang et al. 2004)."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise ConfigError("SSIM needs torchmetrics: pip install 'lfm[evaluate]'") from error
     value = structural_similarity_index_measure(first.float(), second.float(), data_range=255.0, reduction="none")
     assert isinstance(value, Tensor)
     return value.reshape(-1)  # of a single picture it would have no dimension
