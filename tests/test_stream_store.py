@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,17 +18,22 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from fault_proxy import Fault, FaultProxy
+from conftest import SmallSet
+from fault_proxy import Fault, FaultProxy, is_download
 from object_store import BUCKET, ObjectStore, requires_object_store
 from test_stream import OPTIONS, TOTAL, Latents, samples_of
+from training import assert_same_weights, experiment, losses, train
 
 from lfm import storage
 from lfm.cache import Cache
+from lfm.checkpoint import RunFolder
 from lfm.data.manifest import publish
+from lfm.data.order import Order
 from lfm.data.stream import LatentStream, StreamOptions
 from lfm.errors import DataError
 from lfm.world import World
 
+__all__ = ["experiment"]
 pytestmark = [requires_object_store, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 FAULTS = ("cut", "reset", "drop", "status", "flip", "lost", "slow")
 
@@ -71,6 +77,11 @@ def held(folder: Path) -> int:
     return sum(found.values())
 
 
+def maps(folder: Path) -> int:
+    """How many shards below a folder this process has mapped, those that have been evicted since among them."""
+    return len({line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line})
+
+
 def test_each_fault_is_overcome_and_the_samples_are_the_same(
     proxy: FaultProxy, remote: Latents, tmp_path: Path
 ) -> None:
@@ -107,15 +118,15 @@ def test_under_a_limit_each_shard_is_fetched_about_once_an_epoch(
     cache = Cache(tmp_path, limit=4 * size)
     stream = LatentStream(latents.folder, latents.manifest, replace(OPTIONS, global_batch=4), World(), cache)
     proxy.requests.clear()
-    most = 0
+    most, mapped = 0, 0
     with closing(stream.batches(0)) as batches:
         for _ in islice(batches, epochs * 120 // 4):
-            most = max(most, held(tmp_path))
+            most, mapped = max(most, held(tmp_path)), max(mapped, maps(tmp_path))
     fetched = Counter(proxy.downloads)
     assert len(fetched) == 20 and sum(fetched.values()) <= 1.2 * 20 * (epochs + 0.3), (
         "ahead, the next one's first windows"
     )
-    assert most <= 4 * size
+    assert most <= 4 * size and mapped <= 4 and maps(tmp_path) == 0, "memory is what two windows take, and then none"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
@@ -191,3 +202,47 @@ def test_two_ranks_share_a_cache_through_faults_and_a_kill(proxy: FaultProxy, re
     with reader(remote, tmp_path / "alone", 0, 1) as alone:
         assert printed(alone) == together
     assert sorted(together) == list(range(96)) and TOTAL < 96
+
+
+def test_training_on_two_ranks_through_faults_ends_as_undisturbed(
+    proxy: FaultProxy, small_set: SmallSet, experiment: Path, tmp_path: Path
+) -> None:
+    """Nothing lost and nothing twice: the losses of all steps and the weights are the same, bit for bit."""
+    import fsspec
+
+    fsspec.filesystem("s3").put(str(small_set.latents), f"{BUCKET}/small", recursive=True)
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    assert train(experiment, f"run={undisturbed}", ranks=2).returncode == 0
+    proxy.requests.clear()
+    broken = [Fault("cut", 900), Fault("reset", 5000), Fault("status", 503), Fault("flip", 3000), Fault("drop")]
+    proxy.matches, proxy.plan = lambda method, path: method == "GET" and path.endswith(".tar"), list(broken)
+    remote = (f"data.shards=s3://{BUCKET}/small", f"data.cache={tmp_path / 'cache'}")
+    result = train(experiment, f"run={disturbed}", *remote, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert proxy.plan == []
+    assert losses(disturbed) == losses(undisturbed)
+    assert_same_weights(disturbed, undisturbed)
+    last = json.loads((disturbed / "log.jsonl").read_text().splitlines()[-1])
+    assert last["downloads"] + last["cache_hits"] >= 3 and 0 <= last["data_wait"] <= 1 and last["retries"] >= 0
+    proxy.matches = is_download
+
+
+def test_a_shard_that_is_left_out_is_told_and_stands_in_the_checkpoint(
+    small_set: SmallSet, experiment: Path, tmp_path: Path
+) -> None:
+    """The run stops at a truncated shard and names it; told to leave it out, it goes on from its checkpoint."""
+    latents = tmp_path / "latents"
+    shutil.copytree(small_set.latents, latents)
+    sequence = Order([16, 16, 8], 0, 1).upcoming_shards(0, 3)
+    bad = latents / f"{sequence[2]:06d}.tar"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-1])
+    options = (f"data.shards={latents}", "data.window=1", "train.checkpoint_every=1")
+    stopped = train(experiment, *options, ranks=2)
+    assert stopped.returncode == 2 and str(bad) in stopped.stderr and "data.skip_shards" in stopped.stderr
+    result = train(experiment, *options, f"data.skip_shards=[{bad.name}]", ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "1 shards left out" in result.stdout and "from samples-" in result.stdout
+    run = RunFolder(str(tmp_path / "run"))
+    state = run.read_state(run.newest(), verify=True)  # type: ignore[arg-type]
+    assert state.config["data"]["skip_shards"] == [bad.name]
