@@ -62,7 +62,9 @@ class Cache:
             with self.open(path, size, crc32) as file:
                 return Path(file.name)
         if not Path(path).is_file():
-            raise StorageError(f"{path}: no such file")
+            raise StorageError(
+                f"{path}: no such file; run the command that made its folder again, it makes what is missing"
+            )
         found = storage.checksums(Path(path)).crc32 if verify_local else crc32
         _require(path, Path(path).stat().st_size, size, found, crc32)
         return Path(path)

@@ -25,7 +25,7 @@ from typing import IO, Any
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from lfm.errors import DataError, LfmError, StorageError
+from lfm.errors import ConfigError, DataError, LfmError, StorageError
 from lfm.patience import T, patiently
 
 TEMPORARY_PREFIX = ".writing-"
@@ -78,6 +78,17 @@ def _at(path: str, request: Callable[[AbstractFileSystem, str], T], *, anew: boo
 
     with naming(path):
         return patiently(path, once)
+
+
+def require_apart(source: str, dest: str) -> None:
+    """See that what is read is not where the result goes, where `--overwrite` would remove it.
+
+    Raises:
+        ConfigError: it is.
+    """
+    one, other = (Path(path).resolve() if is_local(path) else path.rstrip("/") for path in (source, dest))
+    if one == other:
+        raise ConfigError(f"{dest}: is what is to be read; choose another folder for the result")
 
 
 def exists(path: str) -> bool:

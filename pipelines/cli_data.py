@@ -8,6 +8,7 @@ import click
 
 from pipelines.cli_options import (
     COUNT,
+    LOCATION,
     PIXELS,
     POSITIVE,
     SEED,
@@ -22,8 +23,8 @@ from pipelines.cli_options import (
 
 
 @click.command()
-@click.argument("source")
-@click.argument("dest")
+@click.argument("source", type=LOCATION)
+@click.argument("dest", type=LOCATION)
 @click.option("--layout", default="auto", show_default=True, help="How the pictures lie in SOURCE: auto, or a name.")
 @click.option("--image-size", type=PIXELS, default=256, show_default=True, help="Pixels, after resize and crop.")
 @click.option("--split", help="A folder of SOURCE, such as train.")
@@ -56,8 +57,8 @@ def shard(**options: Any) -> None:
 
 
 @click.command()
-@click.argument("raw")
-@click.argument("dest")
+@click.argument("raw", type=LOCATION)
+@click.argument("dest", type=LOCATION)
 @click.option("--autoencoder", default="embedded", show_default=True, help="Path or hub id that diffusers loads.")
 @click.option("--flips", is_flag=True, help="Encode each picture's mirror too.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
@@ -88,7 +89,7 @@ def encode(num_gpus: int | None, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=LOCATION)
 @click.option("--verify", is_flag=True, help="Check every shard against its checksum.")
 @click.option("--out", default="sheet.png", show_default=True, help="Where the sheet of pictures goes.")
 @click.option(
@@ -115,8 +116,8 @@ def inspect(**options: Any) -> None:
 
 
 @click.command()
-@click.argument("raws", nargs=-1, required=True)
-@click.argument("dest")
+@click.argument("raws", nargs=-1, required=True, type=LOCATION)
+@click.argument("dest", type=LOCATION)
 @click.option("--initialize-from", help="Path, hub id or `embedded` to fine-tune.  [default: new weights]")
 @click.option("--num-steps", type=COUNT, default=20_000, show_default=True)
 @click.option("--batch-size", type=COUNT, default=16, show_default=True)
@@ -141,7 +142,7 @@ def autoencoder(**options: Any) -> None:
 
 
 @click.command()
-@click.argument("dest")
+@click.argument("dest", type=LOCATION)
 @click.option("--num", type=COUNT, default=4096, show_default=True, help="Pictures.")
 @click.option("--image-size", type=PIXELS, default=64, show_default=True)
 @click.option("--seed", type=SEED, default=0, show_default=True)

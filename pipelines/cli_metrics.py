@@ -8,6 +8,7 @@ import click
 
 from pipelines.cli_options import (
     COUNT,
+    LOCATION,
     PIXELS,
     POSITIVE,
     SEED,
@@ -21,8 +22,8 @@ from pipelines.cli_options import (
 
 
 @click.command()
-@click.argument("source")
-@click.argument("out")
+@click.argument("source", type=LOCATION)
+@click.argument("out", type=LOCATION)
 @click.option("--image-size", type=PIXELS, help="Resize and crop the pictures of a folder; of an .npz, what they had.")
 @click.option("--crop", help="centre, pad or squash, with --image-size.  [default: centre]")
 @click.option("--network", default="fd-lite", show_default=True, help="fd-lite, inception:WEIGHTS.pth or MODULE.pt2.")
@@ -106,8 +107,8 @@ def _bound(raw: str, options: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.argument("run")
-@click.argument("latents")
+@click.argument("run", type=LOCATION)
+@click.argument("latents", type=LOCATION)
 @click.option("--out", default="likelihood.json", show_default=True, help="Where the numbers go.")
 @click.option("--rows", default="0-63", show_default=True, help="Which of the latents.")
 @click.option("--estimator", default="hutchinson", show_default=True, help="Or exact: a backward pass per dimension.")

@@ -6,11 +6,21 @@ from typing import Any
 
 import click
 
-from pipelines.cli_options import COUNT, POSITIVE, Finite, OneLine, cache_option, dry_run_option, overwrite_option, show
+from pipelines.cli_options import (
+    COUNT,
+    LOCATION,
+    POSITIVE,
+    Finite,
+    OneLine,
+    cache_option,
+    dry_run_option,
+    overwrite_option,
+    show,
+)
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=LOCATION)
 @click.option("--out", required=True, help="Folder for the pictures.")
 @click.option(
     "--seeds", default="0-15", show_default=True, help="One picture for each; they take turns of what follows."
@@ -75,7 +85,7 @@ def demo(**options: Any) -> None:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=LOCATION)
 @click.option("--sigma-rel", type=Finite(0.01, 0.25), required=True, help="Its width, as a share of the training.")
 @click.option("--samples-seen", type=COUNT, help="Where the average ends.  [default: the newest snapshot]")
 @click.option("--out", help="Weights file.  [default: RUN/ema-SIGMA_REL.safetensors]")
@@ -123,8 +133,8 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, local_rank: in
 
 
 @click.command("import")
-@click.argument("path")
-@click.argument("dest")
+@click.argument("path", type=LOCATION)
+@click.argument("dest", type=LOCATION)
 @click.option("--from", "source", required=True, help="lfm (the paper's, or ours), dit or sit.")
 @click.option("--autoencoder", default="embedded", show_default=True, help="Of its latents: a path or hub id.")
 @click.option("--num-heads", type=COUNT, help="Where width and depth are none of the published ones.")
@@ -143,8 +153,8 @@ def import_(**options: Any) -> None:
 
 
 @click.command()
-@click.argument("run")
-@click.argument("dest")
+@click.argument("run", type=LOCATION)
+@click.argument("dest", type=LOCATION)
 @click.option(
     "--to", required=True, help="safetensors (one file) or diffusers (a folder that DiffusionPipeline loads)."
 )

@@ -52,11 +52,24 @@ class Finite(click.FloatRange):
         return number
 
 
+class Location(click.ParamType):
+    """A path or URL; one of this machine's files is a path from here on."""
+
+    name = "path or URL"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Refuse the empty string, which an unset variable of the shell leaves behind."""
+        if not value.strip():
+            self.fail("is empty; name a folder or URL", param, ctx)
+        return value.removeprefix("file://")
+
+
 def _fail(message: str) -> NoReturn:
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(2)
 
 
+LOCATION = Location()
 COUNT = click.IntRange(1, 10**9)
 SEED = click.IntRange(0, 2**63 - 1)
 PIXELS = click.IntRange(1, 16_384)

@@ -63,6 +63,7 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     Raises:
         ConfigError, DataError, StorageError: nothing half-written is visible, and the same command continues.
     """
+    storage.require_apart(config.raw, config.dest)
     raw = manifests.load(config.raw, "raw")
     autoencoder = factory.autoencoder(config.autoencoder, world, config.precision)
     latent_shape = (autoencoder.latent_channels, *[autoencoder.latent_size(raw.image_size)] * 2)
@@ -73,7 +74,7 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     if config.dry_run:
         return EncodeResult(summary, None)
     recipe = _recipe(config, raw, autoencoder)
-    if world.is_main:
+    if world.is_main or not config.overwrite:  # all claim the same; but only one may remove
         manifests.claim(config.dest, recipe, overwrite=config.overwrite)
     else:
         factory.wait_for(storage.join(config.dest, manifests.RECIPE), recipe)

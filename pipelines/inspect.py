@@ -61,14 +61,14 @@ def run(config: InspectConfig, world: World) -> InspectResult:
     """
     manifest = manifests.load(config.path, "latents" if config.plan else None)
     if config.plan:
+        if config.verify or config.raw or config.autoencoder or config.out != SHEET:
+            raise ConfigError("--plan: says what training reads, and nothing else; leave --verify, --raw, --out out")
         return InspectResult("\n".join(_plan(config, manifest)))
     if (config.at, config.seed, config.window, config.skip_shard) != (0, 0, 8, ()):
         raise ConfigError("--at, --seed, --window and --skip-shard: tell of the plan of training; add --plan")
     cache = factory.cache(config.cache)
-    if config.raw and manifest.kind == "raw":
-        raise ConfigError(
-            "--raw: compares latents with the raw shards that they are of; name the latents' folder first"
-        )
+    if manifest.kind == "raw" and (config.raw or config.autoencoder):
+        raise ConfigError(f"--raw, --autoencoder: are for latents; {config.path} holds raw shards")
     if config.verify:
         _verify(config, manifest, cache)
     images: Iterator[np.ndarray] = map(overlaid, _raw_samples(config.path, manifest, cache))

@@ -83,6 +83,7 @@ def run(config: ShardConfig) -> ShardResult:
         ConfigError, DataError, StorageError: nothing half-written is visible, and the same command continues.
     """
     part, parts = _check(config)
+    storage.require_apart(config.source, config.dest)
     source = read(config.source, config.layout, config.split)
     if config.masks and "mask" in source.fields:
         raise ConfigError(f"--masks {config.masks}: {source.root} brings its own masks; leave it out")

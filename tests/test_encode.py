@@ -81,6 +81,34 @@ def digest(folder: Path) -> str:
     return manifests.load(str(folder), "latents").digest
 
 
+def test_a_shard_whose_tar_or_record_is_gone_is_made_again(small_set: SmallSet, tmp_path: Path) -> None:
+    """By any rank, also by one that begins before the first: nobody waits for another."""
+    command = ("encode", small_set.raw, tmp_path / "latents", "--autoencoder", small_set.autoencoder, "--flips")
+    assert lfm(*command, env={"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}).exit_code == 0
+    for name in ("000001.tar", "000002.json"):
+        (tmp_path / "latents" / name).unlink()
+        assert lfm(*command).exit_code == 0
+        assert tree(tmp_path / "latents") == tree(small_set.latents)
+
+
+@pytest.mark.parametrize("stage", ["shard", "encode"])
+def test_what_is_read_is_never_overwritten_by_the_result(small_set: SmallSet, tmp_path: Path, stage: str) -> None:
+    shutil.copytree(small_set.raw, tmp_path / "raw")
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    for dest in ("raw", "link"):
+        result = lfm(stage, tmp_path / "raw", tmp_path / dest, "--overwrite")
+        assert_one_line(result, tmp_path / dest, "choose another folder")
+    assert tree(tmp_path / "raw") == tree(small_set.raw)
+
+
+def test_a_location_may_be_a_file_url_and_is_never_empty(small_set: SmallSet, tmp_path: Path) -> None:
+    command = ("encode", f"file://{small_set.raw}", f"file://{tmp_path}/latents", "--flips")
+    assert lfm(*command, "--autoencoder", small_set.autoencoder).exit_code == 0
+    assert shards_of(tmp_path / "latents") == shards_of(small_set.latents)
+    assert_one_line(lfm("encode", small_set.raw, ""), "DEST", "is empty")
+    assert_one_line(lfm("shard", "", tmp_path / "raw"), "SOURCE", "is empty")
+
+
 def test_a_truncated_raw_shard_is_named(small_set: SmallSet, tmp_path: Path) -> None:
     shutil.copytree(small_set.raw, tmp_path / "raw")
     path = tmp_path / "raw" / "000001.tar"

@@ -100,3 +100,8 @@ def test_latents_are_compared_with_their_own_raw_shards_alone(small_set: SmallSe
     lfm("shard", small_set.pictures, tmp_path / "other", "--image-size", 16, "--seed", 1)
     wrong = lfm("inspect", small_set.latents, "--raw", tmp_path / "other", "--out", sheet)
     assert_one_line(wrong, tmp_path / "other", "encoded from other shards")
+
+
+def test_an_option_that_would_not_be_used_is_refused(small_set: SmallSet) -> None:
+    assert_one_line(lfm("inspect", small_set.latents, "--plan", "--verify"), "--plan", "--verify")
+    assert_one_line(lfm("inspect", small_set.raw, "--autoencoder", "x"), "--autoencoder", "raw shards")

@@ -206,8 +206,8 @@ def done(folder: str) -> set[str]:
 
 
 def is_done(folder: str, shard: str) -> bool:
-    """Whether one shard is done, by one request."""
-    return storage.exists(storage.join(folder, _record_name(shard)))
+    """Whether one shard is done, without a listing."""
+    return all(storage.exists(storage.join(folder, name)) for name in (shard, _record_name(shard)))
 
 
 def records(folder: str, shards: list[str]) -> tuple[ShardRecord, ...]:
