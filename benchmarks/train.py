@@ -94,11 +94,11 @@ class Ways:
             self.factor @ self.factor
 
     def ours(self) -> None:
-        self.training._step(next(self.batches).to(self.device), self.leave)
+        self.training._step(next(self.batches), self.leave)
 
     def plain(self) -> None:
         """The same step by a plain loop: clipping, AdamW and EMA included."""
-        batch = next(self.batches).to(self.device)
+        batch = next(self.batches)
         example = path_sample(batch.latents, batch.noise, batch.uniform)
         loss = velocity_loss(self.plain_model(example.state, example.time, batch.condition), example.velocity).mean()
         loss.backward()
