@@ -184,15 +184,20 @@ def _ids_dtype(raw: Manifest) -> type[np.unsignedinteger]:
     return np.uint8 if raw.num_labels <= 256 else np.uint16
 
 
-def _blank(raw: Manifest) -> RawSample:
-    """A picture with all that the samples have, of which to learn the shape of the latents."""
-    size = (raw.image_size, raw.image_size)
-    return RawSample(
+def _template(raw: Manifest, autoencoder: Autoencoder, flips: bool) -> LatentSample:
+    """A sample of the shape that all have."""
+    channels, size = autoencoder.latent_channels, autoencoder.latent_size(raw.image_size)
+    moments, mean = (np.zeros((count, size, size), np.float16) for count in (2 * channels, channels))
+    masks, maps = "mask" in raw.fields, "segmentation" in raw.fields
+    return LatentSample(
         key="0",
-        image=np.zeros((*size, 3), np.uint8),
+        posterior=moments,
+        posterior_flip=moments if flips else None,
         class_index=0 if raw.classes else None,
-        mask=np.zeros(size, np.uint8) if "mask" in raw.fields else None,
-        segmentation=np.zeros(size, _ids_dtype(raw)) if "segmentation" in raw.fields else None,
+        mask=np.zeros((size, size), np.uint8) if masks else None,
+        masked=mean if masks else None,
+        masked_flip=mean if masks and flips else None,
+        segmentation=np.zeros((raw.image_size, raw.image_size), _ids_dtype(raw)) if maps else None,
     )
 
 
@@ -243,7 +248,7 @@ def _publish_if_complete(
         return None
     records = manifests.records(config.dest, [shard.name for shard in raw.shards])
     sums = np.sum([record.channel_sums for record in records], axis=0) / sum(r.values_per_channel for r in records)
-    members, stride = latent_layout(_encode_batch(autoencoder, [_blank(raw)], config.flips)[0])
+    members, stride = latent_layout(_template(raw, autoencoder, config.flips))
     manifest = Manifest(
         kind="latents",
         image_size=raw.image_size,
