@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import s3fs
 
 BINARY = Path(sys.executable).parent / "weed"
 BUCKET = "lfm"
@@ -53,6 +54,7 @@ class ObjectStore:
         identity = {"name": "lfm", "credentials": credentials, "actions": actions}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         self.start()
+        s3fs.S3FileSystem.clear_instance_cache()  # a client of the store before would go on asking that one
 
     def environment(self) -> dict[str, str]:
         """What points an S3 client of any process here."""
