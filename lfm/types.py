@@ -126,11 +126,3 @@ class SolverResult:
 
     latents: Tensor  # float32 (B, C, h, w)
     nfe: Tensor  # int64 (B,): network evaluations per picture, guidance counted double
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """Finished pictures with the seeds that made them."""
-
-    images: Tensor  # uint8 (B, 3, H, W)
-    seeds: Tensor  # int64 (B,)

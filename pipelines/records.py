@@ -39,6 +39,7 @@ def grid(job: Job) -> Image.Image:
 
 
 def record(job: Job, nfe: list[int]) -> dict[str, Any]:
+    """All that made the pictures, for the JSON beside them; `nfe` of each."""
     header, told = job.model.header, job.told
     known = None
     if told.spatial is not None:

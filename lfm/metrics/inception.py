@@ -148,6 +148,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> InceptionOutput:
+        """Features and class probabilities of pictures uint8 (B, 3, H, W)."""
         x = (resize(images.float()) - 128) / 128  # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = functional.max_pool2d(x, 3, 2)  # (B, 64, 73, 73)
