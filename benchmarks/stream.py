@@ -1,11 +1,12 @@
 """What a sample of the training stream costs, against copying the same bytes and against other ways of storing them.
 
-    python benchmarks/stream.py [--repeats 5] [--folder SCRATCH]
+    python benchmarks/stream.py [--repeats 5] [--folder SCRATCH] [--url s3://BUCKET/FOLDER]
 
 50,000 latents of Stable Diffusion's shape, posterior and class: 8 x 32 x 32 float16. Each repeat reads all of them once in
 batches of 256, in a process of its own per way, with the page cache warm; CPU time is that of the whole process from the
 first opened file on, all threads. `stream` is the host's part of training on a GPU: `LatentStream.batches` up to where a
-batch leaves for the device. On a CPU the noise is drawn there as well: that is the last row.
+batch leaves for the device. On a CPU the noise is drawn there as well: that is the last row. With a URL, the shards are
+copied there, and the time to the first batch, into an empty cache, is set against a bare download of the same window.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
+import fsspec
 import numpy as np
 import torch
 import webdataset
@@ -150,10 +154,40 @@ def measured(way: str, folder: Path) -> dict[str, float]:
     return {"cpu": cpu / count * 1e6, "rate": count / wall, "first": first}
 
 
+def first_from_store(folder: Path, url: str, repeats: int) -> None:
+    """Prints what the first batch takes from an object store, and a download of its window by as many requests."""
+    options, whole = StreamOptions(global_batch=BATCH), load(str(folder / "shards"))
+    window = whole.model_copy(
+        update={"shards": whole.shards[: options.window]}
+    )  # all there is, so that no request is left behind
+    for record in window.shards:
+        with storage.writing(storage.join(url, record.name)) as copy:
+            shutil.copyfile(folder / "shards" / record.name, copy)
+    filesystem, inner = fsspec.core.url_to_fs(url)
+    first, bare = [], []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as scratch:
+            began = time.perf_counter()
+            with closing(HostPart(url, window, options, World(), Cache(Path(scratch))).batches(0)) as batches:
+                next(batches)
+                first.append(time.perf_counter() - began)
+        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(4) as pool:
+            began = time.perf_counter()
+            files = [(f"{inner}/{record.name}", f"{scratch}/{record.name}") for record in window.shards]
+            list(pool.map(filesystem.get_file, *zip(*files, strict=True)))
+            bare.append(time.perf_counter() - began)
+    ratios = [one / other for one, other in zip(first, bare, strict=True)]
+    print(f"first batch from the store {statistics.median(first):.2f} s, bare download {statistics.median(bare):.2f} s")
+    print(
+        f"first batch / download of its window {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="scratch space of 3 GB; what is there already is read again")
+    parser.add_argument("--url", help="a folder of an object store")
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -163,6 +197,8 @@ def main() -> None:
         if not (folder / "shards" / "manifest.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             write(folder)
+        if options.url:
+            return first_from_store(folder, options.url, options.repeats)
         command = [sys.executable, __file__, "--folder", str(folder), "--measure"]
         repeats = [
             {way: json.loads(subprocess.run([*command, way], check=True, capture_output=True).stdout) for way in WAYS}

@@ -103,7 +103,7 @@ class Cache:
         with contextlib.ExitStack() as stack:
             with self._locked("room"):
                 self._make_room(size, next_use)
-                temporary = stack.enter_context(storage.writing(str(local)))
+                temporary = stack.enter_context(storage.writing(str(local), flush=False))
                 os.truncate(temporary, size)  # so that it counts in full from now on
             for attempt in range(1, _ATTEMPTS + 1):
                 found_size, found_crc32 = self._copy(path, temporary)
@@ -131,6 +131,7 @@ class Cache:
                     target.write(piece)
                     crc32, size = zlib.crc32(piece, crc32), size + len(piece)
                 target.truncate()
+                os.fsync(target.fileno())
 
         with storage.naming(path):
             patiently(path, rest, lambda: self._count("retries"))

@@ -255,10 +255,10 @@ def test_an_error_of_the_thread_reaches_the_consumer(latents: Latents, monkeypat
     stream, error = latents.stream(), MemoryError()
     whole = stream._gather
 
-    def gather(position: int) -> dict[str, torch.Tensor]:
+    def gather(position: int, plan: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if position >= 16:
             raise error
-        return whole(position)
+        return whole(position, plan)
 
     monkeypatch.setattr(stream, "_gather", gather)
     batches = stream.batches(0)
@@ -283,7 +283,7 @@ def test_a_missing_or_truncated_shard_is_one_line_naming_it(tmp_path: Path) -> N
 def test_waiting_is_counted(latents: Latents, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = latents.stream()
     whole = stream._gather
-    monkeypatch.setattr(stream, "_gather", lambda position: time.sleep(0.05) or whole(position))
+    monkeypatch.setattr(stream, "_gather", lambda *place: time.sleep(0.05) or whole(*place))
     read(stream, 0, 3)
     assert 0.1 < stream.wait_seconds < 10
 

@@ -27,18 +27,18 @@ _ROUNDS = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))  # 0xBF58476D1C
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for B samples beside their noise."""
+    """What was drawn for each sample beside its noise, in the shape of their numbers."""
 
-    flip: Tensor  # bool (B,)
-    drop: Tensor  # float32 (B,) in [0, 1): a condition is dropped where it is below the rate
-    uniform: Tensor  # float32 (B,) in [0, 1): for the time
+    flip: Tensor  # bool
+    drop: Tensor  # float32 in [0, 1): a condition is dropped where it is below the rate
+    uniform: Tensor  # float32 in [0, 1): for the time
 
 
 def draw(seed: int, sample_numbers: Tensor) -> Draws:
-    """The draws of the samples of these numbers in the global order of training, int64 (B,)."""
+    """The draws of the samples of these numbers in the global order of training, int64 of any shape."""
     words = _words(seed, sample_numbers, 1, _SCALARS)
     uniforms = (words >> 40).bitwise_and_((1 << 24) - 1).float().mul_(2.0**-24)  # as many bits as float32 tells apart
-    return Draws(words[:, 0] < 0, uniforms[:, 1], uniforms[:, 2])
+    return Draws(words[..., 0] < 0, uniforms[..., 1], uniforms[..., 2])
 
 
 def draw_noise(seed: int, sample_numbers: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -62,8 +62,8 @@ def kept_tokens(seed: int, sample_numbers: Tensor, num_tokens: int, num_kept: in
 
 
 def _words(seed: int, sample_numbers: Tensor, first: int, count: int) -> Tensor:
-    """`count` words of each sample from word `first` on, int64 (B, count)."""
-    start = _mix(sample_numbers + _key(seed))[:, None]
+    """`count` words of each sample from word `first` on, int64 (..., count)."""
+    start = _mix(sample_numbers + _key(seed))[..., None]
     index = torch.arange(first, first + count, device=sample_numbers.device)
     return _mix(index * (_mix(~start) | 1) + start)
 

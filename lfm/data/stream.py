@@ -9,6 +9,7 @@ State is the number of samples seen.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Generator
@@ -32,6 +33,8 @@ from lfm.flow import couple
 from lfm.prefetch import prefetch
 from lfm.types import Condition, LatentBatch
 from lfm.world import World
+
+_PLANNED = 16  # batches whose draws are made together
 
 # What each condition needs of a sample: the member that holds it, and that of the mirrored picture.
 _FIELDS = {
@@ -112,14 +115,8 @@ class LatentStream:
     def batches(self, samples_seen: int, *, ahead: int = 4) -> Generator[LatentBatch]:
         """Endless batches of this rank from `samples_seen` on; time spent waiting adds up in `wait_seconds`."""
 
-        def gathered() -> Generator[dict[str, Tensor]]:
-            position = samples_seen
-            while True:
-                yield self._gather(position)
-                position += self.options.global_batch
-
         try:
-            with closing(prefetch(gathered(), ahead)) as ready:
+            with closing(prefetch(self._gathered(samples_seen), ahead)) as ready:
                 while True:
                     began = time.perf_counter()
                     found = next(ready)
@@ -131,22 +128,36 @@ class LatentStream:
 
     def batch(self, samples_seen: int) -> LatentBatch:
         """This rank's part of the global batch that begins at sample `samples_seen`."""
-        return self._finish(self._gather(samples_seen))
+        (plan,) = self._plans(samples_seen, 1)
+        return self._finish(self._gather(samples_seen, plan))
 
-    def _gather(self, samples_seen: int) -> dict[str, Tensor]:
-        """The rows of a batch as they are stored, by field, and what decides the rest of them."""
-        part = self.world.slice_of(self.options.global_batch)
-        places = self.order.at(samples_seen + part.start, part.stop - part.start)
-        shards, rows = (torch.from_numpy(place) for place in places)
-        numbers = torch.arange(samples_seen + part.start, samples_seen + part.stop)
+    def _gathered(self, samples_seen: int) -> Generator[dict[str, Tensor]]:
+        for first in itertools.count(samples_seen, _PLANNED * self.options.global_batch):
+            for batch, plan in enumerate(self._plans(first, _PLANNED)):
+                yield self._gather(first + batch * self.options.global_batch, plan)
+
+    def _plans(self, samples_seen: int, count: int) -> list[dict[str, Tensor]]:
+        """Which rows of which shards make up each of `count` batches, and what is drawn for them.
+
+        For many at once, since so many small operations cost as much as a batch's bytes.
+        """
+        batch, part = self.options.global_batch, self.world.slice_of(self.options.global_batch)
+        places = self.order.at(samples_seen, count * batch)
+        shards, rows = (torch.from_numpy(place).view(count, batch)[:, part] for place in places)
+        numbers = torch.arange(samples_seen, samples_seen + count * batch).view(count, batch)[:, part]
         draws = draw(self.options.seed, numbers)
         flip = draws.flip & self.has_flips
         # The order within a batch is free, since everything is per sample: by shard, each is gathered in one go.
         groups, by_group = torch.sort(2 * shards + flip, stable=True)
-        rows = rows[by_group]
-        small = {"number": numbers, "uniform": draws.uniform, "flip": flip}
-        small["dropped"] = draws.drop < self.options.class_dropout
-        found = {name: self._pinned(value[by_group]) for name, value in small.items()}
+        drop = draws.drop < self.options.class_dropout
+        small = {"number": numbers, "uniform": draws.uniform, "flip": flip, "dropped": drop}
+        plans = {name: self._pinned(value.gather(1, by_group)) for name, value in small.items()}
+        plans |= {"group": groups, "row": rows.gather(1, by_group)}
+        return [dict(zip(plans, plan, strict=True)) for plan in zip(*plans.values(), strict=True)]
+
+    def _gather(self, samples_seen: int, plan: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of a batch as they are stored, by field, and what was drawn for them."""
+        groups, rows, found = plan["group"], plan["row"], {name: plan[name] for name in plan.keys() - {"group", "row"}}
         for name, (suffix, _) in self.fields.items():
             member = self.members[suffix]
             dtype = torch.int64 if suffix == "cls" else torch.from_numpy(np.empty(0, member.dtype)).dtype
