@@ -33,7 +33,7 @@ from lfm.world import World
 
 CHECKOUT = Path(__file__).parents[1]
 BATCH = 32
-SMALL = ["condition=none", "class_dropout=0", "model.size=null", "model.hidden_size=128", "model.depth=4"]
+SMALL = ["condition=none", "condition_dropout=0", "model.size=null", "model.hidden_size=128", "model.depth=4"]
 SMALL += ["model.num_heads=2", "model.patch_size=2", "flow.time=uniform", f"train.global_batch={BATCH}"]
 SMALL += ["train.learning_rate=1.0e-3", "train.checkpoint_every=1000000"]
 OPTIONS: dict[str, list[str]] = {

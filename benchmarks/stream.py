@@ -114,7 +114,7 @@ class HostPart(LatentStream):
 
 def stream(folder: Path, kind: type[LatentStream] = HostPart) -> Iterator[int]:
     shards = str(folder / "shards")
-    options = StreamOptions(global_batch=BATCH, conditions=frozenset({"class"}), class_dropout=0.1)
+    options = StreamOptions(global_batch=BATCH, conditions=frozenset({"class"}), condition_dropout=0.1)
     with closing(kind(shards, load(shards), options, World(), Cache()).batches(0)) as batches:
         for batch in islice(batches, SAMPLES // BATCH):
             yield len(batch.latents)

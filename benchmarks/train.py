@@ -34,7 +34,7 @@ from lfm.stepguard import StepGuard
 from lfm.world import World
 from pipelines import config as configs
 from pipelines import encode, factory, scenes, shard
-from pipelines.leaving import Request
+from pipelines.preemption import StopRequest
 from pipelines.train import Training
 
 HERE = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ class Ways:
         self.model = factory.model_config(self.config, manifest)
         settings = factory.deepspeed_settings(self.config, ALONE)
         self.engine = Engine(DiT(self.model), settings, ALONE, ("ema",), StepGuard(20.0))
-        self.device, self.leave = self.engine.device, Request()
+        self.device, self.leave = self.engine.device, StopRequest()
         header = {"model": self.model, "autoencoder": manifest.autoencoder}
         self.training = Training(self.config, manifest, header, self.engine, RunFolder(self.config.run))
         self.batches = self.training.stream.batches(0)

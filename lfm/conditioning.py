@@ -61,7 +61,7 @@ def drop_condition(
 
 
 def null_condition(
-    condition: Condition, class_dropout: float, *, num_classes: int | None = None, num_labels: int | None = None
+    condition: Condition, condition_dropout: float, *, num_classes: int | None = None, num_labels: int | None = None
 ) -> Condition:
     """`condition` with every row replaced by the null: the second branch of guidance.
 
@@ -71,9 +71,9 @@ def null_condition(
     given = [v for v in (condition.class_index, condition.spatial, condition.segmentation) if v is not None]
     if not given:
         raise ConfigError("guidance needs a conditional model: use guidance scale 1")
-    if class_dropout == 0:
+    if condition_dropout == 0:
         raise ConfigError(
-            "guidance needs a model trained with label dropout, this one had class_dropout 0: use guidance scale 1"
+            "guidance needs a model trained with label dropout, this one had condition_dropout 0: use guidance scale 1"
         )
     everything = torch.ones(len(given[0]), dtype=torch.bool, device=given[0].device)
     return drop_condition(condition, everything, num_classes=num_classes, num_labels=num_labels)

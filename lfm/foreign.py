@@ -91,7 +91,7 @@ def from_state_dict(
         num_heads=num_heads or _num_heads(width, depth),
         mlp_ratio=weights["blocks.0.mlp.0.weight"].shape[0] / width,
         num_classes=classes,
-        class_dropout=dropout,
+        condition_dropout=dropout,
         time_scale=1.0,
     )
     return weights, config
@@ -142,7 +142,7 @@ _EXPRESSIBLE = {
         "depth",
         "num_heads",
         "num_classes",
-        "class_dropout",
+        "condition_dropout",
     ),
     *("time_scale", "frequency_shift", "attention", "activation_checkpointing", "token_dropout", "downsample_factor"),
 }
@@ -166,7 +166,7 @@ def to_diffusers(weights: dict[str, Tensor], config: DiTConfig) -> tuple[dict[st
     table = torch.zeros(DIFFUSERS_NULL + 1, config.hidden_size)
     if config.num_classes is not None:
         table[: config.num_classes] = weights[TABLE][: config.num_classes]
-        if config.class_dropout:
+        if config.condition_dropout:
             table[DIFFUSERS_NULL] = weights[TABLE][config.num_classes]
     embedding = {
         "timestep_embedder.linear_1.weight": first,

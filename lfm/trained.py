@@ -26,6 +26,7 @@ from lfm import checkpoint
 from lfm.autoencoder import Autoencoder
 from lfm.checkpoint import WeightsHeader
 from lfm.conditioning import null_condition
+from lfm.conditions import encode_conditions
 from lfm.data.draws import picture_noise
 from lfm.errors import CheckpointError, ConfigError
 from lfm.guidance import CountedVelocity, Guided, NetworkVelocity
@@ -33,7 +34,6 @@ from lfm.models.dit import DiT
 from lfm.models.prediction import NoisePrediction
 from lfm.solvers import Solving
 from lfm.solvers.rows import Watch, unwatched
-from lfm.told import tell
 from lfm.types import Condition, SolverResult
 
 
@@ -145,17 +145,17 @@ class TrainedModel:
             ConfigError: a condition, solver or guidance that the model does not take.
         """
         options, guidance = Solving(**solving), Guidance(guidance_scale, guidance_interval, autoguidance)
-        told = tell(
+        conditions = encode_conditions(
             *(self.header, self.autoencoder, class_index),
             *(_stack(images, 3), _stack(masks, 2), _stack(segmentations, 2)),
         )
         parts = []
         for first in range(0, len(seeds), batch_size):
             numbers = range(first, min(first + batch_size, len(seeds)))
-            result = self.solve([seeds[number] for number in numbers], told.condition(numbers), options, guidance)
+            result = self.solve([seeds[number] for number in numbers], conditions.condition(numbers), options, guidance)
             pictures = self.decode(result.latents)
-            if told.masks is not None and composite:
-                pictures = told.composite(numbers, pictures)
+            if conditions.masks is not None and composite:
+                pictures = conditions.composite(numbers, pictures)
             parts.append((pictures, result.latents.cpu(), result.nfe))
         pictures, latents, nfe = zip(*parts, strict=True)
         return Samples(tuple(seeds), np.concatenate(pictures), torch.cat(latents), torch.cat(nfe))
@@ -193,7 +193,7 @@ class TrainedModel:
             return own
         config = self.header.model
         null = null_condition(
-            condition, config.class_dropout, num_classes=config.num_classes, num_labels=config.num_labels
+            condition, config.condition_dropout, num_classes=config.num_classes, num_labels=config.num_labels
         )
         return Guided(own, NetworkVelocity(self.network, null, count), guidance.scale, guidance.interval)
 

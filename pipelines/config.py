@@ -102,7 +102,7 @@ class TrainConfig(_Section):
     checkpoint_every: PositiveInt = 1000  # steps
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10  # steps
-    look_every: PositiveInt | None = None  # steps: a grid of pictures, and the validation loss; by default neither
+    validate_every: PositiveInt | None = None  # steps: a grid of pictures, and the validation loss; by default neither
 
 
 class ExperimentConfig(_Section):
@@ -110,7 +110,7 @@ class ExperimentConfig(_Section):
 
     run: str  # folder for checkpoints, weights and logs
     condition: Literal["none", "class", "inpaint", "semantic", "class+inpaint", "class+semantic"] = "none"
-    class_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that train the null condition
+    condition_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that train the null condition
     data: DataConfig
     model: ModelConfig
     flow: FlowConfig = FlowConfig()
@@ -261,10 +261,10 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
             f"{name}: flow.coupling_group: gives each condition a noise of its own, which sampling does not; "
             "set it to 1, or condition: none"
         )
-    if config.class_dropout and config.condition == "none":
-        raise ConfigError(f"{name}: class_dropout: needs a condition, as in condition: class")
-    if config.data.held_back and not train.look_every:
-        raise ConfigError(f"{name}: data.held_back: needs train.look_every, the steps between validation losses")
+    if config.condition_dropout and config.condition == "none":
+        raise ConfigError(f"{name}: condition_dropout: needs a condition, as in condition: class")
+    if config.data.held_back and not train.validate_every:
+        raise ConfigError(f"{name}: data.held_back: needs train.validate_every, the steps between validation losses")
     if len(set(train.ema_sigma_rel)) != len(train.ema_sigma_rel):
         raise ConfigError(f"{name}: train.ema_sigma_rel: names a width twice")
     for offload in ("offload_optimizer", "offload_param"):

@@ -26,8 +26,8 @@ from lfm.metrics.reference import Reference
 from lfm.solvers import Solving
 from lfm.world import World
 from pipelines import factory, measures, report
-from pipelines.judge import SHOWN, Judge
 from pipelines.measures import Means
+from pipelines.scores import SHOWN, Scorer
 from pipelines.targets import PairedPictures, Pictures, Run, Target
 
 DEFAULT_NUM = 50_000
@@ -105,13 +105,13 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
     }
     if world.is_main:
         report.claim(config.out, settings, overwrite=config.overwrite)
-    judge = Judge(config.out, used, modules)
-    complete = [judge.measure(target, world) for target in targets]  # all of them, also where others are not done
+    scorer = Scorer(config.out, used, modules)
+    complete = [scorer.measure(target, world) for target in targets]  # all of them, also where others are not done
     if not all(complete):
         return EvaluateResult(plan, {}, "")
-    rows = [_row(judge.folder(target), target, means, chosen) for target in targets]
+    rows = [_row(scorer.folder(target), target, means, chosen) for target in targets]
     content = {"settings": settings, "rows": rows, "versions": _versions()}
-    first = [judge.first(target) for target in targets]
+    first = [scorer.first(target) for target in targets]
     shown = [block["shown"] for block in first]
     neighbours = _neighbours(config, found[0], [block["0.pooled"][:SHOWN] for block in first])
     return EvaluateResult(plan, content, report.write(config.out, content, shown, neighbours))

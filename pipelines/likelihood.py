@@ -14,7 +14,7 @@ from lfm.errors import ConfigError
 from lfm.likelihood import ESTIMATORS, log_likelihood
 from lfm.solvers import Solving
 from lfm.world import World
-from pipelines import conditions, factory
+from pipelines import condition_files, factory
 from pipelines.progress import Progress
 
 
@@ -57,8 +57,8 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
         raise ConfigError(f"--estimator {config.estimator}: unknown; one of {', '.join(ESTIMATORS)}")
     solving = Solving(config.solver, config.num_steps, atol=config.atol, rtol=config.rtol)
     model = trained.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
-    manifest, rows = manifests.load(config.latents, "latents"), conditions.numbers("--rows", config.rows)
-    record, shape = conditions.check_latents(config.latents, manifest, model), model.header.model
+    manifest, rows = manifests.load(config.latents, "latents"), condition_files.numbers("--rows", config.rows)
+    record, shape = condition_files.check_latents(config.latents, manifest, model), model.header.model
     plan = f"{len(rows)} latents of {config.latents} under {config.run}, {solving}, {config.estimator} -> {config.out}"
     if config.dry_run:
         return LikelihoodResult(plan)
@@ -66,7 +66,7 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
     with Progress("likelihood", len(rows), "latents") as bar:
         for first in range(0, len(rows), config.batch_size):
             part = rows[first : first + config.batch_size]
-            columns = conditions.gathered(config.latents, manifest, part, config.cache)
+            columns = condition_files.gathered(config.latents, manifest, part, config.cache)
             mean, std = torch.from_numpy(np.stack(columns["posterior"])).float().chunk(2, 1)
             drawn = mean + std * torch.from_numpy(picture_noise(part, model.latent_shape))
             latents = (drawn - record.shift) * record.scale_factor
@@ -74,8 +74,9 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
             if config.estimator == "hutchinson":
                 signs = torch.from_numpy(picture_noise(part, model.latent_shape, 1)).sign().to(model.device)
             classes = [int(index) for index in columns["class_index"]] if shape.num_classes else None
-            told = conditions.told_by_latents(model, columns, classes).condition(range(len(part))).to(model.device)
-            found = log_likelihood(model.network, latents.to(model.device), told, solving=solving, signs=signs)
+            conditions = condition_files.conditions_of_latents(model, columns, classes)
+            condition = conditions.condition(range(len(part))).to(model.device)
+            found = log_likelihood(model.network, latents.to(model.device), condition, solving=solving, signs=signs)
             bits += found.bits_per_dim.tolist()
             nfe += found.nfe.tolist()
             bar.advance(len(part), bits_per_dim=f"{np.mean(bits):.3f}")

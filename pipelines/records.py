@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from lfm import storage
+from lfm.conditions import Conditions
 from lfm.data.masks import hide
-from lfm.told import Told
 from pipelines import factory, pictures
 
 if TYPE_CHECKING:
@@ -22,15 +22,17 @@ MOST_IN_GRID, WIDEST_GRID = 1024, 20
 
 def grid(job: Job) -> Image.Image:
     """The pictures, a column for each guidance scale, mask, map or class; masks and maps stand above theirs."""
-    told, size = job.told, job.model.header.image_size
-    turns = [len(part) for part in (told.spatial, told.segmentation, told.class_index) if part is not None]
+    conditions, size = job.conditions, job.model.header.image_size
+    turns = [
+        len(part) for part in (conditions.spatial, conditions.segmentation, conditions.class_index) if part is not None
+    ]
     taking_turns = len(job.guidance) if len(job.guidance) > 1 else next(iter(turns), 1)
     columns = taking_turns if 1 < taking_turns <= WIDEST_GRID else None
     shown = []
     for picture in job.pictures[:MOST_IN_GRID]:
         with storage.open_read(storage.join(job.config.out, picture.file)) as file, Image.open(file) as image:
             shown.append(np.asarray(image))
-    above = _shown(told)
+    above = _shown(conditions)
     if len(job.guidance) == 1 and len(above) in (1, columns):
         columns = columns or math.ceil(math.sqrt(len(shown)))
         white = np.full((size, size, 3), 255, np.uint8)
@@ -40,13 +42,17 @@ def grid(job: Job) -> Image.Image:
 
 def record(job: Job, nfe: list[int]) -> dict[str, Any]:
     """All that made the pictures, for the JSON beside them; `nfe` of each."""
-    header, told = job.model.header, job.told
+    header, conditions = job.model.header, job.conditions
     known = None
-    if told.spatial is not None:
+    if conditions.spatial is not None:
         known = "put back" if job.composites else "as the model made them"
     entries = []
     for picture in job.pictures:
-        index = None if told.class_index is None else int(told.class_index[picture.number % len(told.class_index)])
+        index = (
+            None
+            if conditions.class_index is None
+            else int(conditions.class_index[picture.number % len(conditions.class_index)])
+        )
         entries.append({
             "file": picture.file,
             "seed": picture.seed,
@@ -68,10 +74,10 @@ def record(job: Job, nfe: list[int]) -> dict[str, Any]:
     }
 
 
-def _shown(told: Told) -> np.ndarray:
+def _shown(conditions: Conditions) -> np.ndarray:
     """Masked pictures or maps, as a person sees them: uint8 (N, H, W, 3)."""
-    if told.images is not None and told.masks is not None:
-        return hide(told.images, told.masks)
-    if told.segmentation is not None:
-        return np.stack([pictures.colours(ids).round().astype(np.uint8) for ids in told.segmentation])
+    if conditions.images is not None and conditions.masks is not None:
+        return hide(conditions.images, conditions.masks)
+    if conditions.segmentation is not None:
+        return np.stack([pictures.colours(ids).round().astype(np.uint8) for ids in conditions.segmentation])
     return np.zeros((0, 1, 1, 3), np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 
 from lfm import storage
 from lfm.world import World
-from pipelines import pictures, records, watching
+from pipelines import diagnostics, pictures, records
 from pipelines.progress import Progress
 from pipelines.sampling import Job, SampleConfig
 
@@ -47,9 +47,9 @@ def run(config: SampleConfig, world: World) -> SampleResult:
     timing = ""
     if world.is_main:
         if config.trajectory:
-            watching.trajectory(job, config.trajectory)
+            diagnostics.trajectory(job, config.trajectory)
         if config.time:
-            timing = watching.timing(job)
+            timing = diagnostics.timing(job)
     job.look()
     nfe = [picture.nfe for picture in job.pictures if picture.nfe is not None]
     if len(nfe) < len(job.pictures):

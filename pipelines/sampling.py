@@ -17,7 +17,7 @@ from lfm.errors import ConfigError
 from lfm.solvers import SOLVERS, Solving
 from lfm.trained import Guidance
 from lfm.world import World
-from pipelines import conditions, factory, pictures
+from pipelines import condition_files, factory, pictures
 
 OWNED = r"(recipe|samples|timing)\.json|(grid|trajectory)\.(png|gif)"  # and the pictures, by the recipe's seeds
 
@@ -92,7 +92,7 @@ class Job:
             *(config.solver, config.num_steps, config.time_shift, _floats("--times", config.times)),
             *(config.atol, config.rtol),
         )
-        seeds = conditions.numbers("--seeds", config.seeds)
+        seeds = condition_files.numbers("--seeds", config.seeds)
         scales = _floats("--guidance-scale", config.guidance_scale) or ()
         if len({f"{scale:g}" for scale in scales}) != len(scales):
             raise ConfigError(f"--guidance-scale {config.guidance_scale}: names a scale twice")
@@ -109,11 +109,11 @@ class Job:
             raise ConfigError(
                 f"--autoguidance {config.autoguidance}: does nothing at --guidance-scale 1; choose another"
             )
-        self.told, self.names = conditions.told(config, self.model, len(seeds))
-        if not config.composite and self.told.spatial is None:
+        self.conditions, self.names = condition_files.read_conditions(config, self.model, len(seeds))
+        if not config.composite and self.conditions.spatial is None:
             raise ConfigError("--no-composite: there are no known pixels; leave it out")
         for guidance in self.guidance.values():  # refused now, not after the first batch
-            self.model.velocity(self.told.condition([0]).to(device), 1, guidance)
+            self.model.velocity(self.conditions.condition([0]).to(device), 1, guidance)
         self.pictures = [
             Picture(number, seed, scale, _file(seed, scale, scales))
             for (number, seed), scale in product(enumerate(seeds), scales)
@@ -170,7 +170,7 @@ class Job:
     def _digest(self, picture: Picture) -> str:
         """Of all that decides this picture, and of nothing else."""
         settings = {key: value for key, value in self.recipe.items() if key not in SHARED_OUT}
-        own = self.told.of(picture.number)
+        own = self.conditions.of(picture.number)
         condition = [None if value is None else np.asarray(value).tobytes().hex() for value in own]
         return manifests.digest([settings, picture.seed, picture.scale, condition])
 
@@ -185,12 +185,12 @@ class Job:
         """Make and publish these pictures; returns their mean cost."""
         numbers = [picture.number for picture in batch]
         result = self.model.solve(
-            *([picture.seed for picture in batch], self.told.condition(numbers)),
+            *([picture.seed for picture in batch], self.conditions.condition(numbers)),
             *(self.solving, self.guidance[batch[0].scale]),
         )
         images = self.model.decode(result.latents)
         if self.composites:
-            images = self.told.composite(numbers, images)
+            images = self.conditions.composite(numbers, images)
         for picture, image, nfe in zip(batch, images, result.nfe.tolist(), strict=True):
             note = {"digest": self._digest(picture), "seed": picture.seed, "nfe": nfe}
             pictures.save(image, storage.join(self.config.out, picture.file), note=note)
@@ -200,7 +200,7 @@ class Job:
     @property
     def composites(self) -> bool:
         """Whether known pixels are put back."""
-        return self.told.masks is not None and self.config.composite
+        return self.conditions.masks is not None and self.config.composite
 
 
 def _floats(flag: str, text: str | None) -> tuple[float, ...] | None:
@@ -220,7 +220,9 @@ def _files(recipe: dict[str, Any]) -> set[str]:
     if "seeds" not in recipe:
         return set()
     scales = _floats("--guidance-scale", recipe["guidance_scale"]) or ()
-    return {_file(seed, scale, scales) for seed in conditions.numbers("--seeds", recipe["seeds"]) for scale in scales}
+    return {
+        _file(seed, scale, scales) for seed in condition_files.numbers("--seeds", recipe["seeds"]) for scale in scales
+    }
 
 
 def _file(seed: int, scale: float, scales: tuple[float, ...]) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lfm import trained
 from lfm.autoencoder import content_hash
+from lfm.conditions import Conditions, encode_conditions
 from lfm.data.picture_sets import FolderPictures, PictureSet, blocks_of
 from lfm.errors import ConfigError, DataError
 from lfm.solvers import Solving
-from lfm.told import Told, tell
 from lfm.trained import Guidance
 from lfm.types import RawSample
 from lfm.world import World
@@ -131,9 +131,9 @@ class Run:
         self.offers: tuple[str, ...] = ("nfe",)
         self.first_seed, self.batch_size = first_seed, batch_size
         if real is None:
-            self.told = tell(header, self.model.autoencoder)
+            self.conditions = encode_conditions(header, self.model.autoencoder)
             self.model.velocity(
-                self.told.condition([0]).to(self.model.device), 1, self.guidance
+                self.conditions.condition([0]).to(self.model.device), 1, self.guidance
             )  # refused here or never
             self.counts = blocks_of(num)
         else:
@@ -167,15 +167,15 @@ class Run:
         start = sum(self.counts[:block])
         if self.real is None:
             for numbers in features.batched(range(start, start + self.counts[block]), self.batch_size):
-                yield self._made(numbers, self.told, numbers)
+                yield self._made(numbers, self.conditions, numbers)
             return
         for samples in features.batched(self.real.read(block), self.batch_size):
             rows = range(len(samples))
-            made = self._made([start + row for row in rows], self._tell(samples), rows)
+            made = self._made([start + row for row in rows], self._conditions(samples), rows)
             yield replace(made, real=features.as_batch(samples), segmentation=_maps(samples))
             start += len(samples)
 
-    def _tell(self, samples: list[RawSample]) -> Told:
+    def _conditions(self, samples: list[RawSample]) -> Conditions:
         def stacked(field: str) -> np.ndarray:
             return np.stack([getattr(sample, field) for sample in samples])
 
@@ -183,16 +183,16 @@ class Run:
         maps = stacked("segmentation") if "segmentation" in self.needs else None
         classes = stacked("class_index").tolist() if self.model.header.model.num_classes else None
         keys = [sample.key for sample in samples]
-        return tell(self.model.header, self.model.autoencoder, classes, images, masks, maps, keys)
+        return encode_conditions(self.model.header, self.model.autoencoder, classes, images, masks, maps, keys)
 
-    def _made(self, numbers: Sequence[int], told: Told, rows: Sequence[int]) -> Made:
-        """The pictures of some numbers, each under its row of what is told."""
+    def _made(self, numbers: Sequence[int], conditions: Conditions, rows: Sequence[int]) -> Made:
+        """The pictures of some numbers, each under its row of the conditions."""
         began = time.perf_counter()
         seeds = [self.first_seed + number for number in numbers]
-        result = self.model.solve(seeds, told.condition(rows), self.solving, self.guidance)
+        result = self.model.solve(seeds, conditions.condition(rows), self.solving, self.guidance)
         images = self.model.decode(result.latents)
-        if told.masks is not None:
-            images = told.composite(rows, images)
+        if conditions.masks is not None:
+            images = conditions.composite(rows, images)
         batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return Made(batch, nfe=result.nfe, seconds=time.perf_counter() - began)
 

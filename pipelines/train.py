@@ -30,11 +30,11 @@ from lfm.types import LatentBatch
 from lfm.world import World
 from pipelines import factory
 from pipelines.config import ExperimentConfig, TrainConfig
-from pipelines.leaving import Request
-from pipelines.looks import Looks, split
-from pipelines.origin import check_continues, initial_weights
+from pipelines.preemption import StopRequest
 from pipelines.progress import Progress
+from pipelines.resume import check_continues, initial_weights
 from pipelines.telemetry import Log
+from pipelines.validation import Validation, split
 
 CONFIG = "config.json"
 MOST_SKIPPED_IN_A_ROW = 5  # then training goes back to the newest checkpoint, once
@@ -114,11 +114,11 @@ class Training:
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
         self.stream = LatentStream(config.data.shards, trained, options, self.world, cache, engine.device)
         self.looks = None
-        if self.train.look_every:
+        if self.train.validate_every:
             decoder = None
             if self.world.is_main:
                 decoder = factory.matching_autoencoder(header["autoencoder"], None, self.world, config.data.shards)
-            self.looks = Looks(config, trained, held_back, header["model"], engine, decoder)
+            self.looks = Validation(config, trained, held_back, header["model"], engine, decoder)
         self.samples_seen = 0
         self.loss: float | None = None  # over all ranks, of the last step
         self.leaves = False  # every rank knows that one was asked to leave
@@ -134,7 +134,7 @@ class Training:
             self._resume(newest)
         elif initial:
             self.engine.set_weights(initial)
-        with Request() as leave:
+        with StopRequest() as leave:
             if self._train(leave):
                 return
             newest = self.folder.newest()
@@ -144,7 +144,7 @@ class Training:
             if not self._train(leave):
                 raise self._diverged(f"again after going back to {newest.name}")
 
-    def _train(self, leave: Request) -> bool:
+    def _train(self, leave: StopRequest) -> bool:
         """Train to the end, or until asked to leave; False after too many skipped steps in a row."""
         train, total = self.train, self.train.num_steps * self.train.global_batch
         log = Log(self.folder.path, self.samples_seen, self.engine, 3 * flops_per_sample(self.header["model"]))
@@ -155,7 +155,7 @@ class Training:
                 if self.engine.guard.in_a_row > MOST_SKIPPED_IN_A_ROW:
                     return False
                 log.losses.append(self.loss if self.loss is not None else math.nan)
-                looks = train.look_every and self.step % train.look_every == 0
+                looks = train.validate_every and self.step % train.validate_every == 0
                 saves = self.step % train.checkpoint_every == 0 or self.leaves
                 # What comes before skipped steps may be what ruined the weights: no checkpoint to go back to.
                 saves = self.samples_seen == total or (saves and not self.engine.guard.in_a_row)
@@ -174,7 +174,7 @@ class Training:
                 bar.advance(train.global_batch, **figures)
         return True
 
-    def _step(self, batch: LatentBatch, leave: Request) -> None:
+    def _step(self, batch: LatentBatch, leave: StopRequest) -> None:
         """One optimizer update, and the ranks' agreement on its loss and on leaving."""
         self.engine.set_learning_rate(learning_rate_at(self.samples_seen, self.train))
         parts = torch.arange(len(batch.latents), device=batch.latents.device).split(self.micro_batch)

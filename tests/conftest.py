@@ -71,7 +71,7 @@ def weights(small_set: SmallSet, tmp_path: Path) -> Path:
     """An untrained class-conditional model for the small set's latents, as a run folder."""
     manifest = manifests.load(str(small_set.latents), "latents")
     assert manifest.autoencoder is not None
-    model = DiT(DiTConfig(4, 8, 2, 32, 1, 2, num_classes=8, class_dropout=0.1))
+    model = DiT(DiTConfig(4, 8, 2, 32, 1, 2, num_classes=8, condition_dropout=0.1))
     header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
     run_folder = tmp_path / "run"
     run_folder.mkdir()
@@ -107,9 +107,9 @@ def tasks(small_set: SmallSet, tmp_path_factory: pytest.TempPathFactory) -> Task
         "inpaint": {"condition_channels": 5},
         "semantic": {"num_labels": manifest.num_labels, "downsample_factor": 2},
         "both": {"num_classes": 8, "condition_channels": 5},
-        "undropped": {"condition_channels": 5, "class_dropout": 0.0},
+        "undropped": {"condition_channels": 5, "condition_dropout": 0.0},
     }.items():
-        dropout = {"class_dropout": 0.1} if shape else {}
+        dropout = {"condition_dropout": 0.1} if shape else {}
         model = opened(DiTConfig(4, 8, 2, 32, 1, 2, **dropout | shape))
         header = WeightsHeader(
             *(model.config, manifest.autoencoder, 16, manifest.classes if "num_classes" in shape else ()),

@@ -25,7 +25,7 @@ CONFIG = DiTConfig(
     depth=2,
     num_heads=4,
     num_classes=10,
-    class_dropout=0.1,
+    condition_dropout=0.1,
     time_scale=1.0,
 )
 

@@ -65,7 +65,7 @@ def write_checkpoint(run: RunFolder, samples_seen: int, keep: int = 2) -> Path:
 )
 def test_a_header_survives_its_json(samples_seen: int, scale: float, name: str, dropout: float) -> None:
     record = HEADER.autoencoder.model_copy(update={"scale_factor": scale, "name": name})
-    model = DiTConfig(4, 8, 2, 32, 1, 2, num_classes=3, class_dropout=dropout)
+    model = DiTConfig(4, 8, 2, 32, 1, 2, num_classes=3, condition_dropout=dropout)
     header = dataclasses.replace(HEADER, samples_seen=samples_seen, autoencoder=record, model=model)
     assert "\n" not in header.to_json()
     assert WeightsHeader.from_json(header.to_json()) == header

@@ -67,7 +67,7 @@ def test_a_class_for_a_model_without_classes_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["class_index", "spatial", "segmentation"])
 def test_guidance_without_dropout_is_refused_for_every_task(name: str) -> None:
-    with pytest.raises(ConfigError, match="class_dropout 0: use guidance scale 1"):
+    with pytest.raises(ConfigError, match="condition_dropout 0: use guidance scale 1"):
         null_condition(Condition(**{name: getattr(everything(2), name)}), 0.0, num_classes=10, num_labels=5)
 
 

@@ -38,7 +38,7 @@ def manifest(image_size: int, num_classes: int, downsample_factor: int = 4) -> M
 
 
 def test_each_condition_shapes_its_model_and_needs_its_members() -> None:
-    config = configs.load(str(SHIPPED[0])).model_copy(update={"class_dropout": 0.0})
+    config = configs.load(str(SHIPPED[0])).model_copy(update={"condition_dropout": 0.0})
     latents = manifest(64, 10)
 
     def model(condition: str, *suffixes: str, labels: dict[int, str] | None = None) -> DiTConfig:

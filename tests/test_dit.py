@@ -24,7 +24,7 @@ SMALL = DiTConfig(
     depth=2,
     num_heads=2,
     num_classes=10,
-    class_dropout=0.1,
+    condition_dropout=0.1,
 )
 
 
@@ -141,7 +141,7 @@ def test_a_scale_of_1000_makes_most_frequencies_vary() -> None:
 def test_the_null_class_has_a_row_only_where_labels_are_dropped() -> None:
     assert ClassEmbedding(10, 8, with_null=True).table.num_embeddings == 11
     assert DiT(SMALL).state_dict()["class_embedding.table.weight"].shape[0] == 11
-    plain = DiT(dataclasses.replace(SMALL, class_dropout=0.0))
+    plain = DiT(dataclasses.replace(SMALL, condition_dropout=0.0))
     assert plain.state_dict()["class_embedding.table.weight"].shape[0] == 10
 
 
@@ -157,18 +157,18 @@ def test_a_condition_that_the_model_does_not_take_is_refused() -> None:
     state, time, classes = inputs()
     with pytest.raises(ConfigError, match="give a class index"):
         DiT(SMALL)(state, time, Condition())
-    unconditional = DiT(dataclasses.replace(SMALL, num_classes=None, class_dropout=0.0))
+    unconditional = DiT(dataclasses.replace(SMALL, num_classes=None, condition_dropout=0.0))
     with pytest.raises(ConfigError, match="give no class index"):
         unconditional(state, time, Condition(classes))
     with pytest.raises(ConfigError, match="takes 0 channels"):
         unconditional(state, time, Condition(spatial=torch.rand(3, 5, 8, 8)))
-    inpainting = DiT(dataclasses.replace(SMALL, num_classes=None, class_dropout=0.0, condition_channels=5))
+    inpainting = DiT(dataclasses.replace(SMALL, num_classes=None, condition_dropout=0.0, condition_channels=5))
     with pytest.raises(ConfigError, match=r"takes 5 channels .* not 0"):
         inpainting(state, time, Condition())
 
 
 def test_the_spatial_condition_is_heard() -> None:
-    model = opened(dataclasses.replace(SMALL, num_classes=None, class_dropout=0.0, condition_channels=5))
+    model = opened(dataclasses.replace(SMALL, num_classes=None, condition_dropout=0.0, condition_channels=5))
     state, time, _ = inputs()
     empty, full = (model(state, time, Condition(spatial=torch.full((3, 5, 8, 8), fill))) for fill in (0.0, 1.0))
     assert (empty - full).abs().max() > 1e-3
@@ -204,8 +204,8 @@ def test_a_segmentation_of_another_size_is_refused() -> None:
         ({"depth": 0}, "depth 0"),
         ({"num_classes": 0}, "num_classes 0"),
         ({"num_labels": 0}, "num_labels 0"),
-        ({"class_dropout": 1.0}, "class_dropout 1.0"),
-        ({"num_classes": None}, "class_dropout 0.1 needs a condition, such as num_classes"),
+        ({"condition_dropout": 1.0}, "condition_dropout 1.0"),
+        ({"num_classes": None}, "condition_dropout 0.1 needs a condition, such as num_classes"),
         ({"attention": "flash"}, "attention 'flash'"),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_configuration_that_does_not_fit_names_its_keys(change: dict[str, obje
 )
 def test_sizes_are_the_published_ones(size: str, millions: int, gigaflops: float) -> None:
     hidden_size, depth, num_heads = DIT_SIZES[size]
-    config = DiTConfig(4, 32, 2, hidden_size, depth, num_heads, num_classes=1000, class_dropout=0.1)
+    config = DiTConfig(4, 32, 2, hidden_size, depth, num_heads, num_classes=1000, condition_dropout=0.1)
     with torch.device("meta"):
         model = DiT(config)
     # the published networks predict a variance beside the velocity; their operations are multiply-adds

@@ -25,7 +25,7 @@ from lfm.trained import Guidance
 from lfm.types import Condition
 
 PAPERS = FOLDER / "dit_class_model.pth"
-SHAPE = DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, class_dropout=0.1, time_scale=1.0)
+SHAPE = DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, condition_dropout=0.1, time_scale=1.0)
 
 
 def their_state(model: DiT, *, variance: bool) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def run(small_set: SmallSet, tmp_path: Path) -> Path:
     """A run whose model diffusers can express."""
     manifest = manifests.load(str(small_set.latents), "latents")
     assert manifest.autoencoder is not None
-    model = opened(DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, class_dropout=0.1, frequency_shift=1)).eval()
+    model = opened(DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, condition_dropout=0.1, frequency_shift=1)).eval()
     header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
     (tmp_path / "run").mkdir()
     save_weights(str(tmp_path / "run" / checkpoint.WEIGHTS), model.state_dict(), header)
@@ -80,7 +80,7 @@ def test_the_papers_checkpoint_gives_the_papers_outputs(small_set: SmallSet, tmp
 def test_without_classes_the_null_class_becomes_part_of_the_time() -> None:
     state, theirs = torch.load(PAPERS, weights_only=True), recorded("dit_class_io")
     weights, config = foreign.from_state_dict(state, "lfm", num_heads=4, num_classes=0)
-    assert config.num_classes is None and config.class_dropout == 0
+    assert config.num_classes is None and config.condition_dropout == 0
     model = DiT(config).eval()
     model.load_state_dict(weights)
     torch.testing.assert_close(model(theirs["x"], theirs["t"], Condition()), theirs["out_y_none"], atol=1e-5, rtol=0)
@@ -187,7 +187,7 @@ def test_diffusers_alone_makes_our_pictures(
     ],
 )
 def test_what_diffusers_cannot_express_is_refused(change: dict, said: str) -> None:
-    shape = {"num_classes": 8, "class_dropout": 0.1, "frequency_shift": 1} | change
+    shape = {"num_classes": 8, "condition_dropout": 0.1, "frequency_shift": 1} | change
     config = DiTConfig(4, 8, 2, 32, 2, 2, **shape)
     with pytest.raises(ConfigError, match=said):
         foreign.to_diffusers(DiT(config).state_dict(), config)

@@ -97,7 +97,7 @@ def test_guided_output_is_that_of_the_paper(scale: float, name: str) -> None:
     theirs, model = recorded("dit_class_io"), recorded_model()
     assert CONFIG.num_classes is not None
     condition = Condition(theirs["cfg.y"][:5])
-    null = null_condition(condition, CONFIG.class_dropout, num_classes=CONFIG.num_classes)
+    null = null_condition(condition, CONFIG.condition_dropout, num_classes=CONFIG.num_classes)
     assert null.class_index is not None and torch.equal(null.class_index, theirs["cfg.y"][5:])
     field = Guided(NetworkVelocity(model, condition, 5), NetworkVelocity(model, null, 5), scale)
     time = theirs["t_scalar"].expand(5) if name.endswith("scalar") else theirs["t"]

@@ -46,7 +46,7 @@ FLOORS = (
     {"flow", "solvers", "guidance", "models", "ema", "conditioning", "stepguard"},
     {"data"},
     {"checkpoint", "metrics", "autoencoder", "engine"},
-    {"told", "foreign", "trained", "likelihood"},
+    {"conditions", "foreign", "trained", "likelihood"},
 )
 MATHEMATICS = FLOORS[2]
 

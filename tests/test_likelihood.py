@@ -82,7 +82,7 @@ def test_a_stochastic_solver_is_refused() -> None:
 def test_the_command_measures_a_data_set(small_set: SmallSet, tmp_path: Path) -> None:
     manifest = manifests.load(str(small_set.latents), "latents")
     assert manifest.autoencoder is not None
-    model = opened(DiTConfig(4, 8, 4, 16, 1, 2, num_classes=8, class_dropout=0.1))
+    model = opened(DiTConfig(4, 8, 4, 16, 1, 2, num_classes=8, condition_dropout=0.1))
     header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
     save_weights(str(tmp_path / checkpoint.WEIGHTS), model.state_dict(), header)
     common = ("likelihood", tmp_path, small_set.latents, "--solver", "heun", "--num-steps", 3, "--rows", "0-4,30")

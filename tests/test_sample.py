@@ -117,14 +117,14 @@ def test_shards_and_files_tell_the_same(tasks: Tasks, tmp_path: Path, task: str)
 
 
 def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
-    from pipelines.conditions import told
+    from pipelines.condition_files import read_conditions
     from pipelines.sampling import SampleConfig
 
     model = library.load(str(tasks.runs / "semantic"))
     everything = [picture(files(tasks, row)[2]) for row in range(20)]
     for folder in (tasks.raw, tasks.latents):
         config = SampleConfig("", "", shards=str(folder), rows="17,3,8-9")
-        found, names = told(config, model, 1)
+        found, names = read_conditions(config, model, 1)
         assert found.segmentation is not None and len(names) == 4
         for row, ids in zip((17, 3, 8, 9), found.segmentation, strict=True):
             assert np.array_equal(ids, everything[row])
@@ -148,7 +148,7 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
         ("inpaint", ("--shards", "{flat}"), "its samples have no mask"),
         ("inpaint", ("--shards", "{raw}", "--rows", "20"), "holds 20 samples, 0 is the first, there is no 20"),
         ("inpaint", ("--shards", "{raw}", "--image", "{image}"), "leave out --image"),
-        ("undropped", ("--shards", "{raw}", "--guidance-scale", "2"), "class_dropout 0: use guidance scale 1"),
+        ("undropped", ("--shards", "{raw}", "--guidance-scale", "2"), "condition_dropout 0: use guidance scale 1"),
         ("semantic", ("--segmentation", "{grey}"), "class id 200: the model knows 12 labels"),
         ("semantic", ("--segmentation", "{large}"), "segmentation large.png: is 24 x 20 pixels"),
         ("semantic", ("--segmentation", "{image}"), "class ids are grey levels"),

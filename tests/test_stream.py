@@ -158,12 +158,14 @@ def test_without_spread_a_latent_is_one_of_two_means(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_classes_are_dropped_at_their_rate(latents: Latents, rate: float) -> None:
-    stream = latents.stream(replace(OPTIONS, conditions=frozenset({"class"}), class_dropout=rate, global_batch=2000))
+    stream = latents.stream(
+        replace(OPTIONS, conditions=frozenset({"class"}), condition_dropout=rate, global_batch=2000)
+    )
     dropped = stream.batch(0).condition.class_index
     assert dropped is not None and dropped.dtype == torch.int64 and dropped.max() <= NUM_CLASSES
     share = (dropped == NUM_CLASSES).double().mean().item()
     assert abs(share - rate) <= 4 * np.sqrt(rate * (1 - rate) / 2000)
-    kept = replace(stream.options, class_dropout=0.0)
+    kept = replace(stream.options, condition_dropout=0.0)
     classes = latents.stream(kept).batch(0).condition.class_index
     assert classes is not None and classes.max() < NUM_CLASSES
     assert torch.equal(classes[dropped != NUM_CLASSES], dropped[dropped != NUM_CLASSES])
@@ -180,7 +182,7 @@ def test_a_sample_is_drawn_anew_in_every_epoch(latents: Latents) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_the_samples_do_not_depend_on_the_world(latents: Latents, size: int) -> None:
-    options = replace(OPTIONS, conditions=frozenset({"class"}), class_dropout=0.3)
+    options = replace(OPTIONS, conditions=frozenset({"class"}), condition_dropout=0.3)
     for start in (0, 5, 2 * TOTAL - 3):
         alone = samples_of(*read(latents.stream(options), start, 6))
         together = [read(latents.stream(options, World(rank, 0, size)), start, 6) for rank in range(size)]

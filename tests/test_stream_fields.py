@@ -101,7 +101,7 @@ def test_every_condition_is_the_samples_own_and_mirrored_with_it(tmp_path: Path)
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_all_of_a_condition_is_dropped_at_once(tmp_path: Path, rate: float) -> None:
     whole = latents(tmp_path)
-    stream = stream_of(tmp_path, whole.manifest, replace(EVERYTHING, class_dropout=rate, global_batch=600))
+    stream = stream_of(tmp_path, whole.manifest, replace(EVERYTHING, condition_dropout=rate, global_batch=600))
     condition = stream.batch(0).condition
     assert condition.class_index is not None and condition.spatial is not None and condition.segmentation is not None
     dropped = condition.class_index == 3

@@ -16,7 +16,7 @@ __all__ = ["experiment"]  # the fixture
 MODEL = ("position=rope", "norm=rms", "mlp=swiglu", "qk_norm=true", "token_dropout=0.5", "activation_checkpointing=2")
 FLOW = ("time=logit_normal", "time_shift=2.0", "direction_weight=1.0", "coupling_group=4")
 OPTIONS = [f"model.{option}" for option in MODEL] + [f"flow.{option}" for option in FLOW]
-OPTIONS += ["condition=none", "class_dropout=0", "train.schedule=constant"]
+OPTIONS += ["condition=none", "condition_dropout=0", "train.schedule=constant"]
 
 
 @pytest.mark.slow

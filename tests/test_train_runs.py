@@ -127,10 +127,18 @@ def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_p
     settings = ("data.held_back=1", "train.num_steps=20", "train.global_batch=8", "train.ema_sigma_rel=[0.05, 0.1]")
     looked, not_looked = tmp_path / "looked", tmp_path / "not-looked"
     result = train(
-        experiment, f"run={looked}", *settings, "deepspeed=ds.json", "train.look_every=5", "train.log_every=5", ranks=2
+        experiment,
+        f"run={looked}",
+        *settings,
+        "deepspeed=ds.json",
+        "train.validate_every=5",
+        "train.log_every=5",
+        ranks=2,
     )
     assert result.returncode == 0, result.stderr
-    assert train(experiment, f"run={not_looked}", *settings, zero(3), "train.look_every=1000", ranks=2).returncode == 0
+    assert (
+        train(experiment, f"run={not_looked}", *settings, zero(3), "train.validate_every=1000", ranks=2).returncode == 0
+    )
     assert_same_weights(looked, not_looked)
     lines = [json.loads(line) for line in (looked / "log.jsonl").read_text().splitlines()]
     validation = [line["validation_loss"] for line in lines]

@@ -22,7 +22,7 @@ SCRIPT = REPOSITORY / "launch" / "train.py"
 YAML = """
 run: {run}
 condition: class
-class_dropout: 0.1
+condition_dropout: 0.1
 data:
   shards: {latents}
   window: 2

@@ -53,7 +53,7 @@ class StreamOptions:
     window: int = 8  # shards shuffled together
     global_batch: int = 256  # samples per step over all ranks
     conditions: frozenset[str] = frozenset()  # of class, inpaint and semantic
-    class_dropout: float = 0.0  # share of samples whose condition is the null
+    condition_dropout: float = 0.0  # share of samples whose condition is the null
     skip_shards: tuple[str, ...] = ()  # names of shards that are left out
     coupling_group: int = 1  # samples among which noise is dealt out by optimal transport; divides every rank's part
     num_tokens: int = 0  # of a latent, and
@@ -149,7 +149,7 @@ class LatentStream:
         flip = draws.flip & self.has_flips
         # The order within a batch is free, since everything is per sample: by shard, each is gathered in one go.
         groups, by_group = torch.sort(2 * shards + flip, stable=True)
-        drop = draws.drop < self.options.class_dropout
+        drop = draws.drop < self.options.condition_dropout
         small = {"number": numbers, "uniform": draws.uniform, "flip": flip, "dropped": drop}
         plans = {name: self._pinned(value.gather(1, by_group)) for name, value in small.items()}
         plans |= {"group": groups, "row": rows.gather(1, by_group)}

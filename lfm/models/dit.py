@@ -61,7 +61,7 @@ class DiTConfig:
     num_heads: int
     mlp_ratio: float = 4.0
     num_classes: int | None = None  # None: the model takes no class
-    class_dropout: float = 0.0  # above 0: the model has a null condition, and can be guided
+    condition_dropout: float = 0.0  # above 0: the model has a null condition, and can be guided
     condition_channels: int = 0  # of Condition.spatial, concatenated to the state
     num_labels: int | None = None  # None: the model takes no segmentation
     downsample_factor: int = 8  # pixels of a segmentation for each of the latent, along a side
@@ -86,11 +86,12 @@ class DiTConfig:
             raise ConfigError(f"hidden_size {self.hidden_size} must be a multiple of 4, for the position embedding")
         if self.latent_size % self.patch_size:
             raise ConfigError(f"latent_size {self.latent_size} must be a multiple of patch_size {self.patch_size}")
-        if not 0 <= self.class_dropout < 1:
-            raise ConfigError(f"class_dropout {self.class_dropout}: must be at least 0 and below 1")
-        if self.class_dropout and not self.is_conditional:
+        if not 0 <= self.condition_dropout < 1:
+            raise ConfigError(f"condition_dropout {self.condition_dropout}: must be at least 0 and below 1")
+        if self.condition_dropout and not self.is_conditional:
             raise ConfigError(
-                f"class_dropout {self.class_dropout} needs a condition, such as num_classes: set it, or class_dropout to 0"
+                f"condition_dropout {self.condition_dropout} needs a condition, such as num_classes: set it, or "
+                "condition_dropout to 0"
             )
         if self.position == "rope" and self.head_dim % 4:
             raise ConfigError(f"position rope: hidden_size {self.hidden_size} / num_heads must be a multiple of 4")
@@ -149,12 +150,14 @@ class DiT(nn.Module):
         self.class_embedding = (
             None
             if config.num_classes is None
-            else ClassEmbedding(config.num_classes, width, with_null=config.class_dropout > 0)
+            else ClassEmbedding(config.num_classes, width, with_null=config.condition_dropout > 0)
         )
         self.segmentation_embedding = (
             None
             if config.num_labels is None
-            else SegmentationEmbedding(config.num_labels, config.downsample_factor, with_null=config.class_dropout > 0)
+            else SegmentationEmbedding(
+                config.num_labels, config.downsample_factor, with_null=config.condition_dropout > 0
+            )
         )
         rope = config.position == "rope"
         position = grid_coordinates(side, side) if rope else sincos_position_embedding(width, side, side)

@@ -46,8 +46,8 @@ def split(manifest: Manifest, held_back: int) -> tuple[Manifest, Manifest]:
     return manifest.model_copy(update={"shards": trained}), manifest.model_copy(update={"shards": rest})
 
 
-class Looks:
-    """Looks at a model in training; all ranks look together.
+class Validation:
+    """Validation at a model in training; all ranks look together.
 
     Args:
         held_back: what the validation loss is taken on; may have no shards.
@@ -69,7 +69,7 @@ class Looks:
         classes = model.num_classes
         self.columns = classes if classes and classes <= MOST_COLUMNS else None
         count = MOST_PICTURES // self.columns * self.columns if self.columns else MOST_PICTURES
-        options = replace(factory.stream_options(config, model), seed=0, class_dropout=0.0, global_batch=count)
+        options = replace(factory.stream_options(config, model), seed=0, condition_dropout=0.0, global_batch=count)
         self.condition = LatentStream(config.data.shards, manifest, options, World(), cache).batch(0).condition
         if classes:  # as many pictures of each, or every n-th class
             index = [i * max(1, classes // count) % classes for i in range(count)]

@@ -18,7 +18,7 @@ from pipelines.config import ExperimentConfig
 FREE_KEYS = {
     *("run", "data.shards", "data.cache", "data.cache_gigabytes", "data.skip_shards", "train.micro_batch"),
     *("model.attention", "model.activation_checkpointing", "model.compile"),
-    *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.look_every"),
+    *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.validate_every"),
     "train.ema_snapshots",
 }
 FREE_SECTION = "deepspeed."  # owns how the work is shared out, and no number of the optimization

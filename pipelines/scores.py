@@ -19,7 +19,7 @@ from pipelines.targets import Made, Target
 SHOWN = 16  # pictures of each target that the report shows
 
 
-class Judge:
+class Scorer:
     """What is measured on every picture."""
 
     def __init__(self, out: str, networks: list[FeatureNetwork], modules: dict[str, str | None]) -> None:

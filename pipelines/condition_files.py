@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from lfm import storage
+from lfm.conditions import Conditions, encode_conditions, spatial_condition, with_classes
 from lfm.data import manifest as manifests
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.shards import LatentShard, read_raw
 from lfm.data.transforms import Rejected, binary, decode, decode_ids, decode_mask
 from lfm.errors import ConfigError, DataError
-from lfm.told import Told, spatial_condition, tell, with_classes
 from lfm.trained import TrainedModel
 from pipelines import factory
 
@@ -53,7 +53,7 @@ def numbers(flag: str, text: str) -> list[int]:
     return result
 
 
-def told(config: SampleConfig, model: TrainedModel, num_seeds: int) -> tuple[Told, list[str]]:
+def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -> tuple[Conditions, list[str]]:
     """What the model is told, and the names of the masks or maps.
 
     Raises:
@@ -73,7 +73,7 @@ def told(config: SampleConfig, model: TrainedModel, num_seeds: int) -> tuple[Tol
             )
         )
         names = [path.rsplit("/", 1)[-1] for path in config.image or config.segmentation]
-        return tell(model.header, model.autoencoder, classes, images, masks, maps, names), names
+        return encode_conditions(model.header, model.autoencoder, classes, images, masks, maps, names), names
     if by_file:
         raise ConfigError(f"--shards {config.shards}: has all that is told; leave out {' and '.join(by_file)}")
     return _from_shards(config, model, classes, num_seeds)
@@ -93,7 +93,7 @@ def _arrays(flag: str, paths: Sequence[str], read: Any) -> np.ndarray | None:
 
 def _from_shards(
     config: SampleConfig, model: TrainedModel, classes: list[int] | None, num_seeds: int
-) -> tuple[Told, list[str]]:
+) -> tuple[Conditions, list[str]]:
     folder, shape = str(config.shards), model.header.model
     manifest = manifests.load(folder)
     rows = list(range(min(num_seeds, manifest.num_samples)))
@@ -113,13 +113,13 @@ def _from_shards(
     names = [f"{folder} {row}" for row in rows]
     if "mask" not in wanted or manifest.kind == "raw":
         images, masks = (np.stack(columns[name]) if "mask" in wanted else None for name in ("image", "mask"))
-        return tell(model.header, model.autoencoder, classes, images, masks, maps, names), names
+        return encode_conditions(model.header, model.autoencoder, classes, images, masks, maps, names), names
     check_latents(folder, manifest, model)
     if config.composite:
         raise ConfigError(
             f"--shards {folder}: latents have no pixels to put back; name the raw shards, or add --no-composite"
         )
-    return told_by_latents(model, columns, classes), names
+    return conditions_of_latents(model, columns, classes), names
 
 
 def check_latents(folder: str, manifest: Manifest, model: TrainedModel) -> AutoencoderRecord:
@@ -134,14 +134,14 @@ def check_latents(folder: str, manifest: Manifest, model: TrainedModel) -> Autoe
     return record
 
 
-def told_by_latents(model: TrainedModel, columns: dict[str, list[Any]], classes: list[int] | None) -> Told:
+def conditions_of_latents(model: TrainedModel, columns: dict[str, list[Any]], classes: list[int] | None) -> Conditions:
     """What the samples of latent shards tell the model, one of each part for each of them."""
     shape, spatial = model.header.model, None
     if shape.condition_channels:
         masked, mask = (torch.from_numpy(np.stack(columns[name])) for name in ("masked", "mask"))
         spatial = spatial_condition(model.autoencoder, masked, mask[:, None])
     maps = np.stack(columns["segmentation"]) if shape.num_labels is not None else None
-    return with_classes(Told(spatial=spatial, segmentation=maps), classes, shape.num_classes)
+    return with_classes(Conditions(spatial=spatial, segmentation=maps), classes, shape.num_classes)
 
 
 def gathered(folder: str, manifest: Manifest, rows: list[int], cache_folder: str | None) -> dict[str, list[Any]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 
 
-class Request:
+class StopRequest:
     """Whether this process was asked to leave within the block; asked again by the same signal, it dies."""
 
     def __init__(self) -> None:
         self.came = False
 
-    def __enter__(self) -> Request:
+    def __enter__(self) -> StopRequest:
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

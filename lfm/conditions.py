@@ -22,7 +22,7 @@ from lfm.types import Condition
 
 
 @dataclass(frozen=True)
-class Told:
+class Conditions:
     """What there is to tell a model; pictures take the rows of each part in turns. Known pixels, where there are any."""
 
     class_index: Tensor | None = None  # int64 (classes,)
@@ -52,7 +52,7 @@ class Told:
         return np.where(self.masks[turns][..., None] == 1, pictures, self.images[turns])
 
 
-def tell(
+def encode_conditions(
     header: WeightsHeader,
     autoencoder: Autoencoder,
     class_index: int | Sequence[int] | None = None,
@@ -60,7 +60,7 @@ def tell(
     masks: np.ndarray | None = None,
     segmentations: np.ndarray | None = None,
     names: Sequence[str] = (),
-) -> Told:
+) -> Conditions:
     """Images uint8 (N, H, W, 3), masks (N, H, W) and maps (N, H, W) for the model of `header`; classes, or all of them.
 
     Raises:
@@ -87,19 +87,21 @@ def tell(
                 wrong = "everything is missing" if mask.all() else "nothing is missing"
                 raise ConfigError(f"mask of {name}: {wrong}; 1, or white, is what to fill, 0, or black, is known")
         spatial = torch.cat([_masked(autoencoder, image, mask) for image, mask in zip(images, masks, strict=True)])
-    return with_classes(Told(None, spatial, segmentations, images, masks), class_index, header.model.num_classes)
+    return with_classes(Conditions(None, spatial, segmentations, images, masks), class_index, header.model.num_classes)
 
 
-def with_classes(told: Told, class_index: int | Sequence[int] | None, num_classes: int | None) -> Told:
+def with_classes(
+    conditions: Conditions, class_index: int | Sequence[int] | None, num_classes: int | None
+) -> Conditions:
     """What is told, and these classes, or all of them where the model takes any.
 
     Raises:
         ConfigError: the model has no such class.
     """
     if class_index is None and num_classes is None:
-        return told
+        return conditions
     wanted = range(num_classes or 0) if class_index is None else np.atleast_1d(class_index).tolist()
-    return replace(told, class_index=class_condition(wanted, num_classes).class_index)
+    return replace(conditions, class_index=class_condition(wanted, num_classes).class_index)
 
 
 def spatial_condition(autoencoder: Autoencoder, masked_mean: Tensor, mask: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def trajectory(job: Job, kind: str) -> None:
     batch = next(job.batches(job.pictures))[:NUM_PICTURES]
     seeds, model = [picture.seed for picture in batch], job.model
     frames = Frames(torch.from_numpy(picture_noise(seeds, model.latent_shape)).to(model.device))
-    condition = job.told.condition([picture.number for picture in batch])
+    condition = job.conditions.condition([picture.number for picture in batch])
     model.solve(seeds, condition, job.solving, job.guidance[batch[0].scale], watch=frames)
     images = np.stack([model.decode(states) for states in frames.states])  # (frames, B, H, W, 3)
     enlarge = max(1, 64 // model.header.image_size)
@@ -59,7 +59,7 @@ def timing(job: Job) -> str:
     sizes = {1, min(job.config.batch_size, len(job.pictures))}
     for size in sorted(sizes):
         batch = next(job.batches(job.pictures))[:size]
-        condition = job.told.condition([picture.number for picture in batch])
+        condition = job.conditions.condition([picture.number for picture in batch])
         seeds, guidance = [picture.seed for picture in batch], job.guidance[batch[0].scale]
         latents = torch.from_numpy(picture_noise(seeds, job.model.latent_shape)).to(job.model.device)
         steps: dict[str, Callable[[], object]] = {
