@@ -122,6 +122,11 @@ def _read_weights(local: str, path: str) -> tuple[dict[str, Tensor], WeightsHead
         ) from error
 
 
+def tag(samples_seen: int) -> str:
+    """The name of the checkpoint at this point."""
+    return f"{_PREFIX}{samples_seen:012d}"
+
+
 class RunState(BaseModel):
     """What a checkpoint says of itself: the last file that is written into it."""
 
@@ -145,17 +150,13 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / _FOLDER
 
-    def tag(self, samples_seen: int) -> str:
-        """The name of the checkpoint at this point."""
-        return f"{_PREFIX}{samples_seen:012d}"
-
     def temporary_tag(self, samples_seen: int) -> str:
         """The name it has while it is written."""
-        return storage.TEMPORARY_PREFIX + self.tag(samples_seen)
+        return storage.TEMPORARY_PREFIX + tag(samples_seen)
 
     def snapshot(self, samples_seen: int, width: float) -> Path:
         """Where the power-function average of this relative width is put aside at this point."""
-        return self.path / _SNAPSHOTS / f"{self.tag(samples_seen)}-{width:g}.safetensors"
+        return self.path / _SNAPSHOTS / f"{tag(samples_seen)}-{width:g}.safetensors"
 
     def snapshots(self) -> list[tuple[Path, int, float]]:
         """The snapshots, each with its samples seen and its relative width, the oldest first."""
@@ -233,7 +234,7 @@ class RunFolder:
 
         Its weights become the run's.
         """
-        temporary, final = (self.checkpoints / name(samples_seen) for name in (self.temporary_tag, self.tag))
+        temporary, final = (self.checkpoints / name(samples_seen) for name in (self.temporary_tag, tag))
         paths = [path for path in temporary.rglob("*") if path.is_file()]
         for path in paths:
             _flush(path)

@@ -30,7 +30,7 @@ from lfm.conditions import encode_conditions
 from lfm.data.draws import picture_noise
 from lfm.errors import CheckpointError, ConfigError
 from lfm.guidance import CountedVelocity, Guided, NetworkVelocity
-from lfm.models.dit import DiT
+from lfm.models.dit import DiT, DiTConfig
 from lfm.models.prediction import NoisePrediction
 from lfm.solvers import Solving
 from lfm.solvers.rows import Watch, unwatched
@@ -183,19 +183,9 @@ class TrainedModel:
         Raises:
             ConfigError: the model cannot be guided, or not by that one.
         """
-        own = NetworkVelocity(self.network, condition, count)
         if guidance.weak is not None:
             self._check_alike(guidance.weak)
-            return Guided(
-                own, NetworkVelocity(guidance.weak.network, condition, count), guidance.scale, guidance.interval
-            )
-        if guidance.scale == 1:
-            return own
-        config = self.header.model
-        null = null_condition(
-            condition, config.condition_dropout, num_classes=config.num_classes, num_labels=config.num_labels
-        )
-        return Guided(own, NetworkVelocity(self.network, null, count), guidance.scale, guidance.interval)
+        return guided_velocity(self.network, self.header.model, condition, count, guidance)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents (B, C, h, w) as pictures uint8 (B, H, W, 3)."""
@@ -220,3 +210,24 @@ def _stack(given: Any, ndim: int) -> np.ndarray | None:
         return None
     array = np.stack([np.asarray(one) for one in given]) if isinstance(given, list | tuple) else np.asarray(given)
     return array[None] if array.ndim == ndim else array
+
+
+def guided_velocity(
+    network: nn.Module, model: DiTConfig, condition: Condition, count: int, guidance: Guidance
+) -> CountedVelocity:
+    """The field of a network of this shape that leads `count` pictures to their condition.
+
+    Raises:
+        ConfigError: the model has no null condition, and so cannot be guided by itself.
+    """
+    own = NetworkVelocity(network, condition, count)
+    if guidance.weak is not None:
+        weak = NetworkVelocity(guidance.weak.network, condition, count)
+    elif guidance.scale == 1:
+        return own
+    else:
+        null = null_condition(
+            condition, model.condition_dropout, num_classes=model.num_classes, num_labels=model.num_labels
+        )
+        weak = NetworkVelocity(network, null, count)
+    return Guided(own, weak, guidance.scale, guidance.interval)

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from ruamel.yaml import YAML
@@ -105,6 +105,15 @@ class TrainConfig(_Section):
     validate_every: PositiveInt | None = None  # steps: a grid of pictures, and the validation loss; by default neither
 
 
+class EvaluationConfig(_Section):
+    """The Frechet distance of the EMA's pictures while it trains; the weights that come nearest are kept beside."""
+
+    reference: str  # what `lfm reference` wrote
+    every: PositiveInt  # steps
+    num: int = Field(default=1000, ge=2)  # pictures
+    guidance_scale: float = Field(default=1.0, ge=0)
+
+
 class ExperimentConfig(_Section):
     """One experiment, as its YAML file says."""
 
@@ -115,6 +124,7 @@ class ExperimentConfig(_Section):
     model: ModelConfig
     flow: FlowConfig = FlowConfig()
     train: TrainConfig
+    evaluation: EvaluationConfig | None = None
     deepspeed: str | dict[str, Any]  # a JSON file relative to the YAML, and then its content
 
     @property
@@ -176,7 +186,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         section: Any = ExperimentConfig
         for part in where[:-1]:
-            section = next(t for t in (section.model_fields[part].annotation,) if t)
+            kind = section.model_fields[part].annotation
+            section = next(one for one in (*get_args(kind), kind) if one is not type(None))
         near = difflib.get_close_matches(where[-1], section.model_fields, 1)
         hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(section.model_fields)}"
         return f"{'.'.join(where)}: unknown key; {hint}"

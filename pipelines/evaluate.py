@@ -25,7 +25,7 @@ from lfm.metrics.precision_recall import nearest
 from lfm.metrics.reference import Reference
 from lfm.solvers import Solving
 from lfm.world import World
-from pipelines import factory, measures, report
+from pipelines import factory, features, measures, report
 from pipelines.measures import Means
 from pipelines.scores import SHOWN, Scorer
 from pipelines.targets import PairedPictures, Pictures, Run, Target
@@ -78,14 +78,19 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
         ConfigError, DataError, CheckpointError: before anything is generated, wherever it can be known before.
     """
     found = [references.load(path) for path in config.reference]
-    used = [_network(config, path, reference, world) for path, reference in zip(config.reference, found, strict=True)]
+    used = [
+        features.matching_network(path, reference.header, config.network, factory.device(world))
+        for path, reference in zip(config.reference, found, strict=True)
+    ]
     for name in config.network:
         if networks.short_name(name) not in [network.name for network in used]:
             raise ConfigError(f"--network {name}: no reference was made by it; leave it out, or name its reference")
     targets = _targets(config, world)
     for target in targets:
         for path, reference in zip(config.reference, found, strict=True):
-            _check_comparable(target, path, reference)
+            features.check_comparable(path, reference.header, target.name, target.image_size, target.rule)
+        if sum(target.counts) < 2:
+            raise ConfigError(f"{target.name}: a single picture has no distribution; two are the least")
     modules = {"lpips": config.lpips, "segmenter": config.segmenter}
     means = Means(found, used, targets[0].offers, tuple(name for name, path in modules.items() if path))
     chosen = means.choose(config.metrics)
@@ -157,42 +162,8 @@ def _pictures(config: EvaluateConfig) -> list[Target]:
     return targets
 
 
-def _network(config: EvaluateConfig, path: str, reference: Reference, world: World) -> FeatureNetwork:
-    """The network of a reference, and no other.
-
-    Raises:
-        ConfigError: it is not to be found.
-    """
-    header = reference.header
-    named = [name for name in config.network if networks.short_name(name) == header.network_name]
-    found = networks.load(named[0] if named else header.network, factory.device(world))
-    if header.network_hash not in (None, found.content_hash) or header.network_name != found.name:
-        raise ConfigError(
-            f"{path}: was made by {header.network_name} ({str(header.network_hash)[:12]}), not by {found.name} "
-            f"({found.content_hash[:12]}); name that one with --network"
-        )
-    return found
-
-
 def _described(network: FeatureNetwork) -> dict[str, str]:
     return {"name": network.name, "content_hash": network.content_hash, "description": network.description}
-
-
-def _check_comparable(target: Target, path: str, reference: Reference) -> None:
-    """Refuse a comparison that would mean nothing."""
-    header = reference.header
-    if target.image_size != header.image_size:
-        raise ConfigError(
-            f"{path}: is of pictures of {header.image_size} pixels, {target.name} has {target.image_size}; make a "
-            f"reference of that size with `lfm reference {header.source} OUT --image-size {target.image_size}`"
-        )
-    if sum(target.counts) < 2:
-        raise ConfigError(f"{target.name}: a single picture has no distribution; two are the least")
-    if target.rule and header.rule and target.rule != header.rule:
-        raise ConfigError(
-            f"{path}: is of pictures cropped by the rule {header.rule}, {target.name} by {target.rule}; make a reference "
-            f"of that rule with `lfm reference`"
-        )
 
 
 def _row(folder: str, target: Target, means: Means, chosen: tuple[str, ...]) -> dict[str, Any]:

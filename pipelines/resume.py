@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from lfm.checkpoint import RunState
 from lfm.data.manifest import Manifest
 from lfm.errors import CheckpointError, ConfigError, DataError
 from lfm.models.dit import DiT
+from lfm.world import World
 from pipelines import config as configs
 from pipelines.config import ExperimentConfig
 
@@ -21,7 +23,8 @@ FREE_KEYS = {
     *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.validate_every"),
     "train.ema_snapshots",
 }
-FREE_SECTION = "deepspeed."  # owns how the work is shared out, and no number of the optimization
+# How the work is shared out, and what is looked at meanwhile: no number of the optimization.
+FREE_SECTIONS = ("deepspeed", "evaluation")
 
 
 def initial_weights(source: str, model: DiT, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -58,10 +61,29 @@ def check_continues(
     changes = [
         f"{key} ({before}, now {after})"
         for key, before, after in configs.differences(state.config, config.model_dump(mode="json"))
-        if key not in FREE_KEYS and not key.startswith(FREE_SECTION)
+        if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS
     ]
     if config.train.schedule == "cosine" and state.config["train"]["num_steps"] != config.train.num_steps:
         changes.append("train.num_steps (the cosine schedule depends on it)")
     if changes and not allow_changes:
         raise ConfigError(f"{newest}: was made with another configuration: {', '.join(changes)}; name another folder "
                           "with run, or go on all the same with --allow-changes")  # fmt: skip
+
+
+def describe(
+    config: ExperimentConfig,
+    manifest: Manifest,
+    model: DiT,
+    world: World,
+    settings: dict[str, Any],
+    origin: str | None,
+) -> str:
+    """What the training will do, in a line."""
+    batch = config.train.global_batch
+    stage, skipped = settings["zero_optimization"]["stage"], config.data.skip_shards
+    return (
+        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {config.data.shards}; "
+        f"{f'{len(skipped)} shards left out; ' if skipped else ''}"
+        f"{config.train.num_steps:,} steps of {batch} ({config.train.num_steps * batch / manifest.num_samples:.1f} epochs) "
+        f"on {world.size} ranks, ZeRO {stage}, {config.train.precision}, from {origin or 'the start'} -> {config.run}"
+    )

@@ -31,7 +31,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, samples_seen: int, engine: Engine, flops_per_sample: int) -> None:
-        self.path, self.plot, self.engine, self.flops_per_sample = folder / LOG, folder / PLOT, engine, flops_per_sample
+        self.path, self.engine, self.flops_per_sample = folder / LOG, engine, flops_per_sample
         self.quiet = not engine.world.is_main
         self.matmul_rate = matmul_rate(engine.device, engine.dtype)  # on all ranks at once, as they train
         self.at, self.seen, self.waited = time.perf_counter(), samples_seen, 0.0
@@ -43,12 +43,14 @@ class Log:
         storage.write_bytes(str(self.path), "".join(kept).encode())
         self.file = self.path.open("a", buffering=1)
 
-    def write(self, samples_seen: int, step: int, stream: LatentStream, **figures: float | None) -> dict[str, str]:
+    def write(
+        self, samples_seen: int, step: int, stream: LatentStream, learning_rate: float, found: dict[str, float]
+    ) -> dict[str, str]:
         """Add a line with the mean of `losses`, and empty them; returns what the progress bar shows of it.
 
         Args:
             stream: tells how long training has waited for data, and what its cache did.
-            figures: further ones, such as the learning rate.
+            found: what was measured on the EMA, by name.
         """
         now, finite = time.perf_counter(), [loss for loss in self.losses if math.isfinite(loss)]
         elapsed, waited = now - self.at, stream.wait_seconds - self.waited
@@ -67,7 +69,8 @@ class Log:
             "model_flop_utilisation": self.flops_per_sample * rate / (self.engine.world.size * self.matmul_rate),
             "peak_memory_bytes": peak_memory(self.engine.device),
             **counts,
-            **figures,
+            "learning_rate": learning_rate,
+            **found,
         }
         if self.quiet:
             return {}
@@ -85,22 +88,22 @@ class Log:
         }
         if guard.skipped:
             shown["skipped"] = str(guard.skipped)
-        if figures.get("validation_loss") is not None:
-            shown["validation"] = f"{figures['validation_loss']:.4f}"
-        return shown
+        return shown | {name: f"{value:.4g}" for name, value in found.items()}
 
-    def draw(self) -> None:
-        """The curves of the losses so far, as a picture beside the log."""
+    def draw(self, distance: str | None) -> None:
+        """The curves so far, as pictures beside the log: of the losses, and of the distance of this name."""
         if self.quiet:
             return
         lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        curves = {
-            name: [(line["samples_seen"], line[name]) for line in lines if line.get(name) is not None]
-            for name in ("loss", "validation_loss")
-        }
-        pictures.save(
-            pictures.plot({name: points for name, points in curves.items() if points}), self.plot, flush=False
-        )
+        for file, names in ((PLOT, ("loss", "validation_loss")), (f"{distance}.png", (distance,))):
+            curves = {
+                name: [(line["samples_seen"], line[name]) for line in lines if line.get(name) is not None]
+                for name in names
+                if name
+            }
+            if any(curves.values()):
+                plot = pictures.plot({name: points for name, points in curves.items() if points})
+                pictures.save(plot, self.path.parent / file, flush=False)
 
     def close(self) -> None:
         """Nothing more is written."""

@@ -32,7 +32,8 @@ from pipelines import factory
 from pipelines.config import ExperimentConfig, TrainConfig
 from pipelines.preemption import StopRequest
 from pipelines.progress import Progress
-from pipelines.resume import check_continues, initial_weights
+from pipelines.resume import check_continues, describe, initial_weights
+from pipelines.selection import Selection, Standard
 from pipelines.telemetry import Log
 from pipelines.validation import Validation, split
 
@@ -75,6 +76,7 @@ def run(
     newest = folder.newest()
     if newest:
         check_continues(config, manifest, folder.read_state(newest, verify=world.is_main), newest, allow_changes)
+    standard = Standard.load(config, manifest, world) if config.evaluation else None
     torch.manual_seed(config.train.seed)  # of the initial weights alone
     model = DiT(model_config)
     if config.model.compile:
@@ -82,7 +84,7 @@ def run(
     initial = initial_weights(initialize_from, model, manifest) if initialize_from and not newest else None
     kept = (BYTES_PER_PARAMETER + 4 * (1 + len(config.train.ema_sigma_rel))) * model.num_parameters
     folder.require_space(kept, config.train.keep_checkpoints, 4 * model.num_parameters)
-    plan = _plan(config, manifest, model, world, settings, newest.name if newest else initialize_from)
+    plan = describe(config, manifest, model, world, settings, newest.name if newest else initialize_from)
     if dry_run:
         return TrainResult(plan, None, 0, None)
     with folder.only_one() if world.is_main else nullcontext():
@@ -92,7 +94,7 @@ def run(
             print(plan, flush=True)
             storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
         engine.barrier()
-        training = Training(config, manifest, _header(config, manifest, model_config), engine, folder)
+        training = Training(config, manifest, _header(config, manifest, model_config), engine, folder, standard)
         training.run(newest, initial)
         engine.close()
     if training.leaves:
@@ -104,7 +106,13 @@ class Training:
     """One rank's training loop."""
 
     def __init__(
-        self, config: ExperimentConfig, manifest: Manifest, header: dict[str, Any], engine: Engine, folder: RunFolder
+        self,
+        config: ExperimentConfig,
+        manifest: Manifest,
+        header: dict[str, Any],
+        engine: Engine,
+        folder: RunFolder,
+        standard: Standard | None,
     ) -> None:
         self.config, self.train, self.header = config, config.train, header
         self.engine, self.world, self.folder = engine, engine.world, folder
@@ -113,12 +121,13 @@ class Training:
         options = factory.stream_options(config, header["model"])
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
         self.stream = LatentStream(config.data.shards, trained, options, self.world, cache, engine.device)
-        self.looks = None
+        self.validation = self.selection = None
+        if self.train.validate_every or standard:
+            decoder = factory.matching_autoencoder(header["autoencoder"], None, self.world, config.data.shards)
         if self.train.validate_every:
-            decoder = None
-            if self.world.is_main:
-                decoder = factory.matching_autoencoder(header["autoencoder"], None, self.world, config.data.shards)
-            self.looks = Validation(config, trained, held_back, header["model"], engine, decoder)
+            self.validation = Validation(config, trained, held_back, header["model"], engine, decoder)
+        if standard:
+            self.selection = Selection(config, trained, header["model"], engine, decoder, standard)
         self.samples_seen = 0
         self.loss: float | None = None  # over all ranks, of the last step
         self.leaves = False  # every rank knows that one was asked to leave
@@ -155,22 +164,19 @@ class Training:
                 if self.engine.guard.in_a_row > MOST_SKIPPED_IN_A_ROW:
                     return False
                 log.losses.append(self.loss if self.loss is not None else math.nan)
-                looks = train.validate_every and self.step % train.validate_every == 0
                 saves = self.step % train.checkpoint_every == 0 or self.leaves
                 # What comes before skipped steps may be what ruined the weights: no checkpoint to go back to.
                 saves = self.samples_seen == total or (saves and not self.engine.guard.in_a_row)
                 figures: dict[str, str] = {}
-                if looks or saves or self.step % train.log_every == 0:
+                found = self._measured()
+                if found or saves or self.step % train.log_every == 0:
                     rate = learning_rate_at(self.samples_seen - train.global_batch, train)
-                    loss = self._look() if looks else None
-                    figures = log.write(
-                        self.samples_seen, self.step, self.stream, learning_rate=rate, validation_loss=loss
-                    )
+                    figures = log.write(self.samples_seen, self.step, self.stream, rate, found)
                 if self._snapshots_due(self.step) > self._snapshots_due(self.step - 1):
                     self._snapshot()
                 if saves:
                     self._save()
-                    log.draw()
+                    log.draw(self.selection.name if self.selection else None)
                 bar.advance(train.global_batch, **figures)
         return True
 
@@ -204,11 +210,14 @@ class Training:
             "train.learning_rate, set train.gradient_clipping, or look for broken latents, and run the same command"
         )
 
-    def _look(self) -> float | None:
-        assert self.looks
-        loss, images = self.looks.look()
-        self.looks.save(images, str(self.folder.path / "previews" / f"{self.folder.tag(self.samples_seen)}.png"))
-        return loss
+    def _measured(self) -> dict[str, float]:
+        """What is measured on the EMA at this step."""
+        found: dict[str, float] = {}
+        if self.validation and self.step % self.validation.every == 0:
+            found |= self.validation.measure(self.samples_seen)
+        if self.selection and self.step % self.selection.every == 0:
+            found |= self.selection.measure(self._header_now())
+        return found
 
     def _snapshots_due(self, step: int) -> int:
         return step * self.train.ema_snapshots // self.train.num_steps
@@ -277,21 +286,3 @@ def _header(config: ExperimentConfig, manifest: Manifest, model_config: DiTConfi
 def _profile(width: float) -> str:
     """The name under which the engine keeps a power-function average."""
     return f"ema-{width:g}"
-
-
-def _plan(
-    config: ExperimentConfig,
-    manifest: Manifest,
-    model: DiT,
-    world: World,
-    settings: dict[str, Any],
-    origin: str | None,
-) -> str:
-    batch = config.train.global_batch
-    stage, skipped = settings["zero_optimization"]["stage"], config.data.skip_shards
-    return (
-        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {config.data.shards}; "
-        f"{f'{len(skipped)} shards left out; ' if skipped else ''}"
-        f"{config.train.num_steps:,} steps of {batch} ({config.train.num_steps * batch / manifest.num_samples:.1f} epochs) "
-        f"on {world.size} ranks, ZeRO {stage}, {config.train.precision}, from {origin or 'the start'} -> {config.run}"
-    )

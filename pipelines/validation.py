@@ -1,17 +1,17 @@
-"""What a training has learned so far, looked at through its EMA in eval mode: a grid of pictures and a validation loss.
+"""What a training has learned so far, seen through its EMA in eval mode: a grid of pictures and a validation loss.
 
-Everything is fixed, so that looks compare: the seeds and labels of the pictures, and the samples, noise and times of the
+Everything is fixed, so that they compare: the seeds and labels of the pictures, and the samples, noise and times of the
 loss. Its times are uniform whatever training prefers.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from lfm import solvers
+from lfm import checkpoint, solvers
 from lfm.autoencoder import Autoencoder
 from lfm.conditioning import class_condition
 from lfm.data.draws import picture_noise
@@ -51,7 +51,7 @@ class Validation:
 
     Args:
         held_back: what the validation loss is taken on; may have no shards.
-        autoencoder: decodes the pictures; the main rank's alone is used.
+        autoencoder: decodes the pictures, on the main rank.
     """
 
     def __init__(
@@ -61,8 +61,10 @@ class Validation:
         held_back: Manifest,
         model: DiTConfig,
         engine: Engine,
-        autoencoder: Autoencoder | None,
+        autoencoder: Autoencoder,
     ) -> None:
+        assert config.train.validate_every, "the experiment is validated"
+        self.every, self.folder = config.train.validate_every, Path(config.run) / "previews"
         self.config, self.engine, self.autoencoder, self.model = config, engine, autoencoder, model
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
         self.micro_batch = factory.micro_batch(config, engine.world)
@@ -84,15 +86,19 @@ class Validation:
             batches = max(1, min(held_back.num_samples, MOST_SAMPLES) // batch)
             self.validation = [stream.batch(number * batch) for number in range(batches)]
 
-    def look(self) -> tuple[float | None, np.ndarray | None]:
-        """The validation loss, if there are held-back shards, and on the main rank the pictures, uint8 (B, H, W, 3)."""
+    def measure(self, samples_seen: int) -> dict[str, float]:
+        """The validation loss, if there are held-back shards; the pictures are saved."""
+        found = {}
         with self.engine.averaged("ema"):
-            loss = self._validation_loss() if self.validation else None
+            if self.validation:
+                found["validation_loss"] = self._validation_loss()
             latents = self._latents()
-        if self.autoencoder is None:
-            return loss, None
-        images = torch.cat([self.autoencoder.decode(some).cpu() for some in latents.split(self.micro_batch)])
-        return loss, images.permute(0, 2, 3, 1).numpy()
+        if self.engine.world.is_main:
+            images = torch.cat([self.autoencoder.decode(some).cpu() for some in latents.split(self.micro_batch)])
+            enlarge = max(1, 128 // images.shape[-1])
+            grid = pictures.grid(images.permute(0, 2, 3, 1).numpy(), columns=self.columns, enlarge=enlarge)
+            pictures.save(grid, self.folder / f"{checkpoint.tag(samples_seen)}.png", flush=False)
+        return found
 
     def _validation_loss(self) -> float:
         total = torch.zeros(2, device=self.engine.device)
@@ -111,9 +117,3 @@ class Validation:
         condition = self.condition.to(self.engine.device)
         velocity = NetworkVelocity(self.engine, condition, len(self.noise))  # type: ignore[arg-type]
         return solvers.solve(SOLVER, velocity, self.noise.to(self.engine.device), num_steps=NUM_STEPS)
-
-    def save(self, images: np.ndarray | None, path: str) -> None:
-        """Publish the grid of pictures, a column for each class where they are few."""
-        if images is not None:
-            grid = pictures.grid(images, columns=self.columns, enlarge=max(1, 128 // images.shape[1]))
-            pictures.save(grid, path, flush=False)

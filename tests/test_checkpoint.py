@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lfm import storage
+from lfm import checkpoint, storage
 from lfm.checkpoint import STATE, WEIGHTS, RunFolder, RunState, WeightsHeader, load_weights, save_weights
 from lfm.data.manifest import AutoencoderRecord, ClassRecord
 from lfm.errors import CheckpointError, LfmError
@@ -157,7 +157,7 @@ def test_a_checkpoint_being_written_is_never_the_newest(tmp_path: Path) -> None:
     assert run.newest() == first
     storage.write_json(str(temporary / STATE), {"samples_seen": 200})  # all but the rename
     assert run.newest() == first
-    (run.checkpoints / run.tag(300)).mkdir()  # the name alone does not make it complete
+    (run.checkpoints / checkpoint.tag(300)).mkdir()  # the name alone does not make it complete
     assert run.newest() == first
 
 
@@ -169,7 +169,9 @@ def test_publish_keeps_the_newest_ones(tmp_path_factory: pytest.TempPathFactory,
     for number, samples_seen in enumerate(counts, start=1):
         final = write_checkpoint(run, samples_seen, keep)
         assert run.newest() == final
-        assert run.complete() == [run.checkpoints / run.tag(count) for count in counts[max(0, number - keep) : number]]
+        assert run.complete() == [
+            run.checkpoints / checkpoint.tag(count) for count in counts[max(0, number - keep) : number]
+        ]
         assert run.read_state(final).samples_seen == samples_seen
         assert (final / "rank_0" / "optimizer.pt").read_bytes() == b"state"
         tensors, header = load_weights(str(run.path))

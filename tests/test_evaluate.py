@@ -1,4 +1,4 @@
-"""`lfm reference` and `lfm evaluate` by their commands, with a network that is quick: the picture in 4 x 4 pixels."""
+"""`lfm reference` and `lfm evaluate` by their commands, with a network that is quick."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALONE, SmallSet, Tasks, assert_one_line, lfm
+from networks import Small, exported, reference_of
 from PIL import Image
 from torch import nn
 
@@ -25,25 +26,11 @@ from lfm.metrics.inception import Inception
 from lfm.world import World
 from pipelines import evaluate as stage
 from pipelines.evaluate import EvaluateConfig
-from pipelines.reference import ReferenceConfig
-from pipelines.reference import run as make_reference
-
-
-class Small(nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return nn.functional.adaptive_avg_pool2d(images.float(), (2, 2)).flatten(1) / 255
 
 
 class Distance(nn.Module):
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         return (first.float() - second.float()).abs().mean((1, 2, 3))
-
-
-def exported(module: nn.Module, path: Path, inputs: int = 1) -> Path:
-    example = tuple(torch.zeros(2, 3, 16, 16, dtype=torch.uint8) for _ in range(inputs))
-    sizes = tuple({0: torch.export.Dim("batch", max=1000)} for _ in range(inputs))
-    torch.export.save(torch.export.export(module, example, dynamic_shapes=sizes), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +41,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(small_set: SmallSet, network: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the 40 scenes of the small set."""
-    out = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    make_reference(ReferenceConfig(str(small_set.raw), str(out), network=str(network)), ALONE)
-    return out
+    return reference_of(small_set, network, tmp_path_factory.mktemp("reference"))
 
 
 def picture_folder(folder: Path, count: int = 30, size: int = 16, seed: int = 0) -> Path:

@@ -42,6 +42,9 @@ def test_every_mistake_is_one_line_before_training(experiment: Path, small_set: 
         (("data.held_back=3", "train.validate_every=5"), "data.held_back 3", "3 shards"),
         (("train.ema_sigma_rel=[0.1, 0.1]",), "train.ema_sigma_rel"),
         (("train.ema_sigma_rel=[0.5]",), "train.ema_sigma_rel"),
+        (("evaluation={reference: nowhere.safetensors, every: 5}",), "nowhere.safetensors"),
+        (("evaluation={reference: a, every: 5, guidence_scale: 2}",), "evaluation.guidence_scale", "'guidance_scale'"),
+        (("evaluation.every=5",), "evaluation.reference: missing"),
     ):
         result = plan(experiment, *overrides)
         assert_one_line(result, *said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, assert_one_line, finish, free_port, lfm
+from conftest import REPOSITORY, SmallSet, assert_one_line, finish, free_port, lfm
+from networks import Small, exported, reference_of
 from PIL import Image
 from safetensors.torch import load_file
 from training import SCRIPT, assert_same_weights, experiment, losses, plan, start, train, zero
+
+from lfm.checkpoint import load_weights
 
 __all__ = ["experiment"]
 
@@ -141,7 +145,7 @@ def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_p
     )
     assert_same_weights(looked, not_looked)
     lines = [json.loads(line) for line in (looked / "log.jsonl").read_text().splitlines()]
-    validation = [line["validation_loss"] for line in lines]
+    validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert len(validation) == 4 and validation == sorted(validation, reverse=True), "the EMA learns"
     assert all(0 < line["model_flop_utilisation"] < 1 and 0 <= line["data_wait"] < 1 for line in lines)
     assert all(line["peak_memory_bytes"] > 1e7 and line["skipped_steps"] == 0 for line in lines)
@@ -164,6 +168,39 @@ def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_p
     )
     assert_one_line(lfm("ema", looked, "--sigma-rel", "0.01"), "error of", "--sigma-rel")
     assert_one_line(lfm("ema", tmp_path, "--sigma-rel", "0.1"), "no snapshots", "train.ema_sigma_rel")
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
+    """One rank alone, two at stage 3, and one that goes on from the middle, with a record of what is yet to come."""
+    reference = reference_of(small_set, exported(Small(), tmp_path / "small.pt2"), tmp_path)
+    evaluation = f"evaluation={{reference: {reference}, every: 5, num: 21, guidance_scale: 2}}"
+    runs = [tmp_path / name for name in ("alone", "two", "plain", "resumed")]
+    shared = ("train.checkpoint_every=10", "train.learning_rate=2.0e-2")
+    assert train(experiment, f"run={runs[0]}", evaluation, *shared).returncode == 0
+    assert train(experiment, f"run={runs[1]}", evaluation, *shared, zero(3), ranks=2).returncode == 0
+    assert train(experiment, f"run={runs[2]}", *shared).returncode == 0
+    shutil.copytree(runs[0], runs[3])
+    shutil.rmtree(runs[3] / "checkpoints" / "samples-000000000160")
+    assert train(experiment, f"run={runs[3]}", evaluation, *shared).returncode == 0
+
+    found = []
+    for run in (runs[0], runs[1], runs[3]):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        found.append([(line["fd-small"], line["samples_seen"]) for line in lines if "fd-small" in line])
+        best = json.loads((run / "best.json").read_text())
+        assert [seen for _, seen in found[-1]] == [40, 80, 120, 160]
+        assert (best["fd-small"], best["samples_seen"]) == min(found[-1]) and best["reference"] == str(reference)
+        _, header = load_weights(str(run / "best.safetensors"))
+        assert header.samples_seen == best["samples_seen"]
+        with Image.open(run / "fd-small.png") as image:
+            assert image.size == (640, 360)
+    distances = torch.tensor([[distance for distance, _ in run] for run in found], dtype=torch.float64)
+    assert distances[0].unique().numel() == 4 and distances.min() > 0
+    torch.testing.assert_close(distances[1], distances[0], rtol=1e-2, atol=0)  # a grey level, here and there
+    assert distances[2].tolist() == distances[0].tolist()
+    assert_same_weights(runs[0], runs[2])
+    assert_same_weights(runs[0], runs[3])
 
 
 @pytest.mark.slow
