@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +97,17 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_one_line(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     assert_one_line(plan(experiment), "/run: 0.0 GB are free", "needed", "train.keep_checkpoints")
+
+
+def test_a_condition_that_the_latents_lack_is_one_line(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
+    bare = shutil.copytree(small_set.latents, tmp_path / "bare")
+    manifest = json.loads((bare / "manifest.json").read_text())
+    (bare / "manifest.json").write_text(json.dumps(manifest | {"classes": []}))
+    for condition, repair in (("class", "class folders"), ("inpaint", "--masks"), ("class+semantic", "segmentations")):
+        shards = bare if condition == "class" else small_set.latents
+        refused = plan(experiment, f"condition={condition}", f"data.shards={shards}")
+        assert_one_line(refused, f"condition: {condition}", repair)
+    assert not (tmp_path / "run").exists()
 
 
 def test_yaml_reads_1e4_as_a_number_and_refuses_a_key_given_twice(experiment: Path) -> None:

@@ -204,6 +204,18 @@ def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_se
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_blocks_learn_the_same(experiment: Path, tmp_path: Path) -> None:
+    runs = {flag: tmp_path / flag for flag in ("true", "false")}
+    for flag, run in runs.items():
+        settings = (f"run={run}", f"model.compile={flag}", "train.num_steps=6", "model.depth=1")
+        assert train(experiment, *settings, "train.validate_every=3").returncode == 0
+    first, second = (torch.tensor(losses(run)) for run in runs.values())
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+    assert first.unique().numel() == 6
+
+
+@pytest.mark.slow
 def test_bf16_follows_fp32_and_its_average_moves(experiment: Path, tmp_path: Path) -> None:
     """An average kept in bf16 would not move at this decay."""
     for precision in ("fp32", "bf16"):
