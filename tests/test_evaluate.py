@@ -308,6 +308,23 @@ def test_exactly_as_many_pictures_whatever_the_ranks_and_batches(
     assert first["nfe"] == 4
 
 
+@pytest.mark.slow
+def test_processes_of_their_own_measure_the_same(
+    weights: Path, network: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        made = ("reference", small_set.raw, out / "r.safetensors", "--network", network, "--num-gpus", count)
+        assert lfm(*made).exit_code == 0
+        options = ("--autoencoder", small_set.autoencoder, "--num", 1100, "--solver", "euler", "--num-steps", 1)
+        told = ("--reference", out / "r.safetensors", "--out", out / "report", "--num-gpus", count, *options)
+        result = lfm("evaluate", weights, *told)
+        assert result.exit_code == 0 and "1,100" in result.stdout, result.output
+    assert len(list((tmp_path / "2" / "report").glob("blocks-*/*"))) == 2, "each process made one"
+    first, second = metrics(tmp_path / "1" / "report"), metrics(tmp_path / "2" / "report")
+    assert first == pytest.approx(second, rel=1e-6)
+
+
 def test_a_run_of_another_crop_rule_is_refused(
     weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path
 ) -> None:
