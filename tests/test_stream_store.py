@@ -214,7 +214,8 @@ def test_training_on_two_ranks_through_faults_ends_as_undisturbed(
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     assert train(experiment, f"run={undisturbed}", ranks=2).returncode == 0
     proxy.requests.clear()
-    broken = [Fault("cut", 900), Fault("reset", 5000), Fault("status", 503), Fault("flip", 3000), Fault("drop")]
+    faults = (("cut", 900), ("reset", 5000), ("status", 503), ("flip", 3000), ("drop", 0), ("stall", 300))
+    broken = [Fault(kind, at) for kind, at in faults]  # type: ignore[arg-type]
     proxy.matches, proxy.plan = lambda method, path: method == "GET" and path.endswith(".tar"), list(broken)
     remote = (f"data.shards=s3://{BUCKET}/small", f"data.cache={tmp_path / 'cache'}")
     result = train(experiment, f"run={disturbed}", *remote, ranks=2)
