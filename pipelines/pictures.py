@@ -84,8 +84,11 @@ def plot(curves: dict[str, list[tuple[float, float]]], width: int = 640, height:
         at = place(0, math.exp(value) if logarithmic else value)[1]
         draw.line([(edge, at), (width - edge / 2, at)], "lightgrey")
         draw.text((4, at - 6), f"{math.exp(value) if logarithmic else value:.3g}", "black")
-        draw.text((place(last * part / 4, values[0])[0] - 14, height - edge + 8), f"{last * part / 4:.3g}", "black")
-    draw.text((width / 2 - 40, height - 18), "samples seen", "black")
+        seen = f"{round(last * part / 4):,}"
+        draw.text(
+            (place(last * part / 4, values[0])[0], height - edge + 8), seen, "black", anchor="ra" if part else "la"
+        )
+    draw.text((width / 2, height - 20), "samples seen", "black", anchor="ma")
     for number, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
         draw.line([place(*point) for point in points], colour, width=2)
         draw.text((width - edge / 2 - 110, 8 + 14 * number), name, colour)
