@@ -1,13 +1,16 @@
 """The best weights of a training: the EMA whose pictures come nearest to the real ones, by the Frechet distance.
 
 Every so many steps the EMA makes the same pictures: of the same seeds, under the conditions of the training's first samples,
-each rank its share. So distances of one run compare; with few pictures they lie above those of many.
+each rank its share. So distances of one run compare; with few pictures they lie above those of many, and what a mask leaves
+is as the model makes it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +90,7 @@ class Selection:
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
         self.stream = LatentStream(config.data.shards, manifest, options, engine.world, cache, engine.device)
         record = str(self.folder / RECORD)
-        self.best = storage.read_json(record) if storage.exists(record) else None
+        self.best: dict[str, Any] = storage.read_json(record) if storage.exists(record) else {}
 
     def measure(self, header: WeightsHeader) -> dict[str, float]:
         """The distance by its name; weights that come nearer than all before are kept under this header."""
@@ -128,10 +131,12 @@ class Selection:
     def is_best(self, distance: float, samples_seen: int) -> bool:
         """Whether the weights of now are to be kept, as every rank finds; they are the best from then on.
 
-        A record of what is yet to come is of a run that was killed since: it will come again.
+        A record of what is yet to come is of a run that was killed since: it will come again. One of another measure
+        does not compare.
         """
-        best = self.best
-        if best and best["samples_seen"] < samples_seen and best[self.name] <= distance:
+        measured = self.evaluation.model_dump(exclude={"every"})
+        comparable = {*measured.items()} <= {*self.best.items()} and self.best["samples_seen"] < samples_seen
+        if comparable and self.best.get(self.name, math.inf) <= distance:
             return False
-        self.best = {self.name: distance, "samples_seen": samples_seen, **self.evaluation.model_dump()}
+        self.best = {self.name: distance, "samples_seen": samples_seen, **measured}
         return True
