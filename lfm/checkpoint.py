@@ -148,6 +148,8 @@ class RunFolder:
         if not storage.is_local(path):
             raise CheckpointError(f"{path}: a run is written to a local folder; copy it to object storage afterwards")
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{path}: is a file, not a folder; name another with run")
         self.checkpoints = self.path / _FOLDER
 
     def temporary_tag(self, samples_seen: int) -> str:

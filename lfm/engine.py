@@ -220,6 +220,11 @@ class Engine:
         return {MASTER: self.masters, **moments, **averages}
 
     @property
+    def has_learned(self) -> bool:
+        """Whether a step was taken, and not left out, since the start: before, there is nothing to save."""
+        return MOMENTS[0] in self.engine.optimizer.optimizer.state.get(self.masters[0], {})
+
+    @property
     def _adam_steps(self) -> int:
         return int(self.engine.optimizer.optimizer.state[self.masters[0]]["step"])
 

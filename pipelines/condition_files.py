@@ -123,14 +123,21 @@ def _from_shards(
 
 
 def check_latents(folder: str, manifest: Manifest, model: TrainedModel) -> AutoencoderRecord:
-    """The record of the autoencoder of some latents, which must be the model's.
+    """The record of the autoencoder of some latents, which must be the model's, and hold all that it is told.
 
     Raises:
-        DataError: it is another.
+        DataError: it is another, or they do not.
     """
-    record = manifest.autoencoder
+    record, shape = manifest.autoencoder, model.header.model
     if record is None or record.content_hash != model.autoencoder.content_hash:
         raise DataError(f"{folder}: its latents are of another autoencoder than those of {model.name}")
+    members = {member.suffix for member in manifest.members}
+    for takes, suffix, what in (
+        (shape.condition_channels, "masked.npy", "masks"),
+        (shape.num_labels, "seg.npy", "segmentations"),
+    ):
+        if takes and suffix not in members:
+            raise DataError(f"{folder}: its latents have no {what}, which {model.name} takes; name others")
     return record
 
 

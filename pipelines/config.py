@@ -29,6 +29,8 @@ OWNED_BY_YAML = {
 }
 
 
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -39,8 +41,8 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Which latents, and how they are shuffled."""
 
-    shards: str  # folder or URL of latent shards
-    window: PositiveInt = 8  # shards shuffled together
+    shards: Name  # folder or URL of latent shards
+    window: Count = 8  # shards shuffled together
     cache: str | None = None  # folder for copies of remote shards
     cache_gigabytes: PositiveFloat | None = None  # of 10^9 bytes: how large it may become
     skip_shards: tuple[str, ...] = ()  # names of damaged shards that are left out
@@ -84,8 +86,8 @@ class TrainConfig(_Section):
     """The optimization. A step is one optimizer update of `global_batch` samples."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    num_steps: PositiveInt
-    global_batch: PositiveInt = 256
+    num_steps: Count
+    global_batch: int = Field(default=256, ge=1, le=2**20)
     micro_batch: PositiveInt | None = None  # samples per forward pass of one rank; by default all of its part
     learning_rate: PositiveFloat = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
@@ -117,7 +119,7 @@ class EvaluationConfig(_Section):
 class ExperimentConfig(_Section):
     """One experiment, as its YAML file says."""
 
-    run: str  # folder for checkpoints, weights and logs
+    run: Name  # folder for checkpoints, weights and logs
     condition: Literal["none", "class", "inpaint", "semantic", "class+inpaint", "class+semantic"] = "none"
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that train the null condition
     data: DataConfig

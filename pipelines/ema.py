@@ -9,7 +9,7 @@ import torch
 from lfm import checkpoint, storage
 from lfm.checkpoint import RunFolder
 from lfm.ema import combination
-from lfm.errors import CheckpointError
+from lfm.errors import CheckpointError, ConfigError
 from pipelines.progress import Progress
 
 WORST_FIT = 0.1  # of the wanted profile's norm; above it the snapshots cannot make the width
@@ -58,6 +58,8 @@ def run(config: EmaConfig) -> EmaResult:
             f"{config.sigma_rel:g} with an error of {misfit:.0%}; choose a --sigma-rel nearer to them"
         )
     out = config.out or storage.join(config.run, f"ema-{config.sigma_rel:g}.safetensors")
+    if not out.endswith(".safetensors"):
+        raise ConfigError(f"--out {out}: must end with .safetensors, by which weights are known")
     plan = (
         f"width {config.sigma_rel:g} at {end:,} samples of {len(paths)} snapshots in {config.run}, "
         f"fitted to {misfit:.2%} -> {out}"

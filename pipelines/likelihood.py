@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,6 +60,8 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
     model = trained.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
     manifest, rows = manifests.load(config.latents, "latents"), condition_files.numbers("--rows", config.rows)
     record, shape = condition_files.check_latents(config.latents, manifest, model), model.header.model
+    if storage.is_local(config.out) and Path(config.out).is_dir():
+        raise ConfigError(f"--out {config.out}: is a folder; name a file, such as likelihood.json")
     plan = f"{len(rows)} latents of {config.latents} under {config.run}, {solving}, {config.estimator} -> {config.out}"
     if config.dry_run:
         return LikelihoodResult(plan)

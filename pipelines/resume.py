@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lfm import checkpoint as checkpoints
-from lfm.checkpoint import RunState
+from lfm.checkpoint import RunState, WeightsHeader
 from lfm.data.manifest import Manifest
 from lfm.errors import CheckpointError, ConfigError, DataError
 from lfm.models.dit import DiT
@@ -24,6 +24,7 @@ FREE_KEYS = {
     "train.ema_snapshots",
 }
 # How the work is shared out, and what is looked at meanwhile: no number of the optimization.
+FREE_PARTS = {"attention", "activation_checkpointing", "token_dropout"}  # of a network, which change no weight
 FREE_SECTIONS = ("deepspeed", "evaluation")
 
 
@@ -34,14 +35,7 @@ def initial_weights(source: str, model: DiT, manifest: Manifest) -> dict[str, to
         CheckpointError: it is of another model, or of latents of another autoencoder.
     """
     weights, header = checkpoints.load_weights(source)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted({*shapes, *theirs}):
-        if shapes.get(name) != theirs.get(name):
-            raise CheckpointError(
-                f"--initialize-from {source}: {name} is {theirs.get(name, 'missing')} there and "
-                f"{shapes.get(name, 'missing')} here; set model and condition as they were for it"
-            )
+    check_same_network(f"--initialize-from {source}", header, model)
     if manifest.autoencoder is None or header.autoencoder.content_hash != manifest.autoencoder.content_hash:
         raise CheckpointError(
             f"--initialize-from {source}: was trained on latents of {header.autoencoder.name}, another autoencoder; "
@@ -50,13 +44,41 @@ def initial_weights(source: str, model: DiT, manifest: Manifest) -> dict[str, to
     return weights
 
 
+def check_same_network(user: str, header: WeightsHeader, model: DiT) -> None:
+    """Refuse weights of another function than `model`, be it of the same shapes.
+
+    Raises:
+        CheckpointError: names `user` and the first difference.
+    """
+    theirs, ours = (
+        vars(config) | {"prediction": prediction, "condition_dropout": config.condition_dropout > 0}
+        for config, prediction in ((header.model, header.prediction), (model.config, "velocity"))
+    )
+    for name in theirs:
+        if theirs[name] != ours[name] and name not in FREE_PARTS:
+            raise CheckpointError(
+                f"{user}: its {name} is {theirs[name]} and here it is {ours[name]}; set model and condition as they were "
+                "for it"
+            )
+
+
 def check_continues(
-    config: ExperimentConfig, manifest: Manifest, state: RunState, newest: Path, allow_changes: bool
+    config: ExperimentConfig, manifest: Manifest, model: DiT, state: RunState, newest: Path, allow_changes: bool
 ) -> None:
     """Refuse to go on with other data or another configuration than the checkpoint's."""
     if state.manifest_digest != manifest.digest:
         raise DataError(
             f"{config.data.shards}: other latents than {newest} was trained on; name those, or another folder with run"
+        )
+    if rest := state.samples_seen % config.train.global_batch:
+        raise ConfigError(
+            f"train.global_batch {config.train.global_batch}: {newest} has seen {state.samples_seen:,} samples, {rest} more "
+            "than whole batches of that; name another folder with run and begin there with --initialize-from"
+        )
+    if state.samples_seen > config.train.num_steps * config.train.global_batch:
+        raise ConfigError(
+            f"train.num_steps {config.train.num_steps}: {newest} has gone {state.samples_seen // config.train.global_batch:,} "
+            "steps already; raise it"
         )
     changes = [
         f"{key} ({before}, now {after})"
@@ -65,6 +87,8 @@ def check_continues(
     ]
     if config.train.schedule == "cosine" and state.config["train"]["num_steps"] != config.train.num_steps:
         changes.append("train.num_steps (the cosine schedule depends on it)")
+    if any(change.startswith(("model.", "condition")) for change in changes) and allow_changes:
+        check_same_network(str(newest), checkpoints.load_weights(str(newest))[1], model)
     if changes and not allow_changes:
         raise ConfigError(f"{newest}: was made with another configuration: {', '.join(changes)}; name another folder "
                           "with run, or go on all the same with --allow-changes")  # fmt: skip

@@ -60,7 +60,7 @@ class Standard:
         )
         if config.evaluation.guidance_scale != 1 and not config.condition_dropout:
             raise ConfigError(
-                "evaluation.guidance_scale: guidance needs condition_dropout; set that too, or leave it out"
+                "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
             )
         return Standard(reference, features.matching_network(path, reference.header, (), factory.device(world)))
 
@@ -90,7 +90,8 @@ class Selection:
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
         self.stream = LatentStream(config.data.shards, manifest, options, engine.world, cache, engine.device)
         record = str(self.folder / RECORD)
-        self.best: dict[str, Any] = storage.read_json(record) if storage.exists(record) else {}
+        best = storage.read_json(record) if storage.exists(record) else {}
+        self.best: dict[str, Any] = best if isinstance(best, dict) and "samples_seen" in best else {}
 
     def measure(self, header: WeightsHeader) -> dict[str, float]:
         """The distance by its name; weights that come nearer than all before are kept under this header."""

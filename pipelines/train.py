@@ -19,7 +19,7 @@ from lfm import storage
 from lfm.checkpoint import RunFolder, RunState, WeightsHeader
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
-from lfm.data.stream import LatentStream
+from lfm.data.stream import LatentStream, shard_sizes
 from lfm.ema import decay_after, power_decay_after
 from lfm.engine import BYTES_PER_PARAMETER, Engine
 from lfm.errors import DataError
@@ -69,16 +69,19 @@ def run(
         KeyboardInterrupt: SIGTERM or Ctrl-C came; everything is saved.
     """
     manifest = manifests.load(config.data.shards, "latents")
-    split(manifest, config.data.held_back)
+    trained, _ = split(manifest, config.data.held_back)
+    if not sum(shard_sizes(trained, config.data.skip_shards, config.data.shards)):
+        raise DataError(f"{config.data.shards}: data.skip_shards leaves nothing to train on; name fewer")
     model_config = factory.model_config(config, manifest)
     settings = factory.deepspeed_settings(config, world)
     folder = RunFolder(config.run)
     newest = folder.newest()
-    if newest:
-        check_continues(config, manifest, folder.read_state(newest, verify=world.is_main), newest, allow_changes)
     standard = Standard.load(config, manifest, world) if config.evaluation else None
     torch.manual_seed(config.train.seed)  # of the initial weights alone
     model = DiT(model_config)
+    if newest:
+        state = folder.read_state(newest, verify=world.is_main)
+        check_continues(config, manifest, model, state, newest, allow_changes)
     if config.model.compile:
         model.compile_blocks()
     initial = initial_weights(initialize_from, model, manifest) if initialize_from and not newest else None
@@ -174,6 +177,8 @@ class Training:
                     figures = log.write(self.samples_seen, self.step, self.stream, rate, found)
                 if self._snapshots_due(self.step) > self._snapshots_due(self.step - 1):
                     self._snapshot()
+                if saves and not self.engine.has_learned:
+                    return False  # every step was left out
                 if saves:
                     self._save()
                     log.draw(self.selection.name if self.selection else None)
@@ -205,7 +210,7 @@ class Training:
 
     def _diverged(self, when: str) -> DataError:
         return DataError(
-            f"more than {MOST_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite or over "
+            f"more than {MOST_SKIPPED_IN_A_ROW} steps in a row, or all of them, had a gradient that is not finite or over "
             f"{self.train.skip_above:g} times the usual one, {when}; nothing of them was saved: lower "
             "train.learning_rate, set train.gradient_clipping, or look for broken latents, and run the same command"
         )

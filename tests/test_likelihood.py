@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SmallSet, assert_one_line, lfm
+from conftest import SmallSet, Tasks, assert_one_line, lfm
 from torch import Tensor, nn
 
 from lfm import checkpoint
@@ -79,7 +79,7 @@ def test_a_stochastic_solver_is_refused() -> None:
         log_likelihood(OfNormalData(), torch.zeros(1, 2, 2, 2), Condition(), solving=Solving("sde"))
 
 
-def test_the_command_measures_a_data_set(small_set: SmallSet, tmp_path: Path) -> None:
+def test_the_command_measures_a_data_set(small_set: SmallSet, tasks: Tasks, tmp_path: Path) -> None:
     manifest = manifests.load(str(small_set.latents), "latents")
     assert manifest.autoencoder is not None
     model = opened(DiTConfig(4, 8, 4, 16, 1, 2, num_classes=8, condition_dropout=0.1))
@@ -99,3 +99,5 @@ def test_the_command_measures_a_data_set(small_set: SmallSet, tmp_path: Path) ->
     assert_one_line(lfm(*common, "--estimator", "x"), "--estimator x: unknown; one of hutchinson, exact")
     assert_one_line(lfm("likelihood", tmp_path, small_set.latents, "--rows", 40), "holds 40 samples")
     assert_one_line(lfm("likelihood", tmp_path, small_set.raw), "holds raw shards")
+    assert_one_line(lfm(*common, "--out", tmp_path), "--out", "is a folder")
+    assert_one_line(lfm("likelihood", tasks.runs / "inpaint", small_set.latents), "no masks")

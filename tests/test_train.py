@@ -43,6 +43,12 @@ def test_every_mistake_is_one_line_before_training(experiment: Path, small_set: 
         (("data.held_back=3", "train.validate_every=5"), "data.held_back 3", "3 shards"),
         (("train.ema_sigma_rel=[0.1, 0.1]",), "train.ema_sigma_rel"),
         (("train.ema_sigma_rel=[0.5]",), "train.ema_sigma_rel"),
+        (("run=''",), "run"),
+        ((f"run={experiment}",), str(experiment), "is a file"),
+        (("train.global_batch=1000000000000",), "train.global_batch"),
+        ((f"data.window={10**21}",), "data.window"),
+        (("data.skip_shards=[nope.tar]",), "nope.tar"),
+        (("data.skip_shards=[000000.tar, 000001.tar, 000002.tar]",), "data.skip_shards leaves nothing"),
         (("evaluation={reference: nowhere.safetensors, every: 5}",), "nowhere.safetensors"),
         (("evaluation={reference: a, every: 5, guidence_scale: 2}",), "evaluation.guidence_scale", "'guidance_scale'"),
         (("evaluation.every=5",), "evaluation.reference: missing"),
@@ -90,6 +96,33 @@ def test_a_changed_configuration_is_shown_and_refused(experiment: Path) -> None:
     assert (
         plan(experiment, "train.num_steps=5", "train.learning_rate=2e-3", options=("--allow-changes",)).exit_code == 0
     )
+
+
+@pytest.mark.slow
+def test_what_no_change_can_be_allowed_for_is_refused(experiment: Path, tmp_path: Path) -> None:
+    """Half a batch, steps that are behind, another network; and weights of another function of the same shapes."""
+    assert train(experiment, "train.num_steps=5", "train.schedule=constant").returncode == 0
+    allowed = ("--allow-changes",)
+    for change, *said in (
+        (("train.global_batch=12",), "train.global_batch 12", "40 samples", "--initialize-from"),
+        (("train.num_steps=4", "train.warmup_steps=0"), "train.num_steps 4", "5 steps", "raise it"),
+        (("model.num_heads=4",), "samples-000000000040", "num_heads is 2", "here it is 4"),
+    ):
+        assert_one_line(
+            plan(experiment, "train.schedule=constant", "train.num_steps=5", *change, options=allowed), *said
+        )
+    changed = ("train.schedule=constant", "train.num_steps=10", "condition_dropout=0.2")
+    assert plan(experiment, *changed, options=allowed).exit_code == 0
+    other = (f"run={tmp_path / 'other'}", "model.time_scale=1")
+    refused = plan(experiment, *other, options=("--initialize-from", str(tmp_path / "run")))
+    assert_one_line(refused, "--initialize-from", "time_scale is 1000.0", "here it is 1.0")
+
+
+@pytest.mark.slow
+def test_a_run_whose_every_step_is_left_out_says_so(experiment: Path, tmp_path: Path) -> None:
+    result = train(experiment, "train.num_steps=2", "train.warmup_steps=0", "model.time_scale=1e308")
+    assert result.returncode == 2 and "not finite" in result.stderr and "Traceback" not in result.stderr
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_a_disk_without_room_for_the_next_checkpoint_is_one_line(

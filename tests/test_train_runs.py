@@ -167,6 +167,7 @@ def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_p
         lfm("sample", looked / "ema-0.08.safetensors", "--out", tmp_path / "samples", "--seeds", "0-1").exit_code == 0
     )
     assert_one_line(lfm("ema", looked, "--sigma-rel", "0.01"), "error of", "--sigma-rel")
+    assert_one_line(lfm("ema", looked, "--sigma-rel", "0.1", "--out", tmp_path / "e.txt"), "e.txt", ".safetensors")
     assert_one_line(lfm("ema", tmp_path, "--sigma-rel", "0.1"), "no snapshots", "train.ema_sigma_rel")
 
 

@@ -98,8 +98,10 @@ def load(path: str) -> Reference:
             if f"{name}.mean" in tensors or name == "pooled"
         }
     except (SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: is no reference ({reason}); make one with `lfm reference`") from error
+        reason = (
+            "its header is of something else" if isinstance(error, ValidationError) else " ".join(str(error).split())
+        )
+        raise DataError(f"{path}: is no reference ({reason[:200]}); make one with `lfm reference`") from error
     return Reference(known, gaussians, tensors.get("kept"), tensors.get("kept_rows"))
 
 
