@@ -85,6 +85,7 @@ class Selection:
             factory.stream_options(config, model),
             seed=0,
             condition_dropout=0.0,
+            coupling_group=1,
             global_batch=engine.world.size * factory.micro_batch(config, engine.world),
         )
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)

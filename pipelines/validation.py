@@ -71,7 +71,9 @@ class Validation:
         classes = model.num_classes
         self.columns = classes if classes and classes <= MOST_COLUMNS else None
         count = MOST_PICTURES // self.columns * self.columns if self.columns else MOST_PICTURES
-        options = replace(factory.stream_options(config, model), seed=0, condition_dropout=0.0, global_batch=count)
+        options = replace(
+            factory.stream_options(config, model), seed=0, condition_dropout=0.0, coupling_group=1, global_batch=count
+        )
         self.condition = LatentStream(config.data.shards, manifest, options, World(), cache).batch(0).condition
         if classes:  # as many pictures of each, or every n-th class
             index = [i * max(1, classes // count) % classes for i in range(count)]

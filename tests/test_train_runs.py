@@ -120,7 +120,7 @@ def test_another_run_can_be_begun_with_the_weights_of_one(experiment: Path, tmp_
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-9, rtol=0)
     other = ("--set", f"run={tmp_path / 'third'}", "--set", "model.depth=3", "--initialize-from", tmp_path / "run")
-    assert_one_line(plan(experiment, options=other), "--initialize-from", "blocks.2", "missing there")
+    assert_one_line(plan(experiment, options=other), "--initialize-from", "its depth is 2", "here it is 3")
 
 
 @pytest.mark.slow
@@ -202,6 +202,20 @@ def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_se
     assert distances[2].tolist() == distances[0].tolist()
     assert_same_weights(runs[0], runs[2])
     assert_same_weights(runs[0], runs[3])
+
+
+@pytest.mark.slow
+def test_coupled_noise_in_small_parts_is_measured_too(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
+    reference = reference_of(small_set, exported(Small(), tmp_path / "small.pt2"), tmp_path)
+    settings = ("condition=none", "condition_dropout=0", "flow.coupling_group=4", "train.micro_batch=2")
+    measured = (
+        f"evaluation={{reference: {reference}, every: 5, num: 7}}",
+        "train.validate_every=5",
+        "data.held_back=1",
+    )
+    assert train(experiment, *settings, *measured, "train.num_steps=5").returncode == 0
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["fd-small"] > 0 and last["validation_loss"] > 0
 
 
 @pytest.mark.slow
