@@ -23,8 +23,8 @@ FREE_KEYS = {
     *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.validate_every"),
     "train.ema_snapshots",
 }
+FREE_PARTS = {"attention", "activation_checkpointing", "token_dropout"}  # of a network, whose function stays the same
 # How the work is shared out, and what is looked at meanwhile: no number of the optimization.
-FREE_PARTS = {"attention", "activation_checkpointing", "token_dropout"}  # of a network, which change no weight
 FREE_SECTIONS = ("deepspeed", "evaluation")
 
 
