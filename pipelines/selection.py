@@ -113,8 +113,8 @@ class Selection:
             for first in range(0, self.evaluation.num, self.stream.options.global_batch):
                 batch = self.stream.batch(first)
                 images = self.autoencoder.decode(self._latents(batch.sample_numbers, batch.condition))
-                counted = (batch.sample_numbers < self.evaluation.num).to(images.device)
-                sums += FeatureSums.of(self.standard.network(images[counted]).pooled)
+                counted = batch.sample_numbers < self.evaluation.num  # on a rank at the end, perhaps none
+                sums += FeatureSums.of(self.standard.network(images).pooled[counted])
         for part in (sums.total, sums.products):
             self.engine.sum_over_ranks(part)
         found = torch.zeros(1, dtype=torch.float64, device=self.engine.device)

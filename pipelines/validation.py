@@ -47,7 +47,7 @@ def split(manifest: Manifest, held_back: int) -> tuple[Manifest, Manifest]:
 
 
 class Validation:
-    """Validation at a model in training; all ranks look together.
+    """Grids of pictures and a validation loss of a model in training; all ranks take part.
 
     Args:
         held_back: what the validation loss is taken on; may have no shards.

@@ -175,7 +175,7 @@ def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_p
 def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
     """One rank alone, two at stage 3, and one that goes on from the middle, with a record of what is yet to come."""
     reference = reference_of(small_set, exported(Small(), tmp_path / "small.pt2"), tmp_path)
-    evaluation = f"evaluation={{reference: {reference}, every: 5, num: 21, guidance_scale: 2}}"
+    evaluation = f"evaluation={{reference: {reference}, every: 5, num: 20, guidance_scale: 2}}"
     runs = [tmp_path / name for name in ("alone", "two", "plain", "resumed")]
     shared = ("train.checkpoint_every=10", "train.learning_rate=2.0e-2")
     assert train(experiment, f"run={runs[0]}", evaluation, *shared).returncode == 0
