@@ -213,7 +213,8 @@ class RunFolder:
                 ) from error
             for path in self.checkpoints.glob(f"{storage.TEMPORARY_PREFIX}*"):
                 storage.remove(str(path))
-            storage.sweep(str(self.path))
+            for folder in (self.path, *self.path.iterdir()):  # snapshots and previews too
+                storage.sweep(str(folder))
             yield
 
     def require_space(self, size: int, keep: int, beside: int = 0) -> None:

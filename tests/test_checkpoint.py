@@ -198,15 +198,17 @@ def test_clean_removes_what_is_half_written_and_nothing_else(tmp_path: Path) -> 
     assert load_weights(str(final))
 
 
-def test_clean_removes_half_written_weights_too(tmp_path: Path) -> None:
-    """A run killed while it copied them leaves a file as large as the model beside them."""
+@pytest.mark.parametrize("folder", [".", "snapshots", "previews", "checkpoints"])
+def test_clean_removes_half_written_files_wherever_they_are(tmp_path: Path, folder: str) -> None:
+    """A run killed while it copied its weights, say, leaves a file as large as the model beside them."""
     run = RunFolder(str(tmp_path))
     write_checkpoint(run, 100)
-    half = tmp_path / f"{storage.TEMPORARY_PREFIX}{WEIGHTS}.host.1"
+    half = tmp_path / folder / f"{storage.TEMPORARY_PREFIX}{WEIGHTS}.host.1"
+    half.parent.mkdir(exist_ok=True)
     half.write_bytes(b"half")
     with run.only_one():
         pass
-    assert not half.exists()
+    assert not half.exists() and run.newest()
 
 
 def test_a_run_killed_while_it_publishes_has_the_weights_of_its_newest_checkpoint(
