@@ -32,7 +32,11 @@ BYTES_PER_PARAMETER = 12  # masters and moments, over all ranks; 4 more for each
 
 
 def start_processes(world: World) -> Any:
-    """Import deepspeed and begin to communicate; returns the module."""
+    """Import deepspeed and begin to communicate; returns the module.
+
+    Raises:
+        ConfigError: the ranks do not find each other.
+    """
     logging.getLogger("xformers").setLevel(logging.ERROR)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -47,9 +51,21 @@ def start_processes(world: World) -> Any:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if world.size == 1 and not torch.distributed.is_initialized():  # no launcher is needed, and no port
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, rank=world.rank, world_size=world.size, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, rank=world.rank, world_size=world.size, verbose=False
+        )
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"{address}: the port is taken, by another training perhaps; choose one, "
+                "as in deepspeed --master_port 29501"
+            ) from error
+        raise ConfigError(
+            f"{address}: rank {world.rank} does not find the others there ({_short(error)}); "
+            "is MASTER_ADDR the first machine, and does rank 0 run?"
+        ) from error
     return deepspeed
 
 

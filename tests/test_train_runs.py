@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -248,14 +249,23 @@ def test_bf16_follows_fp32_and_its_average_moves(experiment: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_deepspeed_launcher_starts_it(experiment: Path, tmp_path: Path) -> None:
-    launcher = Path(sys.executable).parent / "deepspeed"
-    command = [launcher, "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, "--config", experiment]
-    command += ["--set", "train.num_steps=2", "--set", "train.warmup_steps=0"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        result = launch(experiment, taken)
+        assert result.returncode and result.stderr.count(f"error: 127.0.0.1:{taken}: the port is taken") == 1
+        assert "Error:" not in result.stderr, result.stderr
+    result = launch(experiment, free_port(), "train.num_steps=2", "train.warmup_steps=0")
     assert result.returncode == 0, result.stderr
     assert len(losses(tmp_path / "run")) == 2
+
+
+def launch(config: Path, port: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [launcher, "--num_gpus", "2", "--master_port", str(port), SCRIPT, "--config", config]
+    command += [part for override in overrides for part in ("--set", override)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.mark.slow
