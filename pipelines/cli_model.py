@@ -29,6 +29,9 @@ from pipelines.cli_options import (
 @click.option("--image", multiple=True, help="A picture to fill in; as often as there are masks.")
 @click.option("--mask", multiple=True, help="White is what to fill.")
 @click.option("--segmentation", multiple=True, help="A map of class ids to make a picture for.")
+@click.option(
+    "--crop", default="centre", show_default=True, help="Of these, where they are larger: centre, pad or squash."
+)
 @click.option("--shards", help="Raw or latent shards to take masks, maps and classes from.")
 @click.option("--rows", help="Which samples of the shards, such as 0-3.  [default: as many as seeds]")
 @click.option("--composite/--no-composite", default=True, help="Put the known pixels back.  [default: composite]")
@@ -129,7 +132,8 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, local_rank: in
         click.echo(result.plan)
     elif world.is_main:
         click.echo(f"{result.samples_seen:,} samples seen: {result.weights}")
-        click.echo(f"next: lfm sample {experiment.run} --out DIR")
+        told = f" --shards {experiment.data.shards}" if experiment.conditions - {"class"} else ""
+        click.echo(f"next: lfm sample {experiment.run} --out DIR{told}")
 
 
 @click.command("import")

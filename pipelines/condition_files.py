@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lfm import storage
+from lfm.checkpoint import WeightsHeader
 from lfm.conditions import Conditions, encode_conditions, spatial_condition, with_classes
 from lfm.data import manifest as manifests
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.shards import LatentShard, read_raw
-from lfm.data.transforms import Rejected, binary, decode, decode_ids, decode_mask
+from lfm.data.sources import unlabelled
+from lfm.data.transforms import CROPS, Rejected, binary, crop, crop_ids, decode, decode_ids, decode_mask
 from lfm.errors import ConfigError, DataError
 from lfm.trained import TrainedModel
 from pipelines import factory
@@ -64,14 +66,7 @@ def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -
     if config.shards is None:
         if config.rows is not None:
             raise ConfigError(f"--rows {config.rows}: says which of --shards; give those too")
-        images, masks, maps = (
-            _arrays(*given)
-            for given in (
-                ("--image", config.image, lambda content: np.asarray(decode(content))),
-                ("--mask", config.mask, lambda content: binary(np.asarray(decode_mask(content)))),
-                ("--segmentation", config.segmentation, decode_ids),
-            )
-        )
+        images, masks, maps = _from_files(config, model.header)
         names = [path.rsplit("/", 1)[-1] for path in config.image or config.segmentation]
         return encode_conditions(model.header, model.autoencoder, classes, images, masks, maps, names), names
     if by_file:
@@ -79,16 +74,36 @@ def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -
     return _from_shards(config, model, classes, num_seeds)
 
 
-def _arrays(flag: str, paths: Sequence[str], read: Any) -> np.ndarray | None:
-    arrays = []
-    for path in paths:
-        try:
-            arrays.append(read(storage.read_bytes(path)))
-        except Rejected as error:
-            raise ConfigError(f"{flag} {path}: {error.reason}: {error.detail}") from error
-        if arrays[0].shape != arrays[-1].shape:
-            raise ConfigError(f"{flag} {path}: is not as large as {paths[0]}; scale them first")
-    return np.stack(arrays) if arrays else None
+def _from_files(config: SampleConfig, header: WeightsHeader) -> list[np.ndarray | None]:
+    """Pictures, masks and maps at the model's image size, each pixel where `lfm shard` would put it."""
+    size, rule = header.image_size, config.crop
+    if rule not in CROPS:
+        raise ConfigError(f"--crop {rule}: unknown; one of {', '.join(CROPS)}")
+    fill = unlabelled(header.labels)
+    sizes: dict[int, tuple[int, int]] = {}  # of the first file of each picture
+    given: list[np.ndarray | None] = []
+    for flag, paths, read, at_size in (
+        ("--image", config.image, decode, lambda image: crop(image, size, rule)),
+        ("--mask", config.mask, decode_mask, lambda mask: binary(crop(mask, size, rule))),
+        (
+            *("--segmentation", config.segmentation, lambda content: Image.fromarray(decode_ids(content))),
+            lambda ids: crop_ids(np.asarray(ids), ids.size, size, rule, fill),
+        ),
+    ):
+        arrays = []
+        for number, path in enumerate(paths):
+            try:
+                picture = read(storage.read_bytes(path))
+                arrays.append(at_size(picture))
+            except Rejected as error:
+                raise ConfigError(f"{flag} {path}: {error.reason}: {error.detail}") from error
+            if sizes.setdefault(number, picture.size) != picture.size:
+                raise ConfigError(
+                    f"{flag} {path}: is {picture.width} x {picture.height} pixels, the picture it belongs to "
+                    f"{sizes[number][0]} x {sizes[number][1]}; make it as large"
+                )
+        given.append(np.stack(arrays) if arrays else None)
+    return given
 
 
 def _from_shards(

@@ -33,6 +33,7 @@ class SampleConfig:
     image: tuple[str, ...] = ()  # pictures to fill in where the masks say so
     mask: tuple[str, ...] = ()
     segmentation: tuple[str, ...] = ()
+    crop: str = "centre"  # how these three, of any size, come to the model's
     shards: str | None = None  # raw or latent shards, in place of these three
     rows: str | None = None  # which samples of the shards, such as 0-3; by default as many as there are seeds
     composite: bool = True  # put the known pixels back
@@ -65,7 +66,7 @@ FREE = (
     "dry_run",
 )  # they change no picture
 # What is shared out among the pictures, each of which has its own.
-SHARED_OUT = ("seeds", "class_index", "image", "mask", "segmentation", "shards", "rows", "guidance_scale")
+SHARED_OUT = ("seeds", "class_index", "image", "mask", "segmentation", "crop", "shards", "rows", "guidance_scale")
 
 
 @dataclass

@@ -83,14 +83,19 @@ class Source:
 
     @property
     def unlabelled(self) -> int:
-        """The class id that stands for no class, else 0."""
-        return next((class_id for class_id, name in self.labels.items() if name == UNLABELLED), 0)
+        """The class id around a padded map."""
+        return unlabelled(self.labels)
 
     def _bytes(self, name: str) -> bytes:
         content = self.read(self.root, name)
         if not isinstance(content, bytes):
             raise Rejected("not a picture", f"{name}: raw pixels")
         return content
+
+
+def unlabelled(labels: dict[int, str]) -> int:
+    """The class id that stands for no class, else 0."""
+    return next((class_id for class_id, name in labels.items() if name == UNLABELLED), 0)
 
 
 @contextlib.contextmanager
