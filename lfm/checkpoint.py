@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lfm import storage
 from lfm.data.manifest import AutoencoderRecord, ClassRecord
-from lfm.errors import CheckpointError, LfmError
+from lfm.errors import CheckpointError, LfmError, on_one_line
 from lfm.models.dit import DiTConfig
 
 WEIGHTS = "weights.safetensors"
@@ -118,7 +118,7 @@ def _read_weights(local: str, path: str) -> tuple[dict[str, Tensor], WeightsHead
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, LfmError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({_short(error)}); is it truncated, or of another version?"
+            f"{path}: cannot be read ({on_one_line(error)}); is it truncated, or of another version?"
         ) from error
 
 
@@ -186,7 +186,7 @@ class RunFolder:
             files = state.files.items() if verify else ()
             wrong = [name for name, crc32 in files if storage.checksums(checkpoint / name).crc32 != crc32]
         except (ValidationError, LfmError, OSError) as error:
-            raise CheckpointError(f"{checkpoint}: is damaged ({_short(error)}); {_REPAIR}") from error
+            raise CheckpointError(f"{checkpoint}: is damaged ({on_one_line(error)}); {_REPAIR}") from error
         if wrong:
             raise CheckpointError(f"{checkpoint / wrong[0]}: is not what was written; {_REPAIR}")
         return state
@@ -251,10 +251,6 @@ class RunFolder:
         for path in self.complete()[:-keep]:
             shutil.rmtree(path)
         return final
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _flush(path: Path) -> None:

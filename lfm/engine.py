@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lfm.ema import Ema, lent
-from lfm.errors import CheckpointError, ConfigError, StorageError
+from lfm.errors import CheckpointError, ConfigError, StorageError, on_one_line
 from lfm.stepguard import StepGuard
 from lfm.world import World
 
@@ -56,16 +56,12 @@ def start_processes(world: World) -> Any:
             dist_backend=backend, auto_mpi_discovery=False, rank=world.rank, world_size=world.size, verbose=False
         )
     except torch.distributed.DistNetworkError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        wrong = (
+            f"rank {world.rank} meets nobody ({on_one_line(error)}); is this the first machine, and does rank 0 run?"
+        )
         if "EADDRINUSE" in str(error):
-            raise ConfigError(
-                f"{address}: the port is taken, by another training perhaps; choose one, "
-                "as in deepspeed --master_port 29501"
-            ) from error
-        raise ConfigError(
-            f"{address}: rank {world.rank} does not find the others there ({_short(error)}); "
-            "is MASTER_ADDR the first machine, and does rank 0 run?"
-        ) from error
+            wrong = "the port is taken, by another training perhaps; choose one, as in deepspeed --master_port 29501"
+        raise ConfigError(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {wrong}") from error
     return deepspeed
 
 
@@ -93,7 +89,7 @@ class Engine:
         try:
             self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
         except (ValueError, TypeError, AssertionError, KeyError, ImportError) as error:
-            raise ConfigError(f"deepspeed: refuses the configuration: {_short(error)}") from error
+            raise ConfigError(f"deepspeed: refuses the configuration: {on_one_line(error)}") from error
         self.device = self.engine.device
         self.stage = self.engine.zero_optimization_stage()
         zero = self.engine.optimizer
@@ -206,7 +202,9 @@ class Engine:
             try:
                 save_file(own, folder / f"{kind}-{rank:05d}.safetensors")
             except (SafetensorError, OSError) as error:
-                raise StorageError(f"{folder}: cannot be written ({_short(error)}); is there no space left?") from error
+                raise StorageError(
+                    f"{folder}: cannot be written ({on_one_line(error)}); is there no space left?"
+                ) from error
         self.barrier()
         return {"adam_steps": self._adam_steps, "guard": asdict(self.guard)}
 
@@ -294,11 +292,9 @@ def _read(folder: Path, kind: str) -> dict[str, Tensor]:
             with safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({_short(error)}); go on from the one before it") from error
+        raise CheckpointError(
+            f"{folder}: cannot be read ({on_one_line(error)}); go on from the one before it"
+        ) from error
     if not tensors:
         raise CheckpointError(f"{folder}: holds no {kind}; begin another run with --initialize-from")
     return tensors
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -19,3 +19,8 @@ class StorageError(LfmError):
 
 class CheckpointError(LfmError):
     """A run folder, checkpoint or weights file is missing, incomplete or of another model."""
+
+
+def on_one_line(error: Exception) -> str:
+    """What another library's error says, short enough to stand within a message of ours; its kind if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -110,7 +110,7 @@ def _bound(raw: str, options: dict[str, Any]) -> None:
 @click.argument("run", type=LOCATION)
 @click.argument("latents", type=LOCATION)
 @click.option("--out", default="likelihood.json", show_default=True, help="Where the numbers go.")
-@click.option("--rows", default="0-63", show_default=True, help="Which of the latents.")
+@click.option("--rows", help="Which of the latents, such as 0-63.  [default: the first 64]")
 @click.option("--estimator", default="hutchinson", show_default=True, help="Or exact: a backward pass per dimension.")
 @click.option("--solver", default="dopri5", show_default=True)
 @click.option("--num-steps", type=COUNT, help="Of a fixed-step solver.  [default: 25]")

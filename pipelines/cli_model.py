@@ -131,7 +131,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, local_rank: in
         click.echo(configs.as_yaml(experiment))
         click.echo(result.plan)
     elif world.is_main:
-        click.echo(f"{result.samples_seen:,} samples seen: {result.weights}")
+        click.echo(f"{result.samples_seen:,} samples seen, as train.num_steps asks for: {result.weights}")
         told = f" --shards {experiment.data.shards}" if experiment.conditions - {"class"} else ""
         click.echo(f"next: lfm sample {experiment.run} --out DIR{told}")
 

@@ -111,9 +111,7 @@ def _from_shards(
 ) -> tuple[Conditions, list[str]]:
     folder, shape = str(config.shards), model.header.model
     manifest = manifests.load(folder)
-    rows = list(range(min(num_seeds, manifest.num_samples)))
-    if config.rows is not None:
-        rows = numbers("--rows", config.rows)
+    rows = sample_rows(config.rows, folder, manifest, num_seeds)
     wanted = ["segmentation"] * bool(shape.num_labels) + ["mask"] * bool(shape.condition_channels)
     if not wanted:
         raise ConfigError(f"--shards {folder}: {model.name} takes no masks or maps; leave it out")
@@ -166,16 +164,24 @@ def conditions_of_latents(model: TrainedModel, columns: dict[str, list[Any]], cl
     return with_classes(Conditions(spatial=spatial, segmentation=maps), classes, shape.num_classes)
 
 
-def gathered(folder: str, manifest: Manifest, rows: list[int], cache_folder: str | None) -> dict[str, list[Any]]:
-    """The samples of these numbers, in this order, by the names of their fields.
+def sample_rows(text: str | None, folder: str, manifest: Manifest, most: int) -> list[int]:
+    """The samples of some shards that `--rows` names; without it the first, `most` if there are as many.
 
     Raises:
         ConfigError: there are not so many.
     """
+    if text is None:
+        return list(range(min(most, manifest.num_samples)))
+    rows = numbers("--rows", text)
     if max(rows) >= manifest.num_samples:
         raise ConfigError(
             f"--rows: {folder} holds {manifest.num_samples:,} samples, 0 is the first, there is no {max(rows)}"
         )
+    return rows
+
+
+def gathered(folder: str, manifest: Manifest, rows: list[int], cache_folder: str | None) -> dict[str, list[Any]]:
+    """The samples of these numbers, in this order, by the names of their fields."""
     ends = np.cumsum([shard.samples for shard in manifest.shards])
     cache, found = factory.cache(cache_folder), {}
     for index, group in groupby(sorted(rows), key=lambda row: int(np.searchsorted(ends, row, side="right"))):

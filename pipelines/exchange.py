@@ -17,7 +17,7 @@ from lfm import checkpoint, foreign, storage
 from lfm.autoencoder import EMBEDDED
 from lfm.checkpoint import WeightsHeader
 from lfm.data.manifest import ClassRecord
-from lfm.errors import CheckpointError, ConfigError, LfmError
+from lfm.errors import CheckpointError, ConfigError, LfmError, on_one_line
 from lfm.models.dit import DiT
 from lfm.world import World
 from pipelines import factory
@@ -84,7 +84,7 @@ def _converted(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader]:
     except CheckpointError as error:
         raise CheckpointError(f"{config.path}: {error}; name the checkpoint's own --from") from error
     except RuntimeError as error:
-        what = " ".join(str(error).split())[:200]
+        what = on_one_line(error)
         raise CheckpointError(f"{config.path}: is no checkpoint of --from {config.source}: {what}") from error
     codec = factory.autoencoder(config.autoencoder, World())
     if codec.latent_channels != shape.latent_channels:
@@ -114,7 +114,9 @@ def _state(path: str) -> dict[str, Tensor]:
             f"{path}: holds more than tensors, and reading it would run its code; name the file of the weights alone"
         ) from error
     except Exception as error:  # torch's reader raises anything where the bytes are not its own
-        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({on_one_line(error)}); is it a checkpoint, and whole?"
+        ) from error
     inner = next(
         (content[key] for key in INNER if isinstance(content, dict) and isinstance(content.get(key), dict)), content
     )

@@ -26,7 +26,7 @@ class LikelihoodConfig:
     run: str
     latents: str
     out: str = "likelihood.json"
-    rows: str = "0-63"
+    rows: str | None = None  # such as 0-63; the first 64 by default
     estimator: str = "hutchinson"
     solver: str = "dopri5"
     num_steps: int | None = None
@@ -58,7 +58,8 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
         raise ConfigError(f"--estimator {config.estimator}: unknown; one of {', '.join(ESTIMATORS)}")
     solving = Solving(config.solver, config.num_steps, atol=config.atol, rtol=config.rtol)
     model = trained.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
-    manifest, rows = manifests.load(config.latents, "latents"), condition_files.numbers("--rows", config.rows)
+    manifest = manifests.load(config.latents, "latents")
+    rows = condition_files.sample_rows(config.rows, config.latents, manifest, 64)
     record, shape = condition_files.check_latents(config.latents, manifest, model), model.header.model
     if storage.is_local(config.out) and Path(config.out).is_dir():
         raise ConfigError(f"--out {config.out}: is a folder; name a file, such as likelihood.json")

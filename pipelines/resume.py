@@ -109,5 +109,6 @@ def describe(
         f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {config.data.shards}; "
         f"{f'{len(skipped)} shards left out; ' if skipped else ''}"
         f"{config.train.num_steps:,} steps of {batch} ({config.train.num_steps * batch / manifest.num_samples:.1f} epochs) "
-        f"on {world.size} ranks, ZeRO {stage}, {config.train.precision}, from {origin or 'the start'} -> {config.run}"
+        f"on {world.size} {'rank' if world.size == 1 else 'ranks'}, ZeRO {stage}, {config.train.precision}, "
+        f"from {origin or 'the start'} -> {config.run}"
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lfm.errors import ConfigError
+from lfm.errors import ConfigError, on_one_line
 from lfm.metrics.inception import PUBLISHED, Inception
 
 FD_LITE = "fd-lite"
@@ -109,7 +109,7 @@ def _loaded(network: nn.Module, path: str) -> nn.Module:
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError, EOFError) as error:
-        raise ConfigError(f"{path}: no weights of {type(network).__name__} ({_short(error)})") from error
+        raise ConfigError(f"{path}: no weights of {type(network).__name__} ({on_one_line(error)})") from error
     return network.eval().requires_grad_(False)
 
 
@@ -122,7 +122,7 @@ def load_module(path: str, device: torch.device | str = "cpu") -> Callable[..., 
     try:
         program = torch.export.load(path)
     except Exception as error:  # torch raises anything
-        raise ConfigError(f"{path}: cannot be read as a module of torch.export ({_short(error)})") from error
+        raise ConfigError(f"{path}: cannot be read as a module of torch.export ({on_one_line(error)})") from error
     if torch.device(device).type != "cpu":
         from torch.export.passes import move_to_device_pass
 
@@ -133,7 +133,3 @@ def load_module(path: str, device: torch.device | str = "cpu") -> Callable[..., 
 def file_hash(path: str) -> str:
     """The sha256 of a local file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
