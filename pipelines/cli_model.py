@@ -29,9 +29,7 @@ from pipelines.cli_options import (
 @click.option("--image", multiple=True, help="A picture to fill in; as often as there are masks.")
 @click.option("--mask", multiple=True, help="White is what to fill.")
 @click.option("--segmentation", multiple=True, help="A map of class ids to make a picture for.")
-@click.option(
-    "--crop", default="centre", show_default=True, help="Of these, where they are larger: centre, pad or squash."
-)
+@click.option("--crop", help="Bring these to the model's size, as lfm shard does: centre, pad or squash.")
 @click.option("--shards", help="Raw or latent shards to take masks, maps and classes from.")
 @click.option("--rows", help="Which samples of the shards, such as 0-3.  [default: as many as seeds]")
 @click.option("--composite/--no-composite", default=True, help="Put the known pixels back.  [default: composite]")

@@ -62,7 +62,7 @@ def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -
         ConfigError, DataError: one line that names the flag, file or shard.
     """
     classes = None if config.class_index is None else numbers("--class-index", config.class_index)
-    by_file = [f"--{kind}" for kind in ("image", "mask", "segmentation") if getattr(config, kind)]
+    by_file = [f"--{kind}" for kind in ("image", "mask", "segmentation", "crop") if getattr(config, kind)]
     if config.shards is None:
         if config.rows is not None:
             raise ConfigError(f"--rows {config.rows}: says which of --shards; give those too")
@@ -75,10 +75,12 @@ def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -
 
 
 def _from_files(config: SampleConfig, header: WeightsHeader) -> list[np.ndarray | None]:
-    """Pictures, masks and maps at the model's image size, each pixel where `lfm shard` would put it."""
-    size, rule = header.image_size, config.crop
+    """Pictures, masks and maps at the model's image size, with `--crop` each pixel where `lfm shard` would put it."""
+    size, rule = header.image_size, config.crop or "centre"
     if rule not in CROPS:
         raise ConfigError(f"--crop {rule}: unknown; one of {', '.join(CROPS)}")
+    if config.crop and not (config.image or config.mask or config.segmentation):
+        raise ConfigError(f"--crop {rule}: there is no --image, --mask or --segmentation; leave it out")
     fill = unlabelled(header.labels)
     sizes: dict[int, tuple[int, int]] = {}  # of the first file of each picture
     given: list[np.ndarray | None] = []
@@ -97,11 +99,12 @@ def _from_files(config: SampleConfig, header: WeightsHeader) -> list[np.ndarray 
                 arrays.append(at_size(picture))
             except Rejected as error:
                 raise ConfigError(f"{flag} {path}: {error.reason}: {error.detail}") from error
+            found = f"{flag} {path}: is {picture.width} x {picture.height} pixels"
+            if config.crop is None and picture.size != (size, size):
+                raise ConfigError(f"{found}, the model makes {size} x {size}; scale it first, or add --crop centre")
             if sizes.setdefault(number, picture.size) != picture.size:
-                raise ConfigError(
-                    f"{flag} {path}: is {picture.width} x {picture.height} pixels, the picture it belongs to "
-                    f"{sizes[number][0]} x {sizes[number][1]}; make it as large"
-                )
+                width, height = sizes[number]
+                raise ConfigError(f"{found}, the picture it belongs to {width} x {height}; make it as large")
         given.append(np.stack(arrays) if arrays else None)
     return given
 

@@ -33,7 +33,7 @@ class SampleConfig:
     image: tuple[str, ...] = ()  # pictures to fill in where the masks say so
     mask: tuple[str, ...] = ()
     segmentation: tuple[str, ...] = ()
-    crop: str = "centre"  # how these three, of any size, come to the model's
+    crop: str | None = None  # how these three come to the model's size; without it they must have it
     shards: str | None = None  # raw or latent shards, in place of these three
     rows: str | None = None  # which samples of the shards, such as 0-3; by default as many as there are seeds
     composite: bool = True  # put the known pixels back

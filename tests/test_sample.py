@@ -159,7 +159,19 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
     [
         ("inpaint", ("--image", "{image}", "--mask", "{black}"), "mask of scene.png: nothing is missing"),
         ("inpaint", ("--image", "{image}", "--mask", "{white}"), "mask of scene.png: everything is missing"),
-        ("inpaint", ("--image", "{image}", "--mask", "{large}"), "large.png: is 24 x 20 pixels, the picture it"),
+        (
+            "inpaint",
+            ("--image", "{large}", "--mask", "{large}"),
+            "large.png: is 24 x 20 pixels, the model makes 16 x 16; scale it first, or add --crop",
+        ),
+        ("inpaint", ("--shards", "{raw}", "--crop", "pad"), "leave out --crop"),
+        ("class", ("--crop", "pad"), "--crop pad: there is no --image"),
+        (
+            "inpaint",
+            ("--image", "{image}", "--mask", "{large}", "--crop", "pad"),
+            "large.png: is 24 x 20 pixels, the picture it belongs to 16 x 16",
+        ),
+        ("semantic", ("--segmentation", "{large}"), "large.png: is 24 x 20 pixels, the model makes 16 x 16"),
         ("inpaint", ("--image", "{image}", "--mask", "{image}", "--crop", "middle"), "--crop middle: unknown"),
         ("inpaint", ("--image", "{image}"), "give --image and --mask, or --shards"),
         ("inpaint", (), "was trained to inpaint: give --image and --mask, or --shards"),
