@@ -164,6 +164,14 @@ def test_imagenet_as_torchvision_unpacks_it_and_without_labels(tmp_path: Path) -
         read(str(tmp_path), split="val")
 
 
+def test_imagenets_only_split_needs_no_choosing_but_class_folders_beside_it(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "n00000001" / "a.JPEG", noise(8, 8, 3), format="JPEG")
+    assert [item.image for item in read(str(tmp_path)).items] == ["n00000001/a.JPEG"]
+    save(tmp_path / "n00000002" / "b.JPEG", noise(8, 8, 3), format="JPEG")
+    with pytest.raises(DataError, match=r"train/n00000001/a.JPEG: its class is not known"):
+        read(str(tmp_path))
+
+
 # --- data bases --------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +397,14 @@ def test_pairs_are_found_by_name_in_folders_of_known_names(
     assert np.array_equal(found.segmentation, noise(12, 10, high=5))
 
 
+@pytest.mark.parametrize(("pictures", "maps"), [("train", "trainannot"), ("images/train", "annotations/train")])
+def test_the_only_split_of_pairs_needs_no_choosing(tmp_path: Path, pictures: str, maps: str) -> None:
+    pairs(tmp_path, pictures, maps)
+    source = read(str(tmp_path), "paired")
+    assert [item.image for item in source.items] == [f"{pictures}/{index}.jpg" for index in range(3)]
+    assert source.class_names == ()
+
+
 def test_pascal_vocs_palettes_are_indices_and_its_lists_are_the_splits(tmp_path: Path) -> None:
     pairs(tmp_path, "JPEGImages", "SegmentationClass", 2)
     ids = noise(12, 10, high=21)
@@ -409,6 +425,10 @@ def test_pascal_vocs_palettes_are_indices_and_its_lists_are_the_splits(tmp_path:
         ["JPEGImages/1.jpg", "JPEGImages/gone.jpg"],
     )
     assert np.array_equal(source.pictures(source.items[0]).segmentation, ids)
+    (lists / "val.txt").unlink()
+    assert read(str(tmp_path)).items == source.items
+    with pytest.raises(ConfigError, match="holds the splits train; choose one"):
+        read(str(tmp_path), split="val")
 
 
 def test_drawn_scenes_have_classes_maps_and_masks(tmp_path: Path) -> None:

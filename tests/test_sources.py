@@ -74,6 +74,14 @@ def test_a_flat_split_has_no_classes(root: str) -> None:
     assert folder(root, "train").items == (SourceItem("1.png"),)
 
 
+def test_the_only_split_needs_no_choosing_and_a_picture_beside_it_is_not_lost(root: str) -> None:
+    make(root, "train/cat/1.png", "train/dog/1.png")
+    assert folder(root) == folder(root, "train")
+    make(root, "2.png")
+    with pytest.raises(DataError, match=r"2.png: lies beside the class folders"):
+        folder(root)
+
+
 @pytest.mark.parametrize("splits", [("Train", "Test"), ("TRAIN", "VAL"), ("train", "Validation")])
 def test_splits_are_known_whatever_their_case(tmp_path: Path, splits: tuple[str, str]) -> None:
     """Taken for classes, they would train a model to tell the training set from the test set."""
@@ -145,5 +153,4 @@ def test_a_real_collection(tmp_path: Path) -> None:
         *("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"),
     )
     assert {item.class_index for item in source.items} == set(range(10))
-    with pytest.raises(ConfigError, match="holds the splits validation; choose one"):
-        folder(str(tmp_path / "clothing10"))
+    assert folder(str(tmp_path / "clothing10")) == source  # the only split there

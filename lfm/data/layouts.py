@@ -59,8 +59,10 @@ def imagenet(tree: Tree, split: str | None) -> Source:
     names = {line.split(" ")[0]: line for line in mapping if line}
     data = next((tree.at(at) for at in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC") if tree.holds(at)), tree)
     parts = [name.split("/") for name in data.pictures]
-    if not split and (splits := {part[0] for part in parts if SPLIT.fullmatch(part[0])}):
-        raise choose_split(data.root, splits)
+    tops = {part[0] for part in parts}
+    splits = set(filter(SPLIT.fullmatch, tops))
+    if not split and splits and (len(splits) > 1 or splits == tops):
+        split = choose_split(data.root, splits, split)
     wnids = sorted({*names, *(folder for part in parts for folder in part[:-1] if WNID.fullmatch(folder))})
     index = {wnid: number for number, wnid in enumerate(wnids)}
     chosen = data.at(split or "")
@@ -96,7 +98,8 @@ def _labels(tree: Tree, default: dict[int, str]) -> dict[int, str]:
     return {**named, **({} if 255 in named else {255: UNLABELLED})} if named else default
 
 
-def _folders_of_pairs(tree: Tree, split: str | None) -> tuple[str, str] | None:
+def _folders_of_pairs(tree: Tree, split: str | None) -> tuple[str, str, str | None] | None:
+    """The folder of the pictures, that of the maps, and the split they are of."""
     tops = sorted({name.split("/")[0] for name in tree.names if "/" in name})
     fits: dict[str, tuple[str, str]] = {}
     for pictures, maps in PAIRS:
@@ -104,10 +107,11 @@ def _folders_of_pairs(tree: Tree, split: str | None) -> tuple[str, str] | None:
             pair = pictures.format(split=choice), maps.format(split=choice)
             if tree.holds(pair[0]) and tree.holds(pair[1]):
                 if "{" not in pictures or split:
-                    return pair
+                    return *pair, split
                 fits[choice] = pair
     if fits:
-        raise choose_split(tree.root, set(fits))
+        split = choose_split(tree.root, set(fits), split)
+        return *fits[split], split
     return None
 
 
@@ -117,12 +121,12 @@ def paired(tree: Tree, split: str | None, default: dict[int, str] | None = None)
     if pair is None:
         known = ", ".join(" + ".join(pair) for pair in PAIRS).replace("{split}", "SPLIT")
         raise DataError(f"{tree.root}: no folders of pictures and maps there; name them like one of these: {known}")
-    pictures, maps = pair
+    pictures, maps, split = pair
     lists = {name.rpartition("/")[2][:-4] for name in tree.names if name.startswith("ImageSets/Segmentation/")}
-    if lists and split not in lists:
-        raise choose_split(tree.root, lists)
-    inner = None if lists or pictures == split else split
-    base = folder(tree.at(pictures), inner)
+    if lists:
+        split = choose_split(tree.root, lists, split)
+    base = folder(tree.at(pictures), None if lists or pictures == split else split)
+    inner = base.root[len(storage.join(tree.root, pictures)) + 1 :]  # the split's folder, if there is one
     listed = (_text(tree, f"ImageSets/Segmentation/{split}.txt") or "").split() if lists else None
     by_stem = {_stem(name): name for name in tree.pictures if name.startswith((f"{maps}/", "masks/"))}
     masks = tree.holds("masks")

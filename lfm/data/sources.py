@@ -146,9 +146,15 @@ class Tree:
         return [name for name in self.names if name.lower().endswith(SUFFIXES)]
 
 
-def choose_split(root: str, splits: set[str]) -> ConfigError:
-    """The error of a source of several splits of which none was chosen."""
-    return ConfigError(f"{root}: holds the splits {', '.join(sorted(splits))}; choose one, as in --split {min(splits)}")
+def choose_split(root: str, splits: set[str], split: str | None) -> str:
+    """The chosen one of a source's splits; its only one where none was chosen.
+
+    Raises:
+        ConfigError: there are several, or others.
+    """
+    if split in splits or (split is None and len(splits) == 1):
+        return split or min(splits)
+    raise ConfigError(f"{root}: holds the splits {', '.join(sorted(splits))}; choose one, as in --split {min(splits)}")
 
 
 def of_split(tree: Tree, names: list[str], split: str | None) -> list[str]:
@@ -160,8 +166,8 @@ def of_split(tree: Tree, names: list[str], split: str | None) -> list[str]:
     words = {name: set(re.split(r"[/._-]", name)) for name in names}
     splits = {word for found in words.values() for word in found if SPLIT.fullmatch(word)}
     if split is None:
-        if len(splits) > 1:
-            raise choose_split(tree.root, splits)
+        if splits:
+            choose_split(tree.root, splits, split)
         return names
     if not (chosen := [name for name in names if split in words[name]]):
         raise ConfigError(f"{tree.root}: no split {split} there; {', '.join(sorted(splits)) or 'it has none'}")
@@ -182,9 +188,10 @@ def folder(tree: Tree, split: str | None) -> Source:
     tops = {path.split("/")[0] for path in paths if "/" in path}
     if not tops:
         return Source(root, tuple(SourceItem(path) for path in paths))
-    if not split and all(map(SPLIT.fullmatch, tops)):
-        raise choose_split(root, tops)
-    if loose := [path for path in paths if "/" not in path]:
+    loose = [path for path in paths if "/" not in path]
+    if not split and not loose and all(map(SPLIT.fullmatch, tops)):
+        return folder(tree, choose_split(root, tops, split))
+    if loose:
         raise DataError(
             f"{storage.join(root, loose[0])}: lies beside the class folders; move it into one, or leave it out"
         )
