@@ -23,7 +23,8 @@ from pipelines.cli_options import (
 @click.argument("run", type=LOCATION)
 @click.option("--out", required=True, help="Folder for the pictures.")
 @click.option(
-    "--seeds", default="0-15", show_default=True, help="One picture for each; they take turns of what follows."
+    "--seeds",
+    help="One picture for each; they take turns of what follows.  [default: as many as --rows names, else 0-15]",
 )
 @click.option("--class-index", help="Such as 3, or 0-9.  [default: all classes]")
 @click.option("--image", multiple=True, help="A picture to fill in; as often as there are masks.")

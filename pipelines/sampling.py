@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -19,6 +19,7 @@ from lfm.trained import Guidance
 from lfm.world import World
 from pipelines import condition_files, factory, pictures
 
+NUM_PICTURES = 16
 OWNED = r"(recipe|samples|timing)\.json|(grid|trajectory)\.(png|gif)"  # and the pictures, by the recipe's seeds
 
 
@@ -28,7 +29,7 @@ class SampleConfig:
 
     run: str
     out: str
-    seeds: str = "0-15"
+    seeds: str | None = None  # such as 0-15; by default one for each of the rows, else NUM_PICTURES
     class_index: str | None = None  # such as 3 or 0-9 or 1,4; seeds take turns; by default all classes take turns
     image: tuple[str, ...] = ()  # pictures to fill in where the masks say so
     mask: tuple[str, ...] = ()
@@ -88,12 +89,15 @@ class Job:
     """
 
     def __init__(self, config: SampleConfig, world: World) -> None:
+        if config.seeds is None:
+            num = len(condition_files.numbers("--rows", config.rows)) if config.rows else NUM_PICTURES
+            config = replace(config, seeds=f"0-{num - 1}")
         self.config, device = config, factory.device(world)
         self.solving = Solving(
             *(config.solver, config.num_steps, config.time_shift, _floats("--times", config.times)),
             *(config.atol, config.rtol),
         )
-        seeds = condition_files.numbers("--seeds", config.seeds)
+        seeds = condition_files.numbers("--seeds", str(config.seeds))
         scales = _floats("--guidance-scale", config.guidance_scale) or ()
         if len({f"{scale:g}" for scale in scales}) != len(scales):
             raise ConfigError(f"--guidance-scale {config.guidance_scale}: names a scale twice")

@@ -140,6 +140,14 @@ def test_shards_and_files_tell_the_same(tasks: Tasks, tmp_path: Path, task: str)
             assert abs(one - other).max() <= (1 if kind == tasks.latents else 0)  # latents are stored as float16
 
 
+def test_each_row_that_is_named_is_told_once_where_no_seeds_are(tasks: Tasks, tmp_path: Path) -> None:
+    common = ("sample", tasks.runs / "semantic", "--out", tmp_path / "out", "--shards", tasks.raw, "--dry-run")
+    assert "4 pictures of 16 x 16" in lfm(*common, "--rows", "17,3,8-9").stdout
+    assert "16 pictures of 16 x 16" in lfm(*common).stdout
+    assert "2 pictures of 16 x 16" in lfm(*common, "--rows", "17,3,8-9", "--seeds", "5,7").stdout
+    assert_one_line(lfm(*common, "--seeds", ""), "--seeds")
+
+
 def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
     from pipelines.condition_files import read_conditions
     from pipelines.sampling import SampleConfig
