@@ -15,11 +15,13 @@ test: $(VENV)/ready
 	$(BIN)/mypy
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-# torch first, and alone: what comes after takes the one that is there. DeepSpeed's build asks for it.
+# torch first, and alone: what comes after takes the one that is there. DeepSpeed's build asks for it. In its other modes
+# an editable install is found after a folder `lfm` of the working directory, such as this clone seen from above.
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[evaluate,s3,test]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation --config-settings editable_mode=compat \
+		-e '.[evaluate,s3,test]'
 	touch $@
 	@echo "installed; for the commands in this shell: . $(VENV)/bin/activate"
 
