@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from lfm.cache import Cache
-from lfm.checkpoint import load_weights
 from lfm.data import manifest as manifests
-from lfm.data.stream import LatentStream, StreamOptions
-from lfm.flow import path_sample, velocity_loss
+from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.flow.path import path_sample, velocity_loss
 from lfm.models.dit import DiT, flops_per_sample
+from lfm.storage.cache import Cache
+from lfm.training.run_folder import load_weights
 from lfm.types import LatentBatch
 from lfm.world import World
 
@@ -54,7 +54,7 @@ OPTIONS["modern"] = [change for name in ("rope", "qk_norm", "rms", "swiglu", "lo
 
 
 def lfm(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "pipelines.cli", *map(str, arguments)], check=True, cwd=CHECKOUT)
+    subprocess.run([sys.executable, "-m", "pipelines.cli.main", *map(str, arguments)], check=True, cwd=CHECKOUT)
 
 
 def scenes(folder: Path, num: int, seed: int) -> Path:

@@ -24,11 +24,11 @@ import torch
 from lfm import autoencoder as autoencoders
 from lfm.autoencoder import Autoencoder, import_diffusers
 from lfm.data import manifest as manifests
+from lfm.data.latent_shards import read_raw
 from lfm.data.manifest import Manifest
-from lfm.data.shards import read_raw
 from lfm.world import World
-from pipelines import factory
-from pipelines.encode import EncodeConfig, run
+from pipelines.common import factory
+from pipelines.data.encode import EncodeConfig, run
 
 SD = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -27,7 +27,7 @@ from PIL import Image
 from lfm.metrics import features
 from lfm.metrics.frechet import FeatureSums, frechet_distance
 from lfm.world import World
-from pipelines.reference import ReferenceConfig, run
+from pipelines.evaluation.make_reference import ReferenceConfig, run
 
 SIZE, BATCH = 64, 32
 MEMORY = """

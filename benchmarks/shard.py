@@ -22,10 +22,10 @@ from pathlib import Path
 
 import webdataset
 
-from lfm.data.shards import key_of, raw_members
+from lfm.data.latent_shards import key_of, raw_members
 from lfm.data.transforms import crop, decode
 from lfm.types import RawSample
-from pipelines.shard import ShardConfig, run
+from pipelines.data.shard import ShardConfig, run
 
 SIZE = 256
 
@@ -64,7 +64,7 @@ def stage(pictures: Path, dest: Path, image_format: str) -> None:
 def command(pictures: Path, dest: Path, workers: int) -> None:
     """`lfm shard` as a user types it."""
     arguments = [pictures, dest, "--image-size", str(SIZE), "--samples-per-shard", "50", "--workers", str(workers)]
-    subprocess.run([sys.executable, "-m", "pipelines.cli", "shard", *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "pipelines.cli.main", "shard", *arguments], check=True, capture_output=True)
 
 
 def repeat(paths: list[Path], times: int, folder: Path) -> dict[str, float]:

@@ -33,10 +33,10 @@ import torch
 import webdataset
 
 from lfm import storage
-from lfm.cache import Cache
+from lfm.data.latent_shards import key_of, latent_layout, latent_members, write_tar
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord, load, publish
-from lfm.data.shards import key_of, latent_layout, latent_members, write_tar
-from lfm.data.stream import LatentStream, StreamOptions
+from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.storage.cache import Cache
 from lfm.types import Condition, LatentBatch, LatentSample
 from lfm.world import World
 

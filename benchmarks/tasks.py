@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 import lfm as library
-from lfm.data.scenes import CLASS_NAMES, recognise, segment
-from lfm.data.shards import read_raw
+from lfm.data.latent_shards import read_raw
+from lfm.inference.trained_model import TrainedModel
 from lfm.models.dit import DiT
-from lfm.trained import TrainedModel
+from lfm.synthetic.scenes import CLASS_NAMES, recognise, segment
 from lfm.types import RawSample
 
 CHECKOUT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def command(*arguments: object) -> None:
 
 def make(out: Path, num_steps: int, ranks: int) -> list[RawSample]:
     """Everything up to the trained models; returns the scenes to test on."""
-    lfm = (sys.executable, "-m", "pipelines.cli")
+    lfm = (sys.executable, "-m", "pipelines.cli.main")
     for name, (count, seed) in SETS.items():
         command(*lfm, "scenes", out / name, "--num", count, "--image-size", 64, "--seed", seed)
         command(*lfm, "shard", out / name, out / f"{name}-raw", "--layout", "paired", "--image-size", 64)

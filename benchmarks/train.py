@@ -25,17 +25,19 @@ from pathlib import Path
 import torch
 
 from lfm.autoencoder import import_diffusers
-from lfm.checkpoint import RunFolder
 from lfm.data import manifest as manifests
-from lfm.engine import Engine
-from lfm.flow import path_sample, velocity_loss
+from lfm.flow.path import path_sample, velocity_loss
 from lfm.models.dit import DiT, flops_per_sample
-from lfm.stepguard import StepGuard
+from lfm.training.engine import Engine
+from lfm.training.run_folder import RunFolder
+from lfm.training.step_guard import StepGuard
 from lfm.world import World
-from pipelines import config as configs
-from pipelines import encode, factory, scenes, shard
-from pipelines.preemption import StopRequest
-from pipelines.train import Training
+from pipelines.common import config_schema as configs
+from pipelines.common import factory
+from pipelines.data import encode, shard
+from pipelines.demo import draw_scenes
+from pipelines.training.stop_signals import StopRequest
+from pipelines.training.train import Training
 
 HERE = Path(__file__).parents[1]
 ALONE = World()
@@ -44,7 +46,7 @@ STEPS_ALONE = 6
 
 def make_latents(folder: Path) -> Path:
     """Latents of drawn scenes, with flips, by the embedded autoencoder."""
-    scenes.run(scenes.ScenesConfig(str(folder / "scenes"), num=64, image_size=128))
+    draw_scenes.run(draw_scenes.ScenesConfig(str(folder / "scenes"), num=64, image_size=128))
     shard.run(shard.ShardConfig(str(folder / "scenes" / "images"), str(folder / "raw"), image_size=128))
     encode.run(encode.EncodeConfig(str(folder / "raw"), str(folder / "latents"), flips=True), ALONE)
     return folder / "latents"

@@ -1,6 +1,6 @@
 """Entry point for launchers: `deepspeed launch/train.py --config ...`, torchrun, srun, or plain python for one process."""
 
-from pipelines.cli_model import train
+from pipelines.cli.model_commands import train
 
 if __name__ == "__main__":
     train()

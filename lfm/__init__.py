@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lfm.trained import TrainedModel
+    from lfm.inference.trained_model import TrainedModel
 
 __version__ = "0.1.0"
 
 
 def load(run: str, **options: Any) -> TrainedModel:
-    """The model of a run folder, a checkpoint folder or a weights file; see `lfm.trained.load`."""
-    from lfm import trained  # here, so that `import lfm` needs no torch
+    """The model of a run folder, a checkpoint folder or a weights file; see `lfm.inference.trained_model.load`."""
+    from lfm.inference import trained_model  # here, so that `import lfm` needs no torch
 
-    return trained.load(run, **options)
+    return trained_model.load(run, **options)

@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+
+from tests.support.commands import REPOSITORY
 
 
 @pytest.mark.slow
@@ -35,4 +36,4 @@ def test_a_wheel_holds_both_packages_and_the_embedded_autoencoder(tmp_path: Path
     }
     assert any(name.endswith(".safetensors") for name in assets)
     assert names == ours | assets
-    assert "lfm = pipelines.cli:main" in entry_points
+    assert "lfm = pipelines.cli.main:main" in entry_points

@@ -1,1 +1,1 @@
-"""From pictures to shards to batches."""
+"""Data sets: raw and latent shards, their manifests, transforms of images, and the training stream."""

@@ -1,1 +1,1 @@
-"""How far generated pictures are from real ones."""
+"""Measures of images against references."""

@@ -1,1 +1,1 @@
-"""The networks that learn the velocity."""
+"""Backbones, and the layers they share."""

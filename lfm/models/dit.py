@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lfm.errors import ConfigError
 from lfm.models.attention import BACKENDS
-from lfm.models.blocks import Block, FinalLayer
+from lfm.models.dit_blocks import Block, FinalLayer
 from lfm.models.embeddings import (
     LABEL_CHANNELS,
     ClassEmbedding,

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lfm.errors import ConfigError
+from lfm.solvers.batching import Watch, unwatched
 from lfm.solvers.others import Normals, adams_bashforth, coupled, euler_maruyama
-from lfm.solvers.rows import Watch, unwatched
 from lfm.solvers.runge_kutta import TABLEAUS, adaptive_step, fixed_step
 from lfm.types import Velocity
 

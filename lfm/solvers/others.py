@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from lfm.solvers.rows import Watch, by_row, column, require_finite, unwatched
+from lfm.solvers.batching import Watch, by_row, column, require_finite, unwatched
 from lfm.types import Velocity
 
 Normals = Callable[[int], Tensor]  # the normals (B, ...) of a step, counted from 0

@@ -29,7 +29,7 @@ from torchdiffeq._impl.dopri5 import Dopri5Solver
 from torchdiffeq._impl.dopri8 import Dopri8Solver
 
 from lfm.errors import LfmError
-from lfm.solvers.rows import Watch, by_row, column, require_finite, unwatched
+from lfm.solvers.batching import Watch, by_row, column, require_finite, unwatched
 from lfm.types import Velocity
 
 SAFETY, SHRINK_AT_MOST, GROW_AT_MOST = 0.9, 0.2, 10.0

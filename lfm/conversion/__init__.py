@@ -1,0 +1,1 @@
+"""Published checkpoints to lfm weights, and lfm weights to other formats."""

@@ -1,0 +1,222 @@
+"""Pictures to be measured: raw shards, or a folder of files, in blocks that any process can read by itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from lfm import storage
+from lfm.data import manifest as manifests
+from lfm.data.latent_shards import read_raw
+from lfm.data.manifest import Manifest
+from lfm.data.sources.source import SUFFIXES
+from lfm.data.transforms import Rejected, crop, decode
+from lfm.errors import ConfigError, DataError, StorageError
+from lfm.storage.cache import Cache
+from lfm.types import RawSample
+
+FILES_PER_BLOCK = 1000
+SAMPLES = "samples.json"  # `lfm sample` writes it: which files of its folder are pictures
+
+
+class PictureSet(Protocol):
+    """Pictures of one size in blocks."""
+
+    @property
+    def name(self) -> str:
+        """Its path or URL."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+
+    @property
+    def rule(self) -> str | None:
+        """How the pictures were resized and cropped; None where that is not known."""
+
+    @property
+    def stored(self) -> str:
+        """The file formats they were read from."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What every picture has beside it: mask, segmentation."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of the content."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """How many pictures each block holds."""
+
+    def read(self, block: int) -> Iterator[RawSample]:
+        """The pictures of a block in their order.
+
+        Raises:
+            DataError, StorageError: one cannot be read; names it.
+        """
+
+
+@dataclass(frozen=True)
+class ShardedPictures:
+    """The pictures of raw shards; a shard is a block."""
+
+    name: str
+    manifest: Manifest
+    cache: Cache
+
+    @property
+    def image_size(self) -> int:
+        return self.manifest.image_size
+
+    @property
+    def rule(self) -> str | None:
+        return self.manifest.recipe.get("crop")
+
+    @property
+    def stored(self) -> str:
+        return self.manifest.recipe.get("image_format", "")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.manifest.fields
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(shard.samples for shard in self.manifest.shards)
+
+    def read(self, block: int) -> Iterator[RawSample]:
+        shard = self.manifest.shards[block]
+        path = storage.join(self.name, shard.name)
+        with self.cache.fetch(path, shard.bytes, shard.crc32, verify_local=True).open("rb") as stream:
+            yield from read_raw(stream, path)
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """The files below a folder, by name; a picture's key is its name without suffix.
+
+    With a rule they are resized and cropped by it, without one they must be of the image size already.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    image_size: int
+    rule: str | None
+    fields: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> str:
+        return ", ".join(sorted({name.rpartition(".")[2].lower() for name in self.files}))
+
+    @cached_property
+    def digest(self) -> str:
+        sha256 = hashlib.sha256()
+        for name in self.files:
+            sha256.update(name.encode() + hashlib.sha256(storage.read_bytes(storage.join(self.name, name))).digest())
+        return sha256.hexdigest()
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return blocks_of(len(self.files))
+
+    @cached_property
+    def by_key(self) -> dict[str, str]:
+        """The file of each key.
+
+        Raises:
+            DataError: two files have the same key.
+        """
+        found: dict[str, str] = {}
+        for name in self.files:
+            if (other := found.setdefault(_key(name), name)) != name:
+                raise DataError(f"{self.name}: {other} and {name} differ in their suffix alone; remove one of them")
+        return found
+
+    def read(self, block: int) -> Iterator[RawSample]:
+        for name in self.files[block * FILES_PER_BLOCK : (block + 1) * FILES_PER_BLOCK]:
+            yield self.picture(name)
+
+    def picture(self, name: str) -> RawSample:
+        """One of the files.
+
+        Raises:
+            DataError: it is no picture, or of another size.
+        """
+        path = storage.join(self.name, name)
+        try:
+            image = decode(storage.read_bytes(path))
+            pixels = crop(image, self.image_size, self.rule) if self.rule else np.asarray(image)
+        except Rejected as error:
+            raise DataError(f"{path}: {error}; repair or remove it") from error
+        if pixels.shape != (self.image_size, self.image_size, 3):
+            raise DataError(
+                f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, others {self.image_size} x {self.image_size}; "
+                "shard them first, or give --image-size where they are real pictures"
+            )
+        return RawSample(_key(name), pixels)
+
+
+def _key(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def blocks_of(total: int) -> tuple[int, ...]:
+    """How many of `total` things each block holds."""
+    return tuple(min(FILES_PER_BLOCK, total - start) for start in range(0, total, FILES_PER_BLOCK))
+
+
+def open_pictures(
+    path: str, cache: Cache, *, image_size: int | None = None, rule: str | None = None
+) -> ShardedPictures | FolderPictures:
+    """The pictures of raw shards, or the files below a folder; of what `lfm sample` made, its samples alone.
+
+    Args:
+        image_size, rule: resize and crop the files of a folder to this size, by this rule; shards have their own.
+
+    Raises:
+        ConfigError: a size was given for shards.
+        DataError, StorageError: there are no pictures, or shards are not complete.
+    """
+    if storage.exists(storage.join(path, manifests.RECIPE)) or storage.exists(storage.join(path, manifests.MANIFEST)):
+        if image_size is not None:
+            raise ConfigError(f"--image-size {image_size}: {path} holds shards, which have their size; leave it out")
+        return ShardedPictures(path, manifests.load(path, "raw"), cache)
+    if storage.exists(record := storage.join(path, SAMPLES)):
+        names = [entry["file"] for entry in storage.read_json(record).get("pictures", ())]
+    else:
+        names = [name for name in storage.find(path) if name.lower().endswith(SUFFIXES)]
+    if not names:
+        raise DataError(f"{path}: no pictures there; name a folder of pictures, or of raw shards")
+    files = tuple(sorted(names))
+    if image_size is not None:
+        return FolderPictures(path, files, image_size, rule)
+    try:
+        first = decode(storage.read_bytes(storage.join(path, files[0])))
+    except Rejected as error:
+        raise DataError(f"{storage.join(path, files[0])}: {error}; repair or remove it") from error
+    return FolderPictures(path, files, first.height, None)
+
+
+def pick(pictures: PictureSet, rows: Sequence[int]) -> list[np.ndarray]:
+    """The pictures uint8 (H, W, 3) at some places in the order of the whole set; only their blocks are read."""
+    wanted, found, start = set(rows), {}, 0
+    for block, count in enumerate(pictures.blocks):
+        if any(start <= row < start + count for row in wanted):
+            for row, sample in enumerate(pictures.read(block), start):
+                if row in wanted:
+                    found[row] = sample.image
+        start += count
+    if missing := wanted - set(found):
+        raise StorageError(f"{pictures.name}: has no picture number {min(missing)}")
+    return [found[row] for row in rows]

@@ -1,0 +1,1 @@
+"""Image collections as people have them, one module for each family of layouts."""

@@ -1,0 +1,1 @@
+"""The probability path, times, coupling, guidance and likelihood of flow matching."""

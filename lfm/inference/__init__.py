@@ -1,0 +1,1 @@
+"""The trained model as an object, and its condition inputs."""

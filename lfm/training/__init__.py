@@ -1,0 +1,1 @@
+"""Training under DeepSpeed ZeRO: engine, averages, run folder."""

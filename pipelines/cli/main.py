@@ -1,0 +1,49 @@
+"""The command line. Each command imports its stage when it runs, so that `lfm --help` needs no torch."""
+
+from __future__ import annotations
+
+import click
+
+from pipelines.cli import data_commands, evaluation_commands, model_commands
+from pipelines.cli.options import Commands
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="lfm")
+def main() -> None:
+    """Flow matching in latent space: pictures -> shards -> latents -> a model -> pictures.
+
+    \b
+    lfm shard PICTURES RAW --image-size 256
+    lfm encode RAW LATENTS --autoencoder PATH_OR_HUB_ID
+    deepspeed launch/train.py --config configs/NAME.yaml
+    lfm sample RUN --out DIR
+    lfm reference RAW REFERENCE.safetensors; lfm evaluate RUN --reference REFERENCE.safetensors --out DIR
+
+    The same command resumes. `lfm demo` does all of it on drawn pictures.
+    """
+
+
+for command in (
+    *(
+        data_commands.shard,
+        data_commands.encode,
+        data_commands.inspect,
+        data_commands.autoencoder,
+        data_commands.scenes,
+    ),
+    *(evaluation_commands.reference, evaluation_commands.evaluate, evaluation_commands.likelihood),
+    *(
+        model_commands.sample,
+        model_commands.import_,
+        model_commands.export,
+        model_commands.ema,
+        model_commands.demo,
+        model_commands.train_hint,
+    ),
+):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Configuration -> objects: the only place where one becomes the other."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lfm
+from lfm import autoencoder as autoencoders
+from lfm import storage
+from lfm.autoencoder import Autoencoder
+from lfm.data.manifest import AutoencoderRecord, Manifest
+from lfm.data.stream.latent_stream import StreamOptions
+from lfm.errors import ConfigError, DataError
+from lfm.models.dit import DIT_SIZES, DiTConfig
+from lfm.storage.cache import Cache
+from lfm.world import World
+from pipelines.common.config_schema import ExperimentConfig
+
+_PLACE = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def world() -> World:
+    """This process's place, as torchrun and the deepspeed launcher tell it; alone where there is no launcher.
+
+    Raises:
+        ConfigError: a variable of the launcher is no number, or they contradict each other.
+    """
+    try:
+        place = World(*(int(os.environ.get(*variable)) for variable in _PLACE))
+    except ValueError as error:
+        raise ConfigError(
+            f"RANK, LOCAL_RANK, WORLD_SIZE: must be numbers ({error}); unset them, or use a launcher"
+        ) from error
+    if not 0 <= place.rank < place.size or place.local_rank < 0:
+        raise ConfigError(
+            f"RANK {place.rank}, WORLD_SIZE {place.size}: contradict each other; unset them, or use a launcher"
+        )
+    return place
+
+
+def device(world: World) -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def cache(folder: str | None, gigabytes: float | None = None) -> Cache:
+    """Where copies of remote shards are kept, of so many 10^9 bytes in all."""
+    limit = math.inf if gigabytes is None else gigabytes * 1e9
+    return Cache(Path(folder), limit) if folder else Cache(limit=limit)
+
+
+def autoencoder(name: str, world: World, precision: str = "fp32") -> Autoencoder:
+    """The named autoencoder on this process's device."""
+    if precision not in DTYPES:
+        raise ConfigError(f"--precision {precision}: unknown; one of {', '.join(DTYPES)}")
+    return autoencoders.load(name, device(world), DTYPES[precision])
+
+
+def matching_autoencoder(record: AutoencoderRecord, name: str | None, world: World, user: str) -> Autoencoder:
+    """The autoencoder of a record on this process's device; see `lfm.autoencoder.load_recorded`."""
+    return autoencoders.load_recorded(record, name, device(world), user)
+
+
+def autoencoder_record(autoencoder: Autoencoder) -> AutoencoderRecord:
+    """What manifests and weights say of an autoencoder."""
+    return AutoencoderRecord(
+        name=autoencoder.name,
+        content_hash=autoencoder.content_hash,
+        downsample_factor=autoencoder.downsample_factor,
+        latent_channels=autoencoder.latent_channels,
+        scale_factor=autoencoder.scale_factor,
+        shift=autoencoder.shift,
+    )
+
+
+def model_config(config: ExperimentConfig, manifest: Manifest) -> DiTConfig:
+    """The network's shape, for these latents.
+
+    Raises:
+        ConfigError: names the keys that do not fit.
+    """
+    model = config.model
+    if model.size is not None and model.size not in DIT_SIZES:
+        raise ConfigError(f"model.size {model.size}: unknown; one of {', '.join(DIT_SIZES)}")
+    hidden_size, depth, num_heads = (
+        DIT_SIZES[model.size] if model.size else (model.hidden_size, model.depth, model.num_heads)
+    )
+    members = {member.suffix for member in manifest.members}
+    for condition, is_there, repair in (
+        ("class", manifest.classes, "classes; shard class folders"),
+        ("inpaint", {"mask.npy", "masked.npy"} <= members, "masks; shard with --masks, or a layout that has them"),
+        ("semantic", manifest.labels and "seg.npy" in members, "segmentations; shard a layout that has them"),
+    ):
+        if condition in config.conditions and not is_there:
+            raise ConfigError(f"condition: {config.condition}: the latents have no {repair}, or set another condition")
+    record = manifest.autoencoder
+    if record is None:
+        raise DataError("the latents' manifest names no autoencoder; encode them again")
+    return DiTConfig(
+        latent_channels=record.latent_channels,
+        latent_size=manifest.image_size // record.downsample_factor,
+        hidden_size=hidden_size or 0,
+        depth=depth or 0,
+        num_heads=num_heads or 0,
+        num_classes=len(manifest.classes) if "class" in config.conditions else None,
+        condition_dropout=config.condition_dropout,
+        condition_channels=record.latent_channels + 1 if "inpaint" in config.conditions else 0,
+        num_labels=manifest.num_labels if "semantic" in config.conditions else None,
+        downsample_factor=record.downsample_factor,
+        **model.model_dump(exclude={"size", "hidden_size", "depth", "num_heads", "compile"}),
+    )
+
+
+def stream_options(config: ExperimentConfig, model: DiTConfig) -> StreamOptions:
+    """What decides the training stream."""
+    return StreamOptions(
+        seed=config.train.seed,
+        window=config.data.window,
+        global_batch=config.train.global_batch,
+        conditions=frozenset(config.conditions),
+        condition_dropout=config.condition_dropout,
+        skip_shards=config.data.skip_shards,
+        coupling_group=config.flow.coupling_group,
+        num_tokens=model.num_tokens,
+        num_kept_tokens=model.num_kept_tokens,
+    )
+
+
+def micro_batch(config: ExperimentConfig, world: World) -> int:
+    """Samples per forward pass of one rank.
+
+    Raises:
+        ConfigError: the global batch cannot be shared out evenly.
+    """
+    train, group = config.train, config.flow.coupling_group
+    per_rank, rest = divmod(train.global_batch, world.size)
+    if rest:
+        raise ConfigError(
+            f"train.global_batch {train.global_batch}: not divisible by {world.size} ranks; change either"
+        )
+    size = train.micro_batch or per_rank
+    if per_rank % size:
+        raise ConfigError(
+            f"train.micro_batch {size}: does not divide the {per_rank} samples of each of {world.size} ranks "
+            f"(train.global_batch {train.global_batch}); change either"
+        )
+    if per_rank % group:
+        raise ConfigError(
+            f"flow.coupling_group {group}: does not divide the {per_rank} samples of each of {world.size} ranks "
+            f"(train.global_batch {train.global_batch}); change either"
+        )
+    return size
+
+
+def deepspeed_settings(config: ExperimentConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's configuration: the JSON's part and what the YAML owns."""
+    train, micro = config.train, micro_batch(config, world)
+    if not isinstance(config.deepspeed, dict):
+        raise ConfigError("deepspeed: must have been read from its JSON file")
+    return config.deepspeed | {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": train.global_batch // world.size // micro,
+        "gradient_clipping": train.gradient_clipping,
+        "optimizer": {
+            "type": "AdamW",
+            # torch's own AdamW: it needs nothing compiled, on any device.
+            "params": {
+                "torch_adam": True,
+                "fused": True,
+                "lr": train.learning_rate,
+                "betas": list(train.betas),
+                "weight_decay": train.weight_decay,
+            },
+        },
+        "bf16": {"enabled": train.precision == "bf16"},
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def code_version() -> str:
+    """The package's version and, in a checkout, its commit."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return lfm.__version__
+    return f"{lfm.__version__} ({commit})"
+
+
+def wait_for(path: str, content: Any, *, seconds: float = 120.0) -> None:
+    """Wait until another rank has written `content` to a JSON file.
+
+    Raises:
+        DataError: it did not.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if storage.exists(path) and storage.read_json(path) == content:
+            return
+        time.sleep(0.2)
+    raise DataError(f"{path}: the first rank did not write it within {seconds:.0f} s; look at its message")

@@ -1,0 +1,1 @@
+"""Stages that make and inspect data."""

@@ -1,0 +1,84 @@
+"""`lfm scenes`: the drawn data set as folders of pictures, for the demo and for the embedded autoencoder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from lfm import storage
+from lfm.errors import ConfigError
+from lfm.synthetic.dead_leaves import draw_leaves
+from lfm.synthetic.scenes import CLASS_NAMES, SEGMENT_NAMES, draw_scene
+from pipelines.common import image_files
+from pipelines.common.progress import Progress
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """What `lfm scenes` is told."""
+
+    dest: str
+    num: int = 4096
+    image_size: int = 64
+    seed: int = 0
+    kind: str = "scenes"  # scenes, or leaves: what the embedded autoencoder learns photographs from
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class ScenesResult:
+    """What is there now."""
+
+    plan: str
+
+
+def _scene_files(config: ScenesConfig, index: int) -> dict[str, np.ndarray]:
+    """A scene's picture in its class's folder; map and mask beside the pictures' folder."""
+    scene = draw_scene(config.seed, index, config.image_size)
+    name = f"{CLASS_NAMES[scene.class_index]}/{index:06d}.png"
+    return {
+        f"images/{name}": scene.image,
+        f"segmentations/{name}": scene.segmentation,
+        f"masks/{name}": scene.mask * 255,
+    }
+
+
+def _leaves_files(config: ScenesConfig, index: int) -> dict[str, np.ndarray]:
+    return {f"images/leaves/{index:06d}.png": draw_leaves(config.seed, index, config.image_size)}
+
+
+KINDS: dict[str, Callable[[ScenesConfig, int], dict[str, np.ndarray]]] = {
+    "scenes": _scene_files,
+    "leaves": _leaves_files,
+}
+
+
+def run(config: ScenesConfig) -> ScenesResult:
+    """Draw the pictures, on every core; DEST/images is then a source for `lfm shard`.
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    if config.kind not in KINDS:
+        raise ConfigError(f"--kind {config.kind}: unknown; one of {', '.join(KINDS)}")
+    plan = f"{config.num:,} {config.kind} of {config.image_size} x {config.image_size} pixels -> {config.dest}/images"
+    if config.dry_run:
+        return ScenesResult(plan)
+    spawn = multiprocessing.get_context("spawn")
+    with Progress("scenes", config.num, "pictures") as bar, ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+        for _ in pool.map(partial(_draw, config), range(config.num), chunksize=64):
+            bar.advance(1)
+    if config.kind == "scenes":
+        storage.write_bytes(storage.join(config.dest, "labels.txt"), "\n".join(SEGMENT_NAMES).encode())
+    return ScenesResult(plan)
+
+
+def _draw(config: ScenesConfig, index: int) -> None:
+    for name, pixels in KINDS[config.kind](config, index).items():
+        image_files.save(pixels, storage.join(config.dest, name), flush=False)

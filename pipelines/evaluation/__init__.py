@@ -1,0 +1,1 @@
+"""Stages that measure images and models."""

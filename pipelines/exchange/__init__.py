@@ -1,0 +1,1 @@
+"""Stages that import and export weights."""

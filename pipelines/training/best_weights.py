@@ -1,0 +1,146 @@
+"""The best weights of a training: the EMA whose pictures come nearest to the real ones, by the Frechet distance.
+
+Every so many steps the EMA makes the same pictures: of the same seeds, under the conditions of the training's first samples,
+each rank its share. So distances of one run compare; with few pictures they lie above those of many, and what a mask leaves
+is as the model makes it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfm import solvers, storage
+from lfm.autoencoder import Autoencoder
+from lfm.data.manifest import Manifest
+from lfm.data.random_draws import picture_noise
+from lfm.data.stream.latent_stream import LatentStream
+from lfm.errors import ConfigError
+from lfm.inference.trained_model import Guidance, guided_velocity
+from lfm.metrics import reference as references
+from lfm.metrics.features import FeatureNetwork
+from lfm.metrics.frechet import FeatureSums, frechet_distance
+from lfm.metrics.reference import Reference
+from lfm.models.dit import DiTConfig
+from lfm.training import run_folder
+from lfm.training.engine import Engine
+from lfm.training.run_folder import WeightsHeader
+from lfm.types import Condition
+from lfm.world import World
+from pipelines.common import factory
+from pipelines.common.config_schema import ExperimentConfig
+from pipelines.evaluation import feature_files
+
+SOLVER, NUM_STEPS = "heun", 25
+BEST, RECORD = "best.safetensors", "best.json"
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What pictures are held against."""
+
+    reference: Reference
+    network: FeatureNetwork
+
+    @staticmethod
+    def load(config: ExperimentConfig, manifest: Manifest, world: World) -> Standard:
+        """The reference of an experiment and its network.
+
+        Raises:
+            ConfigError, DataError: they are not to be had, or are of other pictures than the latents; names the key.
+        """
+        assert config.evaluation, "the experiment is evaluated while it trains"
+        path = config.evaluation.reference
+        reference = references.load(path)
+        feature_files.check_comparable(
+            path, reference.header, "the latents", manifest.image_size, manifest.recipe.get("crop")
+        )
+        if config.evaluation.guidance_scale != 1 and not config.condition_dropout:
+            raise ConfigError(
+                "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
+            )
+        return Standard(reference, feature_files.matching_network(path, reference.header, (), factory.device(world)))
+
+
+class Selection:
+    """Measures a model in training, and keeps the best of its weights; all ranks measure together."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        manifest: Manifest,
+        model: DiTConfig,
+        engine: Engine,
+        autoencoder: Autoencoder,
+        standard: Standard,
+    ) -> None:
+        assert config.evaluation, "the experiment is evaluated while it trains"
+        self.evaluation, self.every = config.evaluation, config.evaluation.every
+        self.engine, self.autoencoder, self.model = engine, autoencoder, model
+        self.standard, self.name, self.folder = standard, standard.network.frechet, Path(config.run)
+        options = replace(
+            factory.stream_options(config, model),
+            seed=0,
+            condition_dropout=0.0,
+            coupling_group=1,
+            global_batch=engine.world.size * factory.micro_batch(config, engine.world),
+        )
+        cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
+        self.stream = LatentStream(config.data.shards, manifest, options, engine.world, cache, engine.device)
+        record = str(self.folder / RECORD)
+        best = storage.read_json(record) if storage.exists(record) else {}
+        self.best: dict[str, Any] = best if isinstance(best, dict) and "samples_seen" in best else {}
+
+    def measure(self, header: WeightsHeader) -> dict[str, float]:
+        """The distance by its name; weights that come nearer than all before are kept under this header."""
+        distance = self.distance()
+        if self.is_best(distance, header.samples_seen):
+            weights = self.engine.average_weights("ema")
+            if self.engine.world.is_main:
+                run_folder.save_weights(str(self.folder / BEST), weights, header)
+                storage.write_json(str(self.folder / RECORD), self.best)
+        return {self.name: distance}
+
+    def distance(self) -> float:
+        """The Frechet distance of the EMA's pictures to the reference."""
+        dimensions = len(self.standard.reference.gaussians["pooled"].mean)
+        total = torch.zeros(dimensions, dtype=torch.float64, device=self.engine.device)
+        sums = FeatureSums(0, total, torch.zeros(dimensions, dimensions, dtype=torch.float64, device=total.device))
+        with self.engine.averaged("ema"):
+            for first in range(0, self.evaluation.num, self.stream.options.global_batch):
+                batch = self.stream.batch(first)
+                images = self.autoencoder.decode(self._latents(batch.sample_numbers, batch.condition))
+                counted = batch.sample_numbers < self.evaluation.num  # on a rank at the end, perhaps none
+                sums += FeatureSums.of(self.standard.network(images).pooled[counted])
+        for part in (sums.total, sums.products):
+            self.engine.sum_over_ranks(part)
+        found = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
+        if self.engine.world.is_main:
+            made = FeatureSums(self.evaluation.num, sums.total.cpu(), sums.products.cpu()).gaussian()
+            found += frechet_distance(self.standard.reference.gaussians["pooled"], made)
+        return float(self.engine.sum_over_ranks(found))
+
+    def _latents(self, seeds: Tensor, condition: Condition) -> Tensor:
+        """One picture for each seed; fixed steps, so that under ZeRO 3 the ranks compute in step."""
+        model, guidance = self.model, Guidance(self.evaluation.guidance_scale)
+        noise = torch.from_numpy(picture_noise(seeds.tolist(), (model.latent_channels, *[model.latent_size] * 2)))
+        velocity = guided_velocity(self.engine, model, condition, len(seeds), guidance)  # type: ignore[arg-type]
+        return solvers.solve(SOLVER, velocity, noise.to(self.engine.device), num_steps=NUM_STEPS)
+
+    def is_best(self, distance: float, samples_seen: int) -> bool:
+        """Whether the weights of now are to be kept, as every rank finds; they are the best from then on.
+
+        A record of what is yet to come is of a run that was killed since: it will come again. One of another measure
+        does not compare.
+        """
+        measured = self.evaluation.model_dump(exclude={"every"})
+        comparable = {*measured.items()} <= {*self.best.items()} and self.best["samples_seen"] < samples_seen
+        if comparable and self.best.get(self.name, math.inf) <= distance:
+            return False
+        self.best = {self.name: distance, "samples_seen": samples_seen, **measured}
+        return True

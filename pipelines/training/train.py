@@ -1,0 +1,293 @@
+"""The training stage: latents -> a DiT's weights, by flow matching under DeepSpeed ZeRO.
+
+Everything is a function of the samples seen, so a run that was killed at any moment goes on, by the same command, as if
+it had not been: bit for bit on as many ranks at the same ZeRO stage, and to rounding on others.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lfm import storage
+from lfm.data import manifest as manifests
+from lfm.data.manifest import Manifest
+from lfm.data.stream.latent_stream import LatentStream, shard_sizes
+from lfm.errors import DataError
+from lfm.flow.path import TIME_SAMPLERS, path_sample, shifted_time, velocity_loss
+from lfm.models.dit import DiT, DiTConfig, flops_per_sample
+from lfm.training import run_folder as checkpoints
+from lfm.training.ema import decay_after, power_decay_after
+from lfm.training.engine import BYTES_PER_PARAMETER, Engine
+from lfm.training.run_folder import RunFolder, RunState, WeightsHeader
+from lfm.training.step_guard import StepGuard
+from lfm.types import LatentBatch
+from lfm.world import World
+from pipelines.common import factory
+from pipelines.common.config_schema import ExperimentConfig, TrainConfig
+from pipelines.common.progress import Progress
+from pipelines.training.best_weights import Selection, Standard
+from pipelines.training.resume_checks import check_continues, describe, initial_weights
+from pipelines.training.stop_signals import StopRequest
+from pipelines.training.training_log import Log
+from pipelines.training.validation import Validation, split
+
+CONFIG = "config.json"
+MOST_SKIPPED_IN_A_ROW = 5  # then training goes back to the newest checkpoint, once
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the run is, and what it came to; weights are None after a dry run."""
+
+    plan: str
+    weights: Path | None
+    samples_seen: int
+    loss: float | None
+
+
+def run(
+    config: ExperimentConfig,
+    world: World,
+    *,
+    dry_run: bool = False,
+    allow_changes: bool = False,
+    initialize_from: str | None = None,
+) -> TrainResult:
+    """Train to the configured number of steps, from the newest checkpoint if there is one.
+
+    Args:
+        initialize_from: a run or weights file whose EMA a run without checkpoints begins with.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before training, wherever it can be known before.
+        KeyboardInterrupt: SIGTERM or Ctrl-C came; everything is saved.
+    """
+    manifest = manifests.load(config.data.shards, "latents")
+    trained, _ = split(manifest, config.data.held_back)
+    if not sum(shard_sizes(trained, config.data.skip_shards, config.data.shards)):
+        raise DataError(f"{config.data.shards}: data.skip_shards leaves nothing to train on; name fewer")
+    model_config = factory.model_config(config, manifest)
+    settings = factory.deepspeed_settings(config, world)
+    folder = RunFolder(config.run)
+    newest = folder.newest()
+    standard = Standard.load(config, manifest, world) if config.evaluation else None
+    torch.manual_seed(config.train.seed)  # of the initial weights alone
+    model = DiT(model_config)
+    if newest:
+        state = folder.read_state(newest, verify=world.is_main)
+        check_continues(config, manifest, model, state, newest, allow_changes)
+    if config.model.compile:
+        model.compile_blocks()
+    initial = initial_weights(initialize_from, model, manifest) if initialize_from and not newest else None
+    kept = (BYTES_PER_PARAMETER + 4 * (1 + len(config.train.ema_sigma_rel))) * model.num_parameters
+    folder.require_space(kept, config.train.keep_checkpoints, 4 * model.num_parameters)
+    plan = describe(config, manifest, model, world, settings, newest.name if newest else initialize_from)
+    if dry_run:
+        return TrainResult(plan, None, 0, None)
+    with folder.only_one() if world.is_main else nullcontext():
+        guard = StepGuard(config.train.skip_above)
+        engine = Engine(model, settings, world, ("ema", *map(_profile, config.train.ema_sigma_rel)), guard)
+        if world.is_main:
+            print(plan, flush=True)
+            storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
+        engine.barrier()
+        training = Training(config, manifest, _header(config, manifest, model_config), engine, folder, standard)
+        training.run(newest, initial)
+        engine.close()
+    if training.leaves:
+        raise KeyboardInterrupt
+    return TrainResult(plan, folder.path / checkpoints.WEIGHTS, training.samples_seen, training.loss)
+
+
+class Training:
+    """One rank's training loop."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        manifest: Manifest,
+        header: dict[str, Any],
+        engine: Engine,
+        folder: RunFolder,
+        standard: Standard | None,
+    ) -> None:
+        self.config, self.train, self.header = config, config.train, header
+        self.engine, self.world, self.folder = engine, engine.world, folder
+        self.micro_batch = factory.micro_batch(config, self.world)
+        trained, held_back = split(manifest, config.data.held_back)
+        options = factory.stream_options(config, header["model"])
+        cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
+        self.stream = LatentStream(config.data.shards, trained, options, self.world, cache, engine.device)
+        self.validation = self.selection = None
+        if self.train.validate_every or standard:
+            decoder = factory.matching_autoencoder(header["autoencoder"], None, self.world, config.data.shards)
+        if self.train.validate_every:
+            self.validation = Validation(config, trained, held_back, header["model"], engine, decoder)
+        if standard:
+            self.selection = Selection(config, trained, header["model"], engine, decoder, standard)
+        self.samples_seen = 0
+        self.loss: float | None = None  # over all ranks, of the last step
+        self.leaves = False  # every rank knows that one was asked to leave
+
+    @property
+    def step(self) -> int:
+        """Steps done, from the one clock."""
+        return self.samples_seen // self.train.global_batch
+
+    def run(self, newest: Path | None, initial: dict[str, torch.Tensor] | None) -> None:
+        """Train from `newest`, from `initial` weights or from the start; after too many skipped steps back, once."""
+        if newest:
+            self._resume(newest)
+        elif initial:
+            self.engine.set_weights(initial)
+        with StopRequest() as leave:
+            if self._train(leave):
+                return
+            newest = self.folder.newest()
+            if newest is None:
+                raise self._diverged("before the first checkpoint")
+            self._resume(newest)
+            if not self._train(leave):
+                raise self._diverged(f"again after going back to {newest.name}")
+
+    def _train(self, leave: StopRequest) -> bool:
+        """Train to the end, or until asked to leave; False after too many skipped steps in a row."""
+        train, total = self.train, self.train.num_steps * self.train.global_batch
+        log = Log(self.folder.path, self.samples_seen, self.engine, 3 * flops_per_sample(self.header["model"]))
+        bar = Progress("train", total, "samples", done=self.samples_seen, quiet=not self.world.is_main)
+        with bar, closing(log), closing(self.stream.batches(self.samples_seen)) as batches:
+            while self.samples_seen < total and not self.leaves:
+                self._step(next(batches), leave)
+                if self.engine.guard.in_a_row > MOST_SKIPPED_IN_A_ROW:
+                    return False
+                log.losses.append(self.loss if self.loss is not None else math.nan)
+                saves = self.step % train.checkpoint_every == 0 or self.leaves
+                # What comes before skipped steps may be what ruined the weights: no checkpoint to go back to.
+                saves = self.samples_seen == total or (saves and not self.engine.guard.in_a_row)
+                figures: dict[str, str] = {}
+                found = self._measured()
+                if found or saves or self.step % train.log_every == 0:
+                    rate = learning_rate_at(self.samples_seen - train.global_batch, train)
+                    figures = log.write(self.samples_seen, self.step, self.stream, rate, found)
+                if self._snapshots_due(self.step) > self._snapshots_due(self.step - 1):
+                    self._snapshot()
+                if saves and not self.engine.has_learned:
+                    return False  # every step was left out
+                if saves:
+                    self._save()
+                    log.draw(self.selection.name if self.selection else None)
+                bar.advance(train.global_batch, **figures)
+        return True
+
+    def _step(self, batch: LatentBatch, leave: StopRequest) -> None:
+        """One optimizer update, and the ranks' agreement on its loss and on leaving."""
+        self.engine.set_learning_rate(learning_rate_at(self.samples_seen, self.train))
+        parts = torch.arange(len(batch.latents), device=batch.latents.device).split(self.micro_batch)
+        losses = []
+        for rows in parts:
+            micro = batch.rows(rows)
+            example = path_sample(micro.latents, micro.noise, self._times(micro.uniform), self.config.flow.sigma_min)
+            predicted = self.engine(example.state, example.time, micro.condition, micro.kept_tokens)
+            loss = velocity_loss(predicted, example.velocity, self.config.flow.direction_weight).mean()
+            self.engine.backward_and_step(loss)
+            losses.append(loss.detach())
+        self.samples_seen += self.train.global_batch
+        self.engine.averages["ema"].update(decay_after(self.step, self.train.ema_decay))
+        for width in self.train.ema_sigma_rel:
+            self.engine.averages[_profile(width)].update(power_decay_after(self.step, width))
+        mean = torch.stack(losses).mean()
+        loss, leaves = self.engine.sum_over_ranks(torch.stack([mean, torch.full_like(mean, leave.came)])).tolist()
+        self.loss, self.leaves = loss / self.world.size, leaves > 0
+
+    def _times(self, uniform: torch.Tensor) -> torch.Tensor:
+        return shifted_time(TIME_SAMPLERS[self.config.flow.time](uniform), self.config.flow.time_shift)
+
+    def _diverged(self, when: str) -> DataError:
+        return DataError(
+            f"more than {MOST_SKIPPED_IN_A_ROW} steps in a row, or all of them, had a gradient that is not finite or over "
+            f"{self.train.skip_above:g} times the usual one, {when}; nothing of them was saved: lower "
+            "train.learning_rate, set train.gradient_clipping, or look for broken latents, and run the same command"
+        )
+
+    def _measured(self) -> dict[str, float]:
+        """What is measured on the EMA at this step."""
+        found: dict[str, float] = {}
+        if self.validation and self.step % self.validation.every == 0:
+            found |= self.validation.measure(self.samples_seen)
+        if self.selection and self.step % self.selection.every == 0:
+            found |= self.selection.measure(self._header_now())
+        return found
+
+    def _snapshots_due(self, step: int) -> int:
+        return step * self.train.ema_snapshots // self.train.num_steps
+
+    def _snapshot(self) -> None:
+        """Put the power-function averages aside, in float16."""
+        for width in self.train.ema_sigma_rel:
+            weights = self.engine.average_weights(_profile(width))
+            if self.world.is_main:
+                halves = {name: tensor.half() for name, tensor in weights.items()}
+                path = self.folder.snapshot(self.samples_seen, width)
+                checkpoints.save_weights(str(path), halves, self._header_now())
+
+    def _header_now(self) -> WeightsHeader:
+        return WeightsHeader(**self.header, samples_seen=self.samples_seen)
+
+    def _save(self) -> None:
+        weights = self.engine.average_weights("ema")
+        temporary = self.folder.checkpoints / self.folder.temporary_tag(self.samples_seen)
+        numbers = self.engine.save(temporary)
+        if self.world.is_main:
+            header = self._header_now()
+            checkpoints.save_weights(str(temporary / checkpoints.WEIGHTS), weights, header)
+            state = RunState(
+                samples_seen=self.samples_seen,
+                world_size=self.world.size,
+                manifest_digest=header.manifest_digest,
+                code_version=header.code_version,
+                config=header.config,
+                engine=numbers,
+            )
+            self.folder.publish(self.samples_seen, state, self.train.keep_checkpoints)
+        self.engine.barrier()
+
+    def _resume(self, newest: Path) -> None:
+        state = self.folder.read_state(newest, verify=False)
+        self.samples_seen = state.samples_seen
+        self.engine.load(newest, state.engine, state.samples_seen)
+
+
+def learning_rate_at(samples_seen: int, train: TrainConfig) -> float:
+    """The learning rate of the step that begins at `samples_seen`: linear warm-up, then constant or half a cosine."""
+    warmup, total = train.warmup_steps * train.global_batch, train.num_steps * train.global_batch
+    after = samples_seen + train.global_batch  # a step counts when it is done, so that the first one moves
+    if after <= warmup:
+        return train.learning_rate * after / warmup
+    if train.schedule == "cosine":
+        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (samples_seen - warmup) / (total - warmup)))
+    return train.learning_rate
+
+
+def _header(config: ExperimentConfig, manifest: Manifest, model_config: DiTConfig) -> dict[str, Any]:
+    return {
+        "model": model_config,
+        "autoencoder": manifest.autoencoder,
+        "image_size": manifest.image_size,
+        "crop": manifest.recipe.get("crop"),
+        "classes": manifest.classes if "class" in config.conditions else (),
+        "labels": manifest.labels if "semantic" in config.conditions else {},
+        "manifest_digest": manifest.digest,
+        "code_version": factory.code_version(),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _profile(width: float) -> str:
+    """The name under which the engine keeps a power-function average."""
+    return f"ema-{width:g}"

@@ -1,0 +1,461 @@
+"""The layouts of the paper's data sets, on small real trees of each, and what is said of those that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lfm import storage
+from lfm.data import manifest as manifests
+from lfm.data.latent_shards import read_raw
+from lfm.data.sources.layouts import FACE_PARTS, LAYOUTS, read
+from lfm.data.sources.source import Source
+from lfm.errors import ConfigError, DataError
+from lfm.types import RawSample
+from tests.pipelines.test_stages import tree
+from tests.support.commands import assert_one_line, lfm
+from tests.support.recorded_values import FOLDER
+
+DATA = FOLDER.parent / "data"
+TARS = ("layouts", "ccp_seg", "coco_mini")
+requires_data = pytest.mark.skipif(
+    not all((DATA / f"{name}.tar").is_file() for name in TARS), reason=f"no layouts.tar in {DATA} (LFM_SHARED)"
+)
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("trees")
+    for name in TARS:
+        with tarfile.open(DATA / f"{name}.tar") as tar:
+            tar.extractall(root, filter="data")
+    return root
+
+
+def save(path: Path, pixels: np.ndarray | Image.Image, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
+
+
+def noise(*shape: int, high: int = 256) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(0, high, shape).astype(np.uint8)
+
+
+def samples(raw: Path) -> dict[str, RawSample]:
+    """The samples of all shards by their source."""
+    found = {}
+    for shard in sorted(raw.glob("*.tar")):
+        with shard.open("rb") as stream:
+            found |= {sample.metadata["source"]: sample for sample in read_raw(stream, str(shard))}
+    return found
+
+
+# --- every real tree by one command ------------------------------------------------------------------------------
+
+REAL = [
+    # tree, split, layout, pictures, classes, members of each sample beside the picture
+    ("layouts/ILSVRC", "train", "imagenet", 48, 6, "class"),
+    ("layouts/ILSVRC", "val", "imagenet", 18, 6, "class"),
+    ("layouts/lmdb/celeba-lmdb", "train", "lmdb", 11, 0, ""),
+    ("layouts/lmdb/celeba-lmdb/validation.lmdb", None, "lmdb", 3, 0, ""),
+    ("layouts/lmdb/celeba64_lmdb", "train", "lmdb", 12, 0, ""),
+    ("layouts/lmdb/lsun", "train", "lsun", 12, 0, ""),
+    ("layouts/lmdb/lsun/church_outdoor_val_lmdb", None, "lsun", 4, 0, ""),
+    ("layouts/CelebAMask-HQ", None, "celebamask-hq", 6, 0, "map"),
+    ("layouts/ADEChallengeData2016", "training", "ade20k", 10, 0, "map"),
+    ("layouts/ADEChallengeData2016", "validation", "ade20k", 4, 0, "map"),
+    ("layouts/inpaint_ldm", None, "inpainting", 4, 0, "mask"),
+    ("ccp_seg", "validation", "paired", 40, 0, "map mask"),
+    ("coco_mini", "train2017", "coco-stuff", 23, 0, "map"),
+]
+
+
+@requires_data
+@pytest.mark.parametrize(("name", "split", "layout", "pictures", "classes", "members"), REAL)
+def test_a_real_tree_shards_by_one_command(
+    trees: Path, tmp_path: Path, name: str, split: str | None, layout: str, pictures: int, classes: int, members: str
+) -> None:
+    arguments = ("--split", split) if split else ()
+    result = lfm("shard", trees / name, tmp_path / "raw", "--image-size", 32, *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert f"{layout}: {pictures} pictures of {classes} classes" in result.stdout
+    manifest = manifests.load(str(tmp_path / "raw"), "raw")
+    assert (manifest.num_samples, len(manifest.classes), manifest.rejects) == (pictures, classes, [])
+    assert manifest.recipe["layout"] == layout
+    for sample in samples(tmp_path / "raw").values():
+        assert sample.image.shape == (32, 32, 3)
+        found = (("class", sample.class_index), ("map", sample.segmentation), ("mask", sample.mask))
+        assert [name for name, value in found if value is not None] == members.split()
+        assert sample.mask is None or set(np.unique(sample.mask)) <= {0, 1}
+
+
+@requires_data
+def test_detection_says_what_it_cannot_tell_apart(trees: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"layouts: may be imagenet or lmdb or .*; choose one, as in --layout imagenet"
+    ):
+        read(str(trees / "layouts"))
+    for name in ("layouts/ILSVRC", "layouts/lmdb/lsun", "ccp_seg", "layouts/ADEChallengeData2016"):
+        with pytest.raises(ConfigError, match=r"holds the splits \w+, \w+; choose one, as in --split"):
+            read(str(trees / name))
+
+
+@requires_data
+@pytest.mark.parametrize(("layout", "expected"), list(zip(FACE_PARTS, ("lfm", "official"), strict=True)))
+def test_the_parts_of_a_face_become_the_expected_map_bit_for_bit(
+    trees: Path, tmp_path: Path, layout: str, expected: str
+) -> None:
+    root = trees / "layouts" / "CelebAMask-HQ"
+    result = lfm("shard", root, tmp_path / "raw", "--image-size", 512, "--layout", layout)
+    assert result.exit_code == 0, result.stderr
+    found = samples(tmp_path / "raw")
+    assert len(found) == 6
+    for source, sample in found.items():
+        wanted = np.asarray(Image.open(root / f"expected_mask_{expected}_order" / f"{Path(source).stem}.png"))
+        assert np.array_equal(sample.segmentation, wanted)
+    labels = manifests.load(str(tmp_path / "raw"), "raw").recipe["labels"]
+    assert len(labels) == 19 and labels["1"] == "skin"
+
+
+@pytest.mark.parametrize("layout", FACE_PARTS)
+def test_every_part_of_a_face_has_its_id_and_later_ones_lie_above(tmp_path: Path, layout: str) -> None:
+    names = FACE_PARTS[layout].split()
+    save(tmp_path / "CelebA-HQ-img" / "2000.jpg", noise(36, 36, 3))
+    for index, name in enumerate(names):
+        part = np.zeros((18, 18, 3), np.uint8)
+        part[index:] = 255
+        save(tmp_path / "CelebAMask-HQ-mask-anno" / "1" / f"02000_{name}.png", part)
+    source = read(str(tmp_path), layout)
+    ids = source.pictures(source.items[0]).segmentation
+    assert ids is not None and ids[:, 0].tolist() == list(range(1, 19))
+    assert len(names) == 18 and set(names) == set(FACE_PARTS["celebamask-hq"].split())
+
+
+@requires_data
+def test_imagenets_two_parts_have_the_same_classes(trees: Path) -> None:
+    root = str(trees / "layouts" / "ILSVRC")
+    train, val = read(root, split="train"), read(root, split="val")
+    assert train.class_names == val.class_names and train.class_names[0] == "n03124170 cowboy hat, ten-gallon hat"
+    assert train.items[0].class_index == val.items[0].class_index == 0
+    wanted = dict(
+        line.split(",", 1) for line in (trees / "layouts" / "LOC_val_solution.csv").read_text().splitlines()[1:]
+    )
+    for item in val.items:
+        assert item.class_index is not None
+        assert wanted[Path(item.image).stem].split()[0] == val.class_names[item.class_index].split()[0]
+
+
+def test_imagenet_as_torchvision_unpacks_it_and_without_labels(tmp_path: Path) -> None:
+    for name in ("train/n00000002/a.JPEG", "train/n00000001/b.JPEG", "val/n00000002/c.JPEG"):
+        save(tmp_path / name, noise(8, 8, 3), format="JPEG")
+    val = read(str(tmp_path), split="val")
+    assert (val.layout, val.class_names) == ("imagenet", ("n00000001", "n00000002"))
+    assert [item.class_index for item in val.items] == [1]
+    save(tmp_path / "val" / "x.JPEG", noise(8, 8, 3), format="JPEG")
+    with pytest.raises(DataError, match=r"val: has no class folders; put Kaggle's LOC_val_solution.csv"):
+        read(str(tmp_path), split="val")
+
+
+def test_imagenets_only_split_needs_no_choosing_but_class_folders_beside_it(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "n00000001" / "a.JPEG", noise(8, 8, 3), format="JPEG")
+    assert [item.image for item in read(str(tmp_path)).items] == ["n00000001/a.JPEG"]
+    save(tmp_path / "n00000002" / "b.JPEG", noise(8, 8, 3), format="JPEG")
+    with pytest.raises(DataError, match=r"train/n00000001/a.JPEG: its class is not known"):
+        read(str(tmp_path))
+
+
+# --- data bases --------------------------------------------------------------------------------------------------
+
+
+def write_lmdb(path: Path, values: dict[str, bytes]) -> Path:
+    lmdb = pytest.importorskip("lmdb")
+    path.mkdir(parents=True)
+    with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+        for key, value in values.items():
+            transaction.put(key.encode(), value)
+    return path
+
+
+def encoded(pixels: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, **{"format": "PNG", **options})
+    return buffer.getvalue()
+
+
+def test_raw_and_encoded_values_are_told_apart_by_content_in_cursor_order(tmp_path: Path) -> None:
+    raw, picture = noise(16, 16, 3), noise(9, 7, 3)
+    jpeg_like = raw.copy()
+    jpeg_like[0, 0] = (0xFF, 0xD8, 0xFF)
+    png = encoded(picture)
+    png += bytes(3 * 20 * 20 - len(png))  # as long as a raw picture of 20 x 20
+    values = {"0": raw.tobytes(), "1": png, "2": jpeg_like.tobytes(), "10": encoded(picture)}
+    source = read(str(write_lmdb(tmp_path / "train.lmdb", values)))
+    assert [item.image for item in source.items] == ["0", "1", "10", "2"]
+    found = [np.asarray(source.pictures(item).image) for item in source.items]
+    for ours, wanted in zip(found, (raw, picture, picture, jpeg_like), strict=True):
+        assert np.array_equal(ours, wanted)
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+@pytest.mark.parametrize("keep", [0, 5000, 10_000])
+def test_a_cut_off_lmdb_is_refused_before_it_can_kill_the_process(tmp_path: Path, keep: int) -> None:
+    root = write_lmdb(tmp_path / "a.lmdb", {str(n): encoded(noise(40, 40 + n, 3)) for n in range(30)})
+    path = root / "data.mdb"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert_one_line(lfm("shard", root, tmp_path / "raw"), root, "copy or download it again")
+
+
+def test_a_pickled_cache_beside_an_lmdb_is_never_opened(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple:
+            return (pytest.fail, ("unpickled",))
+
+    root = write_lmdb(tmp_path / "church_train_lmdb", {"ab" * 20: encoded(noise(8, 8, 3), format="WEBP")})
+    (root / "_cache_church").write_bytes(pickle.dumps(Trap()))
+    source = read(str(tmp_path))
+    assert (source.layout, len(source.items)) == ("lsun", 1)
+    source.pictures(source.items[0])
+
+
+def test_torchtoolboxs_lmdb_and_the_full_ade20k_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    toolbox = write_lmdb(tmp_path / "imagenet.lmdb", {"0": b"x", "__len__": b"1", "__keys__": b"0"})
+    with pytest.raises(DataError, match=r"imagenet.lmdb: is an LMDB of torchtoolbox, .*; give lfm the pictures"):
+        read(str(toolbox))
+    save(tmp_path / "ade" / "images" / "training" / "a" / "abbey" / "ADE_train_00000001_seg.png", noise(8, 8, 3))
+    with pytest.raises(DataError, match=r"is the full ADE20K, .*; download ADEChallengeData2016"):
+        read(str(tmp_path / "ade"))
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_tars_of_others_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
+    image, ids = noise(9, 9, 3), noise(9, 9)
+    members = {f"cat/{n}.PNG": encoded(image) for n in "ab"} | {"cat/b.cls": b"2\n", "cat/b.seg.png": encoded(ids)}
+    write_tar(tmp_path / "train-000.tar", {"__meta__": b"x", "cat/a.txt": b"a cat", **members})
+    write_tar(tmp_path / "val-000.tar", {"0.jpg": encoded(image, format="JPEG")})
+    source = read(str(tmp_path), split="train")
+    assert (source.layout, len(source.items), source.class_names) == ("webdataset", 2, ("0", "1", "2"))
+    found = source.pictures(source.items[1])
+    assert np.array_equal(found.image, image) and np.array_equal(found.segmentation, ids)
+    assert [item.class_index for item in source.items] == [None, 2]
+
+
+def test_a_class_that_is_no_number_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.png": b"x", "0.cls": b"cat"})
+    with pytest.raises(DataError, match=r"a.tar: sample 0: class 'cat' is no number"):
+        read(str(tmp_path))
+
+
+def test_a_sample_without_a_picture_is_a_reject_and_not_left_out(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.png": encoded(noise(9, 9, 3)), "1.txt": b"x", "2.input.jpg": b"x"})
+    assert lfm("shard", tmp_path, tmp_path / "raw", "--image-size", 8, "--max-rejected", 1).exit_code == 0
+    rejects = manifests.load(str(tmp_path / "raw"), "raw").rejects
+    assert sorted(reject.source for reject in rejects) == ["a.tar#-#1", "a.tar#-#2"]
+    assert all("the sample has no picture" in reject.detail for reject in rejects)
+
+
+@pytest.mark.parametrize("damage", ["cut between samples", "cut in a picture", "header", "twice", "gzip"])
+def test_a_damaged_tar_is_refused_and_never_a_short_one(tmp_path: Path, damage: str) -> None:
+    pictures = {f"{n}.png": encoded(noise(20, 20, 3)) for n in range(4)}
+    path = write_tar(tmp_path / "a.tar", pictures)
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2].offset
+    content = bytearray(path.read_bytes())
+    if damage.startswith("cut"):
+        content = content[: third + (0 if "between" in damage else 700)]
+    elif damage == "header":
+        content[third + 20] ^= 1
+    elif damage == "gzip":
+        content = bytearray(b"\x1f\x8b" + bytes(600))
+    path.write_bytes(content)
+    if damage == "twice":
+        with tarfile.open(path, "a") as tar:
+            tar.addfile(tarfile.TarInfo("3.png"))
+    with pytest.raises(DataError) as error:
+        read(str(tmp_path), "webdataset")
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_parquet_files_and_a_saved_data_set(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    images = [noise(8, 8 + n, 3) for n in range(5)]
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = arrow.table(
+        {"image": [{"bytes": encoded(image), "path": "x"} for image in images], "label": [0, 1, 1, 0, 1]}
+    ).replace_schema_metadata({"huggingface": json.dumps(features)})
+    (tmp_path / "p" / "data").mkdir(parents=True)
+    parquet.write_table(table, tmp_path / "p" / "data" / "train-00000-of-00001.parquet", row_group_size=2)
+    parquet.write_table(table.slice(0, 1), tmp_path / "p" / "data" / "test-00000-of-00001.parquet")
+    (tmp_path / "s" / "train").mkdir(parents=True)
+    (tmp_path / "s" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with arrow.OSFile(str(tmp_path / "s" / "train" / "data-00000-of-00001.arrow"), "wb") as file, arrow.ipc.new_stream(
+        file, table.schema
+    ) as writer:  # fmt: skip
+        writer.write_table(table)
+    for root in ("p", "s"):
+        source = read(str(tmp_path / root), split="train")
+        assert (source.layout, source.class_names) == ("hf", ("cat", "dog"))
+        assert [item.class_index for item in source.items] == [0, 1, 1, 0, 1]
+        for item, image in zip(source.items, images, strict=True):
+            assert np.array_equal(source.pictures(item).image, image)
+    assert len(read(str(tmp_path / "p"), split="test").items) == 1
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read as a table"):
+        read(str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize(("library", "name"), [("lmdb", "data.mdb"), ("pyarrow", "a.parquet")])
+def test_a_missing_library_is_one_line_with_the_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    for module in (library, f"{library}.ipc", f"{library}.parquet"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    assert_one_line(lfm("shard", tmp_path, tmp_path / "raw"), tmp_path, "pip install lfm[")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lmdb", "webdataset", "hf"])
+def test_worker_processes_open_the_source_anew_and_write_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    contents = {str(n): encoded(noise(20, 20 + n, 3)) for n in range(12)}
+    if kind == "lmdb":
+        write_lmdb(tmp_path / "source", contents)
+    elif kind == "webdataset":
+        write_tar(tmp_path / "source" / "a.tar", {f"{name}.png": content for name, content in contents.items()})
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        (tmp_path / "source").mkdir()
+        parquet.write_table(arrow.table({"image": list(contents.values())}), tmp_path / "source" / "a.parquet")
+    for workers in (1, 2):
+        result = lfm("shard", tmp_path / "source", tmp_path / str(workers), "--image-size", 16, "--workers", workers,
+                     "--samples-per-shard", 4)  # fmt: skip
+        assert result.exit_code == 0 and f"{kind}: 12 pictures" in result.stdout, result.stderr
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
+
+
+def test_tars_and_pairs_are_read_from_a_url() -> None:
+    root, image, ids = f"memory://{uuid.uuid4()}", encoded(noise(9, 9, 3)), encoded(noise(9, 9))
+    for name in "ab":
+        storage.write_bytes(f"{root}/pairs/images/{name}.png", image)
+        storage.write_bytes(f"{root}/pairs/annotations/{name}.png", ids)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in (("0.png", image), ("0.seg.png", ids)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    storage.write_bytes(f"{root}/tars/a.tar", buffer.getvalue())
+    for folder, layout, count in (("pairs", "paired", 2), ("tars", "webdataset", 1)):
+        source = read(f"{root}/{folder}")
+        assert (source.layout, len(source.items)) == (layout, count)
+        found = source.pictures(source.items[0])
+        assert np.array_equal(found.image, noise(9, 9, 3)) and np.array_equal(found.segmentation, noise(9, 9))
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------
+
+
+def pairs(root: Path, pictures: str, maps: str, count: int = 3) -> None:
+    for index in range(count):
+        save(root / pictures / f"{index}.jpg", noise(12, 10, 3))
+        save(root / maps / f"{index}.png", noise(12, 10, high=5))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "maps", "split"),
+    [("images", "labels", None), ("images/val", "annotations/val", "val"), ("train", "trainannot", "train"),
+     ("train2017", "stuffthingmaps/train2017", "train2017")],
+)  # fmt: skip
+def test_pairs_are_found_by_name_in_folders_of_known_names(
+    tmp_path: Path, pictures: str, maps: str, split: str | None
+) -> None:
+    pairs(tmp_path, pictures, maps)
+    source = read(str(tmp_path), "paired", split)
+    assert [(item.image, item.segmentation) for item in source.items] == [
+        (f"{pictures}/{index}.jpg", f"{maps}/{index}.png") for index in range(3)
+    ]
+    assert source.class_names == ()
+    found = source.pictures(source.items[1])
+    assert np.array_equal(found.segmentation, noise(12, 10, high=5))
+
+
+@pytest.mark.parametrize(("pictures", "maps"), [("train", "trainannot"), ("images/train", "annotations/train")])
+def test_the_only_split_of_pairs_needs_no_choosing(tmp_path: Path, pictures: str, maps: str) -> None:
+    pairs(tmp_path, pictures, maps)
+    source = read(str(tmp_path), "paired")
+    assert [item.image for item in source.items] == [f"{pictures}/{index}.jpg" for index in range(3)]
+    assert source.class_names == ()
+
+
+def test_pascal_vocs_palettes_are_indices_and_its_lists_are_the_splits(tmp_path: Path) -> None:
+    pairs(tmp_path, "JPEGImages", "SegmentationClass", 2)
+    ids = noise(12, 10, high=21)
+    ids[0] = 255
+    palette = Image.frombytes("P", (10, 12), ids.tobytes())
+    palette.putpalette(noise(256, 3).tobytes())
+    save(tmp_path / "SegmentationClass" / "1.png", palette)
+    save(tmp_path / "JPEGImages" / "unlisted.jpg", noise(12, 10, 3))
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("1\ngone\n")
+    (lists / "val.txt").write_text("0\n")
+    with pytest.raises(ConfigError, match="holds the splits train, val"):
+        read(str(tmp_path))
+    source = read(str(tmp_path), split="train")
+    assert (source.layout, [item.image for item in source.items]) == (
+        "paired",
+        ["JPEGImages/1.jpg", "JPEGImages/gone.jpg"],
+    )
+    assert np.array_equal(source.pictures(source.items[0]).segmentation, ids)
+    (lists / "val.txt").unlink()
+    assert read(str(tmp_path)).items == source.items
+    with pytest.raises(ConfigError, match="holds the splits train; choose one"):
+        read(str(tmp_path), split="val")
+
+
+def test_drawn_scenes_have_classes_maps_and_masks(tmp_path: Path) -> None:
+    assert lfm("scenes", tmp_path / "scenes", "--num", 9, "--image-size", 16).exit_code == 0
+    source = read(str(tmp_path / "scenes"))
+    assert source.layout == "paired" and len(source.class_names) > 1
+    for item in source.items:
+        found = source.pictures(item)
+        assert item.class_index is not None and found.mask is not None and found.segmentation is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("0\tnull\n3\thair net\n", {0: "null", 3: "hair net", 255: "unlabelled"}),
+        ("0: sky\n255: unlabelled\n", {0: "sky", 255: "unlabelled"}),
+        ("sky\ntree\n", {0: "sky", 1: "tree", 255: "unlabelled"}),
+    ],
+)
+def test_the_list_of_labels_may_be_written_in_any_usual_way(tmp_path: Path, text: str, labels: dict) -> None:
+    pairs(tmp_path, "images", "labels")
+    (tmp_path / "labels.txt").write_text(text)
+    source: Source = read(str(tmp_path))
+    assert source.labels == labels and source.unlabelled == 255
+
+
+def test_an_unknown_layout_names_all(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ConfigError, match=f"--layout voc: unknown; one of auto, {', '.join(LAYOUTS)}"):
+        read(str(tmp_path), "voc")

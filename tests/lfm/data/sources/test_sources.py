@@ -1,0 +1,156 @@
+"""Layouts of picture collections as people have them, and each mistake's one line."""
+
+from __future__ import annotations
+
+import tarfile
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lfm import storage
+from lfm.data.sources.layouts import read
+from lfm.data.sources.source import SUFFIXES, Source
+from lfm.errors import ConfigError, DataError, LfmError
+from lfm.types import SourceItem
+from tests.support.recorded_values import FOLDER
+
+DATA = FOLDER.parent / "data"
+
+
+def folder(root: str, split: str | None = None) -> Source:
+    return read(root, "folder", split)
+
+
+NAMES = st.text("abcXYZ019 _-é", min_size=1, max_size=6).map(str.strip).filter(bool)
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "source") if request.param == "local" else f"memory://{uuid.uuid4()}"
+
+
+def make(root: str, *names: str) -> None:
+    for name in names:
+        storage.write_bytes(f"{root}/{name}", b"picture")
+
+
+def test_class_folders_become_classes_in_sorted_order(root: str) -> None:
+    make(root, "dog/2.png", "cat/b.JPG", "cat/a.jpeg", "cat/deep/er.webp", "dog/notes.txt", "readme.md")
+    source = folder(root)
+    assert source.class_names == ("cat", "dog") and source.root == root
+    assert source.items == (
+        SourceItem("cat/a.jpeg", 0),
+        SourceItem("cat/b.JPG", 0),
+        SourceItem("cat/deep/er.webp", 0),
+        SourceItem("dog/2.png", 1),
+    )
+
+
+def test_a_flat_folder_has_no_classes(root: str) -> None:
+    make(root, *(f"x{suffix}" for suffix in SUFFIXES), "y.PNG", "z.txt", ".hidden.png", "__MACOSX/._x.png")
+    source = folder(root)
+    assert source.class_names == ()
+    assert [item.image for item in source.items] == sorted([*(f"x{suffix}" for suffix in SUFFIXES), "y.PNG"])
+    assert {item.class_index for item in source.items} == {None}
+
+
+def test_a_split_is_chosen_and_only_it_is_read(root: str) -> None:
+    make(root, "train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/emu/2.png")
+    with pytest.raises(ConfigError) as error:
+        folder(root)
+    assert str(error.value) == f"{root}: holds the splits test, train; choose one, as in --split test"
+    train = folder(root, "train")
+    assert (train.root, train.class_names) == (f"{root}/train", ("cat", "dog"))
+    assert [item.image for item in train.items] == ["cat/1.png", "dog/1.png"]
+    assert folder(root, "test").class_names == ("cat", "emu")
+
+
+def test_a_flat_split_has_no_classes(root: str) -> None:
+    make(root, "train/1.png", "val/2.png")
+    assert folder(root, "train").items == (SourceItem("1.png"),)
+
+
+def test_the_only_split_needs_no_choosing_and_a_picture_beside_it_is_not_lost(root: str) -> None:
+    make(root, "train/cat/1.png", "train/dog/1.png")
+    assert folder(root) == folder(root, "train")
+    make(root, "2.png")
+    with pytest.raises(DataError, match=r"2.png: lies beside the class folders"):
+        folder(root)
+
+
+@pytest.mark.parametrize("splits", [("Train", "Test"), ("TRAIN", "VAL"), ("train", "Validation")])
+def test_splits_are_known_whatever_their_case(tmp_path: Path, splits: tuple[str, str]) -> None:
+    """Taken for classes, they would train a model to tell the training set from the test set."""
+    make(str(tmp_path), *(f"{split}/cat/1.png" for split in splits))
+    with pytest.raises(ConfigError, match="holds the splits"):
+        folder(str(tmp_path))
+
+
+def test_a_class_may_be_called_like_a_split_beside_others(root: str) -> None:
+    make(root, "test/1.png", "exam/1.png")
+    assert folder(root).class_names == ("exam", "test")
+
+
+def test_loose_pictures_beside_class_folders_are_refused_by_name(root: str) -> None:
+    make(root, "cat/1.png", "dog/2.png", "stray.png")
+    with pytest.raises(DataError) as error:
+        folder(root)
+    assert str(error.value).startswith(f"{root}/stray.png: lies beside the class folders;")
+
+
+@pytest.mark.parametrize("names", [["a.txt"], [".git/x.png"], ["sub/.x.png", "b.csv"]])
+def test_no_pictures_is_one_line(root: str, names: list[str]) -> None:
+    make(root, *names)
+    with pytest.raises(DataError) as error:
+        folder(root)
+    assert str(error.value).startswith(f"{root}: no pictures there") and "\n" not in str(error.value)
+
+
+def test_a_missing_folder_or_split_is_named(root: str) -> None:
+    make(root, "train/cat/1.png")
+    for arguments, named in (((f"{root}/nowhere",), f"{root}/nowhere"), ((root, "val"), f"{root}/val")):
+        with pytest.raises(LfmError) as error:
+            folder(*arguments)
+        assert str(error.value).startswith(f"{named}: ") and "\n" not in str(error.value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(classes=st.dictionaries(NAMES, st.sets(NAMES, min_size=1, max_size=3), min_size=1, max_size=4))
+def test_every_picture_is_there_once_under_its_class(classes: dict[str, set[str]]) -> None:
+    root = f"memory://{uuid.uuid4()}"
+    paths = [f"{name}/{picture}.png" for name, pictures in classes.items() for picture in pictures]
+    make(root, *paths)
+    source = folder(root)
+    assert [item.image for item in source.items] == sorted(paths)
+    assert source.class_names == tuple(sorted(classes))
+    for item in source.items:
+        assert item.class_index is not None and source.class_names[item.class_index] == item.image.split("/")[0]
+    assert read(root) == source
+
+
+def test_a_class_that_is_a_link_is_not_left_out(tmp_path: Path) -> None:
+    make(str(tmp_path), "elsewhere/1.png", "source/dog/1.png")
+    (tmp_path / "source" / "cat").symlink_to(tmp_path / "elsewhere")
+    assert folder(str(tmp_path / "source")).class_names == ("cat", "dog")
+
+
+@pytest.mark.skipif(not (DATA / "clothing10.tar").is_file(), reason=f"no clothing10.tar in {DATA} (LFM_SHARED)")
+def test_a_real_collection(tmp_path: Path) -> None:
+    with tarfile.open(DATA / "clothing10.tar") as tar:
+        members = [member for member in tar if member.isfile() and "/validation/" in member.name]
+        tar.extractall(tmp_path, members, filter="data")
+        everything = Counter(
+            member.name.split("/")[1:2][0] for member in tar.getmembers() if member.name.endswith(".jpg")
+        )
+    assert everything == {"train": 3068, "validation": 341, "test": 372}
+    source = folder(str(tmp_path / "clothing10"), "validation")
+    assert len(source.items) == 341
+    assert source.class_names == (
+        *("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"),
+    )
+    assert {item.class_index for item in source.items} == set(range(10))
+    assert folder(str(tmp_path / "clothing10")) == source  # the only split there

@@ -1,0 +1,363 @@
+"""A copy in the cache is what the manifest lists, is fetched once, patiently, and leaves when it is needed last."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+import uuid
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lfm import storage
+from lfm.errors import DataError, LfmError, StorageError
+from lfm.storage import retry
+from lfm.storage.cache import Cache
+
+SMALL = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+CONTENT = b"what is in the shard" * 1000
+SIZE, CRC32 = len(CONTENT), zlib.crc32(CONTENT)
+
+
+@pytest.fixture
+def remote() -> str:
+    path = f"memory://{uuid.uuid4()}/train/000000.tar"
+    storage.write_bytes(path, CONTENT)
+    return path
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a cache holds beside its locks."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("lock-"))
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every pause that was asked for; none is made, but the clock goes on by it."""
+    pauses: list[float] = []
+    now = time.monotonic()
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry.time, "monotonic", lambda: now + sum(pauses))
+    return pauses
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException], path: str) -> bool:
+    """Whether the message is one line that begins with the path."""
+    return str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+class Failing:
+    """Stands for `storage.open_read`: every request breaks off after `after` bytes, `times` times over."""
+
+    def __init__(self, after: int, times: float, error: Exception | None = None) -> None:
+        self.after, self.times, self.requests = after, times, 0
+        self.error = error or ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    def __call__(self, path: str) -> io.BytesIO:
+        self.requests += 1
+        content = storage.read_bytes(path)
+        return Broken(content, self.after, self.error) if self.requests <= self.times else io.BytesIO(content)
+
+
+class Broken(io.BytesIO):
+    """Gives so many bytes and then fails."""
+
+    def __init__(self, content: bytes, left: int, error: Exception) -> None:
+        super().__init__(content)
+        self.left, self.error = left, error
+
+    def read(self, size: int | None = -1) -> bytes:
+        if not self.left:
+            raise self.error
+        piece = super().read(min(size or 0, self.left))
+        self.left -= len(piece)
+        return piece
+
+
+def test_the_second_fetch_makes_no_request(tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path)
+    local = cache.fetch(remote, SIZE, CRC32)
+    assert local.read_bytes() == CONTENT and visible(tmp_path) == [local]
+    monkeypatch.setattr(storage, "open_read", None)
+    storage.remove(remote)
+    assert cache.fetch(remote, SIZE, CRC32) == local
+
+
+def test_equal_names_of_other_folders_are_other_files(tmp_path: Path, remote: str) -> None:
+    other = remote.replace("/train/", "/val/")
+    storage.write_bytes(other, CONTENT[::-1])
+    cache = Cache(tmp_path)
+    first, second = cache.fetch(remote, SIZE, CRC32), cache.fetch(other, SIZE, zlib.crc32(CONTENT[::-1]))
+    assert first.read_bytes() == CONTENT and second.read_bytes() == CONTENT[::-1]
+
+
+@SMALL
+@given(change=st.sampled_from(["size", "crc32", "cut", "flip"]), place=st.integers(0, SIZE - 1))
+def test_what_is_not_as_listed_is_refused_and_not_kept(tmp_path: Path, remote: str, change: str, place: int) -> None:
+    if change == "cut":
+        storage.write_bytes(remote, CONTENT[:place])
+    elif change == "flip":
+        storage.write_bytes(remote, CONTENT[:place] + bytes([CONTENT[place] ^ 1]) + CONTENT[place + 1 :])
+    folder = tmp_path / str(uuid.uuid4())
+    with pytest.raises(DataError) as error:
+        Cache(folder).fetch(remote, SIZE + (change == "size"), CRC32 ^ (change == "crc32"))
+    assert one_line(error, remote)
+    assert visible(folder) == []
+    storage.write_bytes(remote, CONTENT)
+    assert Cache(folder).fetch(remote, SIZE, CRC32).read_bytes() == CONTENT
+
+
+def test_a_local_file_is_used_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(CONTENT)
+    cache = Cache(tmp_path / "cache")
+    assert cache.fetch(str(path), SIZE, CRC32) == path
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(DataError) as error:
+        cache.fetch(str(path), SIZE + 1, CRC32)
+    assert one_line(error, str(path))
+    with pytest.raises(StorageError, match="no such file"):
+        cache.fetch(str(tmp_path / "b.tar"), SIZE, CRC32)
+
+
+def test_a_flipped_bit_in_a_local_file_is_found_on_demand(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(CONTENT)
+    cache = Cache(tmp_path / "cache")
+    assert cache.fetch(str(path), SIZE, CRC32, verify_local=True) == path
+    path.write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:])
+    with pytest.raises(DataError, match="checksum") as error:
+        cache.fetch(str(path), SIZE, CRC32, verify_local=True)
+    assert one_line(error, str(path))
+
+
+def test_a_missing_remote_file_and_a_useless_cache_are_one_line(tmp_path: Path, remote: str) -> None:
+    with pytest.raises(StorageError) as error:
+        Cache(tmp_path).fetch(remote + "x", SIZE, CRC32)
+    assert one_line(error, remote + "x") and visible(tmp_path) == []
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(LfmError) as error:
+        Cache(tmp_path / "file" / "cache").fetch(remote, SIZE, CRC32)
+    assert "\n" not in str(error.value) and str(tmp_path / "file") in str(error.value)
+
+
+def test_a_download_goes_on_where_it_broke_off(
+    tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch, no_pauses: list[float]
+) -> None:
+    failing = Failing(after=7000, times=2)
+    monkeypatch.setattr(storage, "open_read", failing)
+    cache = Cache(tmp_path)
+    assert cache.fetch(remote, SIZE, CRC32).read_bytes() == CONTENT
+    assert failing.requests == 3 and cache.counts == {"retries": 2, "downloads": 1}
+    assert 0.25 <= no_pauses[0] <= 0.75 and 0.5 <= no_pauses[1] <= 1.5
+
+
+def test_patience_ends_after_ten_minutes_in_one_line(
+    tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch, no_pauses: list[float]
+) -> None:
+    monkeypatch.setattr(storage, "open_read", Failing(after=0, times=1e9))
+    with pytest.raises(StorageError, match="Connection reset by peer") as error:
+        Cache(tmp_path).fetch(remote, SIZE, CRC32)
+    assert one_line(error, remote) and visible(tmp_path) == []
+    assert 500 < sum(no_pauses) <= 600 and len(set(no_pauses)) == len(no_pauses), "jittered"
+    assert 8 < len(no_pauses) < 30
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("x"), PermissionError("x"), OSError(errno.ENOSPC, "x"), ValueError("x")]
+)
+def test_what_does_not_pass_is_not_waited_for(
+    tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch, no_pauses: list[float], error: Exception
+) -> None:
+    monkeypatch.setattr(storage, "open_read", Failing(after=0, times=1e9, error=error))
+    with pytest.raises(StorageError):
+        Cache(tmp_path).fetch(remote, SIZE, CRC32)
+    assert no_pauses == []
+
+
+def test_a_bit_that_flips_on_its_way_is_fetched_again(
+    tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = [CONTENT[:-1] + b"?", CONTENT]
+    real = storage.open_read
+
+    def open_read(path: str) -> Any:
+        storage.write_bytes(path, arrived.pop(0))
+        return real(path)
+
+    monkeypatch.setattr(storage, "open_read", open_read)
+    cache = Cache(tmp_path)
+    assert cache.fetch(remote, SIZE, CRC32).read_bytes() == CONTENT
+    assert cache.counts == {"retries": 1, "downloads": 1}
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "truncate", fail)
+    with pytest.raises(StorageError, match="no space left"):
+        Cache(tmp_path).fetch(remote, SIZE, CRC32)
+    assert visible(tmp_path) == []
+
+
+def started(script: str, *arguments: str) -> subprocess.Popen[str]:
+    """A Python process that runs `script`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_two_processes_download_once(tmp_path: Path) -> None:
+    """`file://` is a URL like any other: what is behind it is copied."""
+    (tmp_path / "000000.tar").write_bytes(CONTENT)
+    script = """
+import sys, time
+from pathlib import Path
+from lfm import storage
+from lfm.storage.cache import Cache
+url, folder, size, crc32 = sys.argv[1:]
+read = storage.open_read
+def counted(path):
+    with Path(folder, "requests").open("a") as file:
+        file.write("1\\n")
+    time.sleep(0.3)
+    return read(path)
+storage.open_read = counted
+print("ready", flush=True)
+sys.stdin.readline()
+print(Cache(Path(folder, "cache")).fetch(url, int(size), int(crc32)))
+"""
+    arguments = (f"file://{tmp_path}/000000.tar", str(tmp_path), str(SIZE), str(CRC32))
+    with started(script, *arguments) as first, started(script, *arguments) as second:
+        for process in (first, second):
+            assert process.stdout and process.stdout.readline() == "ready\n"
+        results = []
+        for process in (first, second):
+            assert process.stdin
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in (first, second):
+            assert process.stdout
+            results.append(process.stdout.readline().strip())
+    assert results[0] == results[1]
+    assert Path(results[0]).read_bytes() == CONTENT
+    assert (tmp_path / "requests").read_text() == "1\n"
+
+
+# --- the limit ---------------------------------------------------------------------------------------------------
+
+
+def shards(count: int) -> list[tuple[str, int, int]]:
+    """Remote files of 1,000 bytes as `Cache.open` is told of them."""
+    folder, found = f"memory://{uuid.uuid4()}", []
+    for number in range(count):
+        content = number.to_bytes(2, "big") * 500
+        storage.write_bytes(f"{folder}/{number:06d}.tar", content)
+        found.append((f"{folder}/{number:06d}.tar", 1000, zlib.crc32(content)))
+    return found
+
+
+def held(folder: Path) -> list[int]:
+    return sorted(int(path.stem.rpartition("-")[2]) for path in visible(folder))
+
+
+def test_what_is_needed_last_leaves_first(tmp_path: Path) -> None:
+    remote, cache = shards(6), Cache(tmp_path, limit=3500)
+    uses = {cache.copy_of(*shard).name: use for shard, use in zip(remote, (5, 9, 1, 7, 3, 2), strict=True)}
+    for number, after in ((0, [0]), (1, [0, 1]), (2, [0, 1, 2]), (3, [0, 2, 3]), (4, [0, 2, 4]), (5, [2, 4, 5])):
+        cache.open(*remote[number], uses.__getitem__).close()
+        assert held(tmp_path) == after
+    assert cache.counts == {"downloads": 6, "evictions": 3}
+
+
+def test_strangers_leave_before_what_is_needed_at_all_the_oldest_first(tmp_path: Path) -> None:
+    remote = shards(5)
+    for age, number in enumerate((1, 0)):
+        copy = Cache(tmp_path).fetch(*remote[number])
+        os.utime(copy, (age, age))
+    cache = Cache(tmp_path, limit=3000)
+    known = {cache.copy_of(*shard).name: 1.0 for shard in remote[2:]}
+    for number, after in ((2, [0, 1, 2]), (3, [0, 2, 3]), (4, [2, 3, 4])):
+        cache.open(*remote[number], lambda name: known.get(name, float("inf"))).close()
+        assert held(tmp_path) == after
+
+
+def test_what_is_open_or_mapped_stays_even_over_the_limit(tmp_path: Path) -> None:
+    remote, cache = shards(4), Cache(tmp_path, limit=1500)
+    first = cache.open(*remote[0])
+    with cache.open(*remote[1]) as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    cache.open(*remote[2]).close()
+    assert held(tmp_path) == [0, 1, 2]
+    first.close()
+    mapped.close()
+    cache.open(*remote[3]).close()
+    assert held(tmp_path) == [3]
+
+
+def test_two_runs_on_one_small_cache_read_what_is_right(tmp_path: Path) -> None:
+    script = """
+import sys, json
+from pathlib import Path
+from lfm.storage.cache import Cache
+folder, place, seed = sys.argv[1:]
+import random
+random.seed(int(seed))
+cache = Cache(Path(place), limit=2500)
+files = json.loads(Path(folder, "list").read_text())
+for _ in range(150):
+    number = random.randrange(len(files))
+    with cache.open(*files[number]) as file:
+        assert file.read() == number.to_bytes(2, "big") * 500
+print("right")
+"""
+    files = []
+    for number in range(6):
+        content = number.to_bytes(2, "big") * 500
+        (tmp_path / f"{number:06d}.tar").write_bytes(content)
+        files.append((f"file://{tmp_path}/{number:06d}.tar", 1000, zlib.crc32(content)))
+    (tmp_path / "list").write_text(json.dumps(files))
+    arguments = (str(tmp_path), str(tmp_path / "cache"))
+    with started(script, *arguments, "1") as first, started(script, *arguments, "2") as second:
+        for process in (first, second):
+            assert process.communicate()[0] == "right\n"
+    assert len(held(tmp_path / "cache")) <= 4
+
+
+def test_killed_while_it_downloads(tmp_path: Path) -> None:
+    """The next run is right, and clears up."""
+    script = """
+import sys, time
+from pathlib import Path
+from lfm import storage
+from lfm.storage.cache import Cache
+read = storage.open_read
+def slow(path):
+    print("downloading", flush=True)
+    time.sleep(60)
+storage.open_read = slow
+Cache(Path(sys.argv[2])).fetch(sys.argv[1], 1000, 0)
+"""
+    content = bytes(1000)
+    (tmp_path / "000000.tar").write_bytes(content)
+    url, folder = f"file://{tmp_path}/000000.tar", tmp_path / "cache"
+    with started(script, url, str(folder)) as process:
+        assert process.stdout and process.stdout.readline() == "downloading\n"
+        process.kill()
+    assert len(visible(folder)) == 1, "it leaves a temporary file"
+    for _ in range(2):
+        assert Cache(folder).fetch(url, 1000, zlib.crc32(content)).read_bytes() == content
+    assert [path.suffix for path in visible(folder)] == [".tar"]
+    assert not visible(folder)[0].name.startswith(".")

@@ -1,0 +1,98 @@
+"""`lfm autoencoder`: it learns, resumes bit for bit, and what it wrote is what `lfm encode` loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lfm import autoencoder as autoencoders
+from pipelines.data import train_autoencoder
+from pipelines.data.train_autoencoder import AutoencoderConfig, Trainer, run
+from tests.support.commands import ALONE, SmallSet, assert_one_line, lfm
+
+
+def config(small_set: SmallSet, dest: Path, **changes: object) -> AutoencoderConfig:
+    settings = {"num_steps": 12, "batch_size": 8, "block_channels": (8, 8), "save_every": 5} | changes
+    return AutoencoderConfig((str(small_set.raw),), str(dest), **settings)  # type: ignore[arg-type]
+
+
+def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
+    small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config(small_set, tmp_path / "a"), ALONE)
+    step = Trainer._train_step
+
+    def killed(self: Trainer, images: torch.Tensor) -> float:
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return step(self, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_autoencoder.Trainer, "_train_step", killed)
+        run(config(small_set, tmp_path / "b"), ALONE)
+    run(config(small_set, tmp_path / "b"), ALONE)
+    one, other = (autoencoders.load(str(tmp_path / name)) for name in "ab")
+    assert one.content_hash == other.content_hash
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors", "recipe.json"
+    ]  # fmt: skip
+
+
+def test_it_learns_and_its_latents_have_unit_deviation(small_set: SmallSet, tmp_path: Path) -> None:
+    few = run(config(small_set, tmp_path / "few", num_steps=2), ALONE).psnr
+    many = run(config(small_set, tmp_path / "many", num_steps=60, learning_rate=3e-3), ALONE).psnr
+    assert few is not None and many is not None and many > few + 3
+    model = autoencoders.load(str(tmp_path / "many"))
+    pictures = train_autoencoder.Pictures(str(small_set.raw), 0, train_autoencoder.factory.cache(None)).at(0, 40)
+    assert (model.encode(pictures).mean * model.scale_factor).std() == pytest.approx(1, abs=0.1)
+
+
+def test_a_finished_one_is_kept_and_another_is_refused(small_set: SmallSet, tmp_path: Path) -> None:
+    run(config(small_set, tmp_path / "a", num_steps=1), ALONE)
+    before = (tmp_path / "a" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert run(config(small_set, tmp_path / "a", num_steps=1), ALONE).psnr is None
+    with pytest.raises(train_autoencoder.ConfigError, match="kl_weight"):
+        run(config(small_set, tmp_path / "a", num_steps=1, kl_weight=0.5), ALONE)
+    assert (tmp_path / "a" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert run(config(small_set, tmp_path / "a", num_steps=1, kl_weight=0.5, overwrite=True), ALONE).psnr is not None
+    assert (tmp_path / "a" / "diffusion_pytorch_model.safetensors").read_bytes() != before
+
+
+def test_a_run_killed_after_its_last_step_is_exported_by_the_next(
+    small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_autoencoder.Trainer, "export", killed)
+        run(config(small_set, tmp_path / "a", num_steps=5), ALONE)
+    run(config(small_set, tmp_path / "a", num_steps=5), ALONE)
+    run(config(small_set, tmp_path / "b", num_steps=5), ALONE)
+    one, other = (autoencoders.load(str(tmp_path / name)) for name in "ab")
+    assert one.content_hash == other.content_hash
+
+
+def test_overwrite_leaves_an_autoencoder_of_somebody_else(small_set: SmallSet, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in small_set.autoencoder.iterdir()}
+    with pytest.raises(train_autoencoder.ConfigError, match="something else"):
+        run(config(small_set, small_set.autoencoder, num_steps=1, overwrite=True), ALONE)
+    assert {path.name: path.read_bytes() for path in small_set.autoencoder.iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_it(small_set: SmallSet, tmp_path: Path) -> None:
+    with pytest.raises(train_autoencoder.DataError, match="lower --learning-rate"):
+        run(config(small_set, tmp_path / "a", learning_rate=1e30), ALONE)
+    assert not (tmp_path / "a" / "config.json").exists()
+
+
+def test_mistakes_are_one_line(small_set: SmallSet, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert_one_line(lfm("autoencoder", small_set.raw, small_set.raw, out, "--batch-size", 3), "--batch-size 3")
+    assert_one_line(lfm("autoencoder", small_set.latents, out), "holds latents shards")
+    assert_one_line(lfm("autoencoder", small_set.raw, out, "--kl-weight", "nan"), "--kl-weight")
+    assert_one_line(lfm("autoencoder", small_set.raw, out, "--initialize-from", tmp_path / "no"), tmp_path / "no")
+    assert_one_line(lfm("autoencoder", small_set.raw, small_set.raw, small_set.pictures), "something else")
+    assert not out.exists()

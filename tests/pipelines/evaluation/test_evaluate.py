@@ -1,0 +1,394 @@
+"""`lfm reference` and `lfm evaluate` by their commands, with a network that is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lfm.data.random_draws import picture_noise
+from lfm.errors import ConfigError
+from lfm.metrics import features
+from lfm.metrics import reference as references
+from lfm.metrics.frechet import FeatureSums, frechet_distance
+from lfm.metrics.inception import Inception
+from lfm.training.run_folder import WEIGHTS, load_weights, save_weights
+from lfm.world import World
+from pipelines.evaluation import evaluate as stage
+from pipelines.evaluation.evaluate import EvaluateConfig
+from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line, lfm
+from tests.support.networks import Small, exported, reference_of
+
+
+class Distance(nn.Module):
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return (first.float() - second.float()).abs().mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(Small(), tmp_path_factory.mktemp("network") / "small.pt2")
+
+
+@pytest.fixture(scope="module")
+def reference(small_set: SmallSet, network: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the 40 scenes of the small set."""
+    return reference_of(small_set, network, tmp_path_factory.mktemp("reference"))
+
+
+def picture_folder(folder: Path, count: int = 30, size: int = 16, seed: int = 0) -> Path:
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def report(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report.json").read_text())
+
+
+def metrics(out: Path) -> dict[str, float]:
+    (row,) = report(out)["rows"]
+    return {name: value for name, value in row["metrics"].items() if name != "seconds"}
+
+
+# --- the reference -----------------------------------------------------------------------------------------------
+
+
+def test_a_reference_holds_the_features_of_every_picture_and_says_of_what(
+    small_set: SmallSet, reference: Path, network: Path
+) -> None:
+    found = references.load(str(reference))
+    assert (found.header.count, found.header.image_size, found.header.rule) == (40, 16, "centre")
+    assert (found.header.network_name, found.header.stored) == ("small", "webp")
+    assert found.kept is not None
+    whole = FeatureSums.of(found.kept).gaussian()
+    assert frechet_distance(whole, found.gaussians["pooled"]) == pytest.approx(0, abs=1e-9)
+    assert list(reference.parent.iterdir()) == [reference], "the blocks are gone"
+    again = lfm("reference", small_set.raw, reference, "--network", network)
+    assert again.exit_code == 0
+
+
+def test_another_reference_is_not_written_over(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
+    before = reference.read_bytes()
+    result = lfm("reference", small_set.raw, reference, "--network", "fd-lite")
+    assert_one_line(result, reference.name, "network_name", "--overwrite")
+    assert reference.read_bytes() == before
+
+
+def test_a_folder_is_cropped_by_the_rule_and_a_wrong_size_refused(network: Path, tmp_path: Path) -> None:
+    folder, out = picture_folder(tmp_path / "pictures", 8, 24), tmp_path / "r.safetensors"
+    assert lfm("reference", folder, out, "--network", network, "--image-size", 16).exit_code == 0
+    assert references.load(str(out)).header.resized
+    Image.new("RGB", (16, 16)).save(folder / "zzz.png")
+    assert_one_line(lfm("reference", folder, tmp_path / "s.safetensors", "--network", network), "zzz.png", "16 x 16")
+    assert_one_line(lfm("reference", folder, out, "--crop", "squash"), "--crop", "--image-size")
+    assert_one_line(lfm("reference", folder, tmp_path / "s.npz", "--network", network), ".safetensors")
+
+
+def test_published_statistics_are_imported(tmp_path: Path) -> None:
+    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "adm.npz", **arrays, arr_0=np.zeros(1))
+    out = tmp_path / "adm.safetensors"
+    assert_one_line(lfm("reference", tmp_path / "adm.npz", out), "--image-size")
+    assert lfm("reference", tmp_path / "adm.npz", out, "--image-size", 256).exit_code == 0
+    found = references.load(str(out))
+    assert set(found.gaussians) == {"pooled", "spatial"}
+    assert (found.kept, found.header.network_name) == (None, "inception")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    other = lfm("reference", tmp_path / "other.npz", tmp_path / "o.safetensors", "--image-size", 256)
+    assert_one_line(other, "other.npz", "2048 dimensions")
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    broken = lfm("reference", tmp_path / "broken.npz", tmp_path / "o.safetensors", "--image-size", 256)
+    assert_one_line(broken, "broken.npz", "download it again")
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_set_against_itself_is_at_zero(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
+    result = lfm("evaluate", small_set.raw, "--reference", reference, "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    found = metrics(tmp_path)
+    assert found["fd-small"] == pytest.approx(0, abs=1e-9)
+    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+    assert "fd-small" in (tmp_path / "report.txt").read_text()
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.height > 2 * 16
+
+
+def test_the_report_names_all_that_made_it(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
+    folder = picture_folder(tmp_path / "pictures")
+    lfm("evaluate", folder, "--reference", reference, "--out", tmp_path / "out")
+    found = report(tmp_path / "out")
+    header = references.load(str(reference)).header
+    assert found["settings"]["references"] == [json.loads(header.model_dump_json())]
+    assert found["settings"]["networks"][0]["content_hash"] == header.network_hash
+    assert found["rows"][0]["data_digest"]
+    assert {"lfm", "torch", "torchmetrics"} <= set(found["versions"])
+    assert any("30 pictures against 40 real ones" in warning for warning in found["rows"][0]["warnings"])
+
+
+def test_a_reference_of_another_size_or_rule_is_refused(
+    small_set: SmallSet, reference: Path, network: Path, tmp_path: Path
+) -> None:
+    folder = picture_folder(tmp_path / "large", 4, 24)
+    result = lfm("evaluate", folder, "--reference", reference, "--out", tmp_path / "out")
+    assert_one_line(result, reference, "16 pixels", "24")
+    other = tmp_path / "squash.safetensors"
+    lfm("reference", folder, other, "--network", network, "--image-size", 16, "--crop", "squash")
+    result = lfm("evaluate", small_set.raw, "--reference", other, "--out", tmp_path / "out")
+    assert_one_line(result, other, "squash", "centre")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_had_is_said_before_anything_is_done(
+    small_set: SmallSet, reference: Path, network: Path, tmp_path: Path
+) -> None:
+    for options, parts in (
+        (["--metrics", "fid"], ["fid", "Inception"]),
+        (["--metrics", "fidd"], ["fidd", "unknown"]),
+        (["--metrics", "p-ids"], ["p-ids", "--pairs"]),
+        (["--metrics", "nfe"], ["nfe", "a run"]),
+        (["--num", 10], ["--num", "is for runs"]),
+        (["--pairs", small_set.raw], ["--pairs", "name a folder"]),
+        (["--network", "fd-lite"], ["--network fd-lite", "no reference"]),
+        (["--lpips", network], ["--lpips", "--pairs"]),
+        (["--reference", tmp_path / "none"], ["none", "no such file"]),
+    ):
+        result = lfm("evaluate", small_set.raw, "--reference", reference, "--out", tmp_path / "out", *options)
+        assert_one_line(result, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_network_is_refused(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
+    other = exported(nn.Sequential(Small(), nn.ReLU()), tmp_path / "small.pt2")
+    result = lfm("evaluate", small_set.raw, "--reference", reference, "--out", tmp_path / "out", "--network", other)
+    assert_one_line(result, reference, "--network")
+
+
+def test_pictures_that_changed_are_measured_again(reference: Path, tmp_path: Path) -> None:
+    folder, out = picture_folder(tmp_path / "pictures"), tmp_path / "out"
+    lfm("evaluate", folder, "--reference", reference, "--out", out)
+    before = metrics(out)
+    Image.new("RGB", (16, 16)).save(folder / "000.png")
+    assert_one_line(lfm("evaluate", folder, "--reference", reference, "--out", out), "--overwrite")
+    assert metrics(out) == before
+    lfm("evaluate", folder, "--reference", reference, "--out", out, "--overwrite")
+    assert metrics(out) != before
+
+
+@pytest.mark.slow
+def test_published_statistics_and_weights_make_a_fid(
+    small_set: SmallSet, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With random weights in the place of the published ones: the names and the way are the same."""
+    weights, statistics = tmp_path / "weights.pth", tmp_path / "adm.safetensors"
+    torch.save(Inception().state_dict(), weights)
+    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "adm.npz", **arrays)
+    lfm("reference", tmp_path / "adm.npz", statistics, "--image-size", 16)
+    folder = picture_folder(tmp_path / "pictures", 4)
+    command = ("evaluate", folder, "--reference", statistics, "--reference", reference, "--out", tmp_path / "out")
+    assert_one_line(lfm(*command), "--network inception:WEIGHTS.pth")
+    command = (*command, "--network", f"inception:{weights}")
+    assert_one_line(lfm(*command, "--metrics", "fid"), "fid", "published")
+    monkeypatch.setattr("lfm.metrics.features.PUBLISHED", features.file_hash(str(weights)))
+    assert lfm(*command).exit_code == 0
+    found = metrics(tmp_path / "out")
+    assert {"inception: fid", "inception: sfid", "inception: is", "small: fd-small", "small: kid"} <= set(found)
+    assert found["inception: is"] >= 1
+    assert any("4 pictures in 2,048 dimensions" in line for line in report(tmp_path / "out")["rows"][0]["warnings"])
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_go_by_key_and_all_of_them_count(
+    small_set: SmallSet, reference: Path, network: Path, tmp_path: Path
+) -> None:
+    """Names whose lexical order is not their numeric one: sorted separately, few pairs would be right."""
+    real, fake = tmp_path / "real", tmp_path / "fake"
+    for folder, suffix in ((real, "png"), (fake, "bmp")):
+        folder.mkdir()
+        for index in range(120):
+            pixels = np.random.default_rng(index).integers(40, 200, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels + (5 if suffix == "bmp" else 0)).save(folder / f"{index}.{suffix}")
+    distance = exported(Distance(), tmp_path / "distance.pt2", inputs=2)
+    command = ("evaluate", fake, "--reference", reference, "--pairs", real, "--lpips", distance)
+    assert lfm(*command, "--out", tmp_path / "out").exit_code == 0
+    found = metrics(tmp_path / "out")
+    assert report(tmp_path / "out")["rows"][0]["count"] == 120
+    assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / 25), abs=1e-4)
+    assert found["lpips"] == pytest.approx(5, abs=1e-4)
+    assert found["ssim"] > 0.99
+    assert 0 <= found["p-ids"] <= 1
+
+    (fake / "7.bmp").rename(fake / "missing.bmp")
+    assert_one_line(lfm(*command, "--out", tmp_path / "two"), "no picture of the key 7")
+    (fake / "missing.bmp").unlink()
+    assert_one_line(lfm(*command, "--out", tmp_path / "two"), "119 pictures", "120")
+
+
+class Brightness(nn.Module):
+    """Takes dark for label 0 and bright for label 1."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        bright = images.float().mean(1) / 255
+        return torch.stack([1 - bright, bright], 1)
+
+
+def test_maps_are_compared_with_what_a_segmenter_finds(reference: Path, tmp_path: Path) -> None:
+    """Pictures that show their map but for one row of each."""
+    (tmp_path / "source" / "images").mkdir(parents=True)
+    (tmp_path / "source" / "annotations").mkdir()
+    (tmp_path / "fake").mkdir()
+    ids = np.zeros((16, 16), np.uint8)
+    ids[:, 8:] = 1
+    shown = ids.copy()
+    shown[0] = 1 - shown[0]
+    for index in range(6):
+        Image.fromarray(np.full((16, 16, 3), 40 * index, np.uint8)).save(tmp_path / "source/images" / f"{index}.png")
+        Image.fromarray(ids).save(tmp_path / "source/annotations" / f"{index}.png")
+        Image.fromarray(np.repeat(shown[..., None] * 255, 3, 2)).save(tmp_path / "fake" / f"{index:012d}.png")
+    raw, segmenter = tmp_path / "raw", exported(Brightness(), tmp_path / "brightness.pt2")
+    assert lfm("shard", tmp_path / "source", raw, "--layout", "paired", "--image-size", 16).exit_code == 0
+    command = ("evaluate", tmp_path / "fake", "--reference", reference, "--segmenter", segmenter)
+    assert_one_line(lfm(*command, "--out", tmp_path / "out"), "--segmenter", "--pairs with maps")
+    assert lfm(*command, "--out", tmp_path / "out", "--pairs", raw, "--metrics", "miou,pixel-accuracy").exit_code == 0
+    assert metrics(tmp_path / "out") == {"pixel-accuracy": 15 / 16, "miou": pytest.approx(120 / 136)}
+
+
+def test_a_run_that_fills_in_is_judged_by_its_pairs(tasks: Tasks, reference: Path, tmp_path: Path) -> None:
+    """Each picture of the shards is filled in once, under its own mask, in batches of any size."""
+    options = ("--pairs", tasks.raw, "--num-steps", 1, "--autoencoder", tasks.autoencoder, "--reference", reference)
+    for name, size in (("one", 32), ("two", 3)):
+        command = ("evaluate", tasks.runs / "both", *options, "--out", tmp_path / name, "--batch-size", size)
+        assert lfm(*command).exit_code == 0
+    assert report(tmp_path / "one")["rows"][0]["count"] == 20
+    found = metrics(tmp_path / "one")
+    assert found == pytest.approx(metrics(tmp_path / "two"), rel=1e-3)
+    assert {"p-ids", "u-ids", "ssim", "nfe"} <= set(found)
+    assert found["psnr"] > 8, "what is known is put back"
+    refused = lfm("evaluate", tasks.runs / "class", *options, "--out", tmp_path / "three")
+    assert_one_line(refused, "--pairs", "neither masks nor maps")
+    assert_one_line(lfm(*command, "--num", 5), "--num", "--pairs")
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def config(run: Path, reference: Path, small_set: SmallSet, out: Path, **changes: Any) -> EvaluateConfig:
+    settings = {"num": 21, "num_steps": 2, "autoencoder": str(small_set.autoencoder)} | changes
+    return EvaluateConfig((str(run),), (str(reference),), str(out), **settings)
+
+
+def test_exactly_as_many_pictures_whatever_the_ranks_and_batches(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm.data.image_sets.FILES_PER_BLOCK", 4)
+    alone = stage.run(config(weights, reference, small_set, tmp_path / "one"), ALONE)
+    for rank in range(3):
+        result = stage.run(
+            config(weights, reference, small_set, tmp_path / "three", batch_size=3), World(rank, rank, 3)
+        )
+        assert bool(result.table) == (rank == 2), "the last one to be done writes the report"
+    assert alone.report["rows"][0]["count"] == 21
+    first, second = metrics(tmp_path / "one"), metrics(tmp_path / "three")
+    assert first == pytest.approx(second, rel=1e-6)
+    assert first["nfe"] == 4
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_measure_the_same(
+    weights: Path, network: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        made = ("reference", small_set.raw, out / "r.safetensors", "--network", network, "--num-gpus", count)
+        assert lfm(*made).exit_code == 0
+        options = ("--autoencoder", small_set.autoencoder, "--num", 1100, "--solver", "euler", "--num-steps", 1)
+        told = ("--reference", out / "r.safetensors", "--out", out / "report", "--num-gpus", count, *options)
+        result = lfm("evaluate", weights, *told)
+        assert result.exit_code == 0 and "1,100" in result.stdout, result.output
+    assert len(list((tmp_path / "2" / "report").glob("blocks-*/*"))) == 2, "each process made one"
+    first, second = metrics(tmp_path / "1" / "report"), metrics(tmp_path / "2" / "report")
+    assert first == pytest.approx(second, rel=1e-6)
+
+
+def test_a_run_of_another_crop_rule_is_refused(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    loaded, header = load_weights(str(weights))
+    save_weights(str(weights / WEIGHTS), loaded, dataclasses.replace(header, crop="pad"))
+    with pytest.raises(ConfigError, match=r"by the rule centre.*by pad"):
+        stage.run(config(weights, reference, small_set, tmp_path / "out"), ALONE)
+
+
+def test_a_killed_evaluation_goes_on(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm.data.image_sets.FILES_PER_BLOCK", 8)
+    whole = config(weights, reference, small_set, tmp_path / "whole")
+    stage.run(whole, ALONE)
+    killed = config(weights, reference, small_set, tmp_path / "killed")
+    blocks = tmp_path / "killed" / next((tmp_path / "whole").glob("blocks-*")).name
+    blocks.mkdir(parents=True)
+    shutil.copy(next((tmp_path / "whole").glob("blocks-*")) / "000001.safetensors", blocks)
+    made: list[int] = []
+    monkeypatch.setattr(
+        "lfm.inference.trained_model.picture_noise",
+        lambda seeds, *rest: made.extend(seeds) or picture_noise(seeds, *rest),
+    )
+    stage.run(killed, ALONE)
+    assert made == [*range(8), *range(16, 21)]
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    made.clear()
+    stage.run(killed, ALONE)
+    assert made == [], "everything was there"
+
+
+def test_several_guidance_scales_make_a_curve(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    command = ("evaluate", weights, "--reference", reference, "--out", tmp_path, "--num", 5, "--num-steps", 1)
+    options = (
+        "--autoencoder",
+        small_set.autoencoder,
+        "--solver",
+        "euler",
+        "--guidance-scale",
+        1,
+        "--guidance-scale",
+        2,
+    )
+    result = lfm(*command, *options)
+    assert result.exit_code == 0, result.stderr
+    rows = report(tmp_path)["rows"]
+    assert [(row["guidance_scale"], row["metrics"]["nfe"]) for row in rows] == [(1, 1), (2, 2)]
+    settings = {"samples_seen", "weights_hash", "autoencoder", "solving", "first_seed", "trained_by"}
+    assert settings <= set(rows[0])
+    assert rows[0]["autoencoder"]["content_hash"]
+    assert "guidance 2" in result.output
+
+
+def test_a_dry_run_does_nothing(weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--autoencoder", small_set.autoencoder, "--num", 1000)
+    result = lfm("evaluate", weights, "--reference", reference, "--out", out, "--dry-run", *options)
+    assert "1,000 pictures of 16 x 16 pixels" in result.output
+    assert not out.exists()
+
+
+def test_runs_and_pictures_are_not_mixed(weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one kind at a time"):
+        stage.run(EvaluateConfig((str(weights), str(small_set.raw)), (str(reference),), str(tmp_path / "o")), ALONE)

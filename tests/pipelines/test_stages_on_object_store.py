@@ -1,0 +1,128 @@
+"""The stages on a real object store: the same bytes as on the local disk, and nothing half-written."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import s3fs
+
+from lfm import storage
+from lfm.data import manifest as manifests
+from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.storage.cache import Cache
+from tests.support.commands import ALONE, SmallSet, assert_one_line, lfm
+from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.object_store import BUCKET, ObjectStore, requires_object_store
+
+pytestmark = [requires_object_store, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    server = ObjectStore(tmp_path_factory.mktemp("store") / "weed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+    server.close()
+
+
+def content(folder: str) -> dict[str, bytes]:
+    """Every shard of a folder and its bytes."""
+    return {
+        name: storage.read_bytes(storage.join(folder, name)) for name in storage.find(folder) if name.endswith(".tar")
+    }
+
+
+def test_shards_and_latents_have_the_same_bytes_as_on_the_local_disk(
+    store: ObjectStore, small_set: SmallSet, tmp_path: Path
+) -> None:
+    raw, latents = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/latents"
+    shard = ("shard", small_set.pictures, raw, "--image-size", 16, "--samples-per-shard", 16)
+    for _ in range(2):  # the second time there is nothing to do
+        assert lfm(*shard).exit_code == 0
+    assert content(raw) == content(str(small_set.raw))
+    cache = tmp_path / "cache"
+    encode = ("encode", raw, latents, "--autoencoder", small_set.autoencoder, "--flips", "--cache", cache)
+    result = lfm(*encode)
+    assert result.exit_code == 0, result.stderr
+    assert content(latents) == content(str(small_set.latents))
+    local, remote = (manifests.load(folder, "latents") for folder in (str(small_set.latents), latents))
+    assert local.digest == remote.digest
+
+    options = StreamOptions(global_batch=8, conditions=frozenset({"class"}), window=2)
+    streams = (
+        LatentStream(str(small_set.latents), local, options, ALONE, Cache(cache)),
+        LatentStream(latents, remote, options, ALONE, Cache(cache)),
+    )
+    for samples_seen in (0, 40, 72):
+        one, other = (stream.batch(samples_seen) for stream in streams)
+        np.testing.assert_array_equal(one.latents, other.latents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["broken answers", "a restart"])
+def test_an_unreliable_store_costs_time_and_not_a_byte(
+    store: ObjectStore, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    raw, latents = (f"s3://{BUCKET}/{fault[-7:]}/{name}" for name in ("raw", "latents"))
+    assert lfm("shard", small_set.pictures, raw, "--image-size", 16, "--samples-per-shard", 16).exit_code == 0
+    kinds = [
+        Fault("cut", 700),
+        Fault("status", 503),
+        Fault("reset", 90),
+        Fault("drop"),
+        Fault("lost"),
+        Fault("flip", 99),
+    ]
+    broken = lambda method, path: fault != "a restart"  # noqa: E731
+    with FaultProxy(store.port, broken, plan=[what for kind in 6 * kinds for what in (kind, None)]) as proxy:
+        proxy.plan.insert(9, Fault("stall", 300))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+        def restart() -> None:
+            while len(proxy.requests) < 8:
+                time.sleep(0.001)
+            store.kill()
+            time.sleep(1)
+            store.start()
+
+        thread = threading.Thread(target=restart)
+        thread.start() if fault == "a restart" else None
+        encode = ("encode", raw, latents, "--autoencoder", small_set.autoencoder, "--flips")
+        result = lfm(*encode, "--cache", tmp_path / "cache")
+        s3fs.S3FileSystem.clear_instance_cache()
+        thread.join() if fault == "a restart" else None
+    assert result.exit_code == 0, result.stderr
+    if fault != "a restart":
+        assert {request.fault.kind for request in proxy.requests if request.fault} >= {kind.kind for kind in kinds}
+    monkeypatch.undo()
+    assert content(latents) == content(str(small_set.latents))
+
+
+def test_a_source_in_the_store_shards_as_one_on_the_disk(
+    store: ObjectStore, small_set: SmallSet, tmp_path: Path
+) -> None:
+    import fsspec
+
+    fsspec.filesystem("s3").put(str(small_set.pictures), f"{BUCKET}/pictures", recursive=True)
+    result = lfm("shard", f"s3://{BUCKET}/pictures", tmp_path / "raw", "--image-size", 16, "--samples-per-shard", 16)
+    assert result.exit_code == 0, result.stderr
+    assert content(str(tmp_path / "raw")) == content(str(small_set.raw))
+
+
+def test_a_refused_key_is_one_line(store: ObjectStore, small_set: SmallSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        assert_one_line(
+            lfm("shard", small_set.pictures, f"s3://{BUCKET}/new", "--image-size", 16), f"s3://{BUCKET}/new"
+        )
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()

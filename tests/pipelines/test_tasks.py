@@ -1,0 +1,39 @@
+"""Every task from the training stage to pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lfm.models.dit import DiT
+from lfm.training import run_folder
+from tests.support.commands import REPOSITORY, Tasks, lfm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["semantic", "class+inpaint"])
+def test_a_run_is_trained_and_sampled_and_the_encoder_of_maps_is_a_part_of_it(
+    tasks: Tasks, tmp_path: Path, condition: str
+) -> None:
+    settings = {
+        **{"run": tmp_path / "run", "data.shards": tasks.latents, "condition": condition, "model.size": "null"},
+        **{"model.hidden_size": 32, "model.depth": 1, "model.num_heads": 2, "train.num_steps": 3},
+        **{"train.global_batch": 8, "train.learning_rate": 0.01, "train.warmup_steps": 0, "train.ema_decay": 0},
+    }
+    command = [sys.executable, "launch/train.py", "--config", "configs/demo.yaml"]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    weights, header = run_folder.load_weights(str(tmp_path / "run"))
+    torch.manual_seed(0)  # the training stage's own: these are the weights it began with
+    began = DiT(header.model).state_dict()
+    maps = [name for name in weights if name.startswith("segmentation_embedding")]
+    assert len(maps) == (3 if condition == "semantic" else 0)
+    assert all((weights[name] - began[name]).abs().max() > 1e-3 for name in (*maps, "patch_embedding.weight"))
+    told = ("--shards", tasks.raw, "--seeds", "0-3", "--guidance-scale", 2, "--num-steps", 2)
+    result = lfm("sample", tmp_path / "run", "--out", tmp_path / "out", *told)
+    assert result.exit_code == 0, result.stderr

@@ -1,0 +1,98 @@
+"""Every shipped experiment loads, says at its head what it is, and builds the network that was published."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lfm.errors import ConfigError
+from lfm.models.dit import DiT
+from lfm.world import World
+from pipelines.common import config_schema as configs
+from pipelines.common import factory
+from tests.pipelines.common.test_config_schema import SHIPPED, manifest
+from tests.support.commands import REPOSITORY
+
+# Of each experiment of the paper: pixels, classes, GPUs, and millions of parameters as published for DiT-B/2 and L/2
+# (Peebles & Xie 2022 count 458 for L/2, with a head that predicts a variance too; Dao et al. 2023 count 457).
+PAPER = {
+    "celeba_hq_256": (256, 0, 1, 457),
+    "celeba_hq_512": (512, 0, 8, 457),
+    "celeba_hq_1024": (1024, 0, 8, 457),
+    "ffhq_256": (256, 0, 1, 457),
+    "lsun_church_256": (256, 0, 2, 457),
+    "lsun_bedroom_256": (256, 0, 1, 457),
+    "imagenet_256": (256, 1000, 8, 130),
+    "imagenet_256_l2": (256, 1000, 8, 457),
+    "celeba_hq_256_inpaint": (256, 0, 2, 457),
+    "celebamask_hq_256_semantic": (256, 0, 2, 457),
+}
+MODERN = "_modern"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_an_experiment_loads_and_its_head_says_command_hardware_and_expectation(path: Path) -> None:
+    config = configs.load(str(path))
+    head = path.read_text().splitlines()[:3]
+    assert re.fullmatch(rf"# deepspeed (--num_gpus \d+ )?launch/train\.py --config configs/{path.name}", head[0])
+    assert head[1].startswith("# ") and any(line.startswith("# Expected: ") for line in path.read_text().splitlines())
+    with torch.device("meta"):
+        model = DiT(factory.model_config(config, manifest(64, 10)))
+    assert model.num_parameters > 1e6
+    assert factory.deepspeed_settings(config, World())["train_batch_size"] == config.train.global_batch
+
+
+@pytest.mark.parametrize("name", [stem + suffix for stem in PAPER for suffix in ("", MODERN)])
+def test_the_networks_are_of_the_published_size_and_the_batch_divides_over_the_stated_gpus(name: str) -> None:
+    image_size, classes, gpus, millions = PAPER[name.removesuffix(MODERN)]
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    config = configs.load(str(path))
+    with torch.device("meta"):
+        model = DiT(factory.model_config(config, manifest(image_size, classes, 8)))
+    assert model.num_parameters / 1e6 == pytest.approx(millions, rel=0.01 if name.endswith(MODERN) else 0.004)
+    assert f"--num_gpus {gpus} " in path.read_text()
+    assert factory.micro_batch(config, World(size=gpus)) >= 1
+    assert config.run == f"runs/{name}", "no two write into one folder"
+
+
+def test_every_experiment_of_the_paper_has_both_variants_and_the_first_has_no_option_of_ours() -> None:
+    others = {"demo", "pictures_64", "pictures_256"}
+    assert {path.stem for path in SHIPPED} == others | {stem + suffix for stem in PAPER for suffix in ("", MODERN)}
+    for stem in PAPER:
+        paper, modern = (configs.load(str(REPOSITORY / "configs" / f"{stem}{x}.yaml")) for x in ("", MODERN))
+        free = {"activation_checkpointing", "attention"}
+        defaults = configs.ModelConfig().model_dump(exclude={"size", "patch_size"} | free)
+        assert paper.model.model_dump(include=set(defaults)) == defaults
+        assert paper.flow == configs.FlowConfig()
+        assert (modern.model.position, modern.model.norm, modern.model.mlp) == ("rope", "rms", "swiglu")
+        assert modern.model.size == paper.model.size and modern.data == paper.data
+        assert modern.train.num_steps == paper.train.num_steps
+
+
+def test_a_file_lies_over_those_it_extends_and_names_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "base" / "first.yaml").write_text(
+        "run: a\ndata: {shards: b}\nmodel: {size: S, patch_size: 4}\ntrain: {num_steps: 5}\ndeepspeed: ../zero.json\n"
+    )
+    (tmp_path / "base" / "second.yaml").write_text("extends: first.yaml\nmodel: {patch_size: 8, qk_norm: true}\n")
+    (tmp_path / "part.yaml").write_text("model: {qk_norm: false, norm: rms}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: [base/second.yaml, part.yaml]\nrun: c\n")
+    config = configs.load(str(top), ["model.size=B"])
+    assert (config.run, config.data.shards, config.train.num_steps) == ("c", "b", 5)
+    model = config.model
+    assert (model.size, model.patch_size, model.qk_norm, model.norm) == ("B", 8, False, "rms")
+    assert config.deepspeed == {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize("names", ["self.yaml", "[other.yaml]", "3", "[[self.yaml]]", "{a: b}", "nowhere.yaml"])
+def test_extending_itself_or_nothing_is_one_line_naming_the_file(tmp_path: Path, names: str) -> None:
+    (tmp_path / "self.yaml").write_text(f"extends: {names}\n")
+    (tmp_path / "other.yaml").write_text("extends: self.yaml\n")
+    with pytest.raises(ConfigError, match=r"(self|nowhere)\.yaml: ") as caught:
+        configs.load(str(tmp_path / "self.yaml"))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,41 @@
+"""Every option of model and flow at once, by the training command: the same on one and two ranks, killed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lfm.training.run_folder import load_weights
+from tests.support.commands import REPOSITORY
+from tests.support.training_runs import assert_same_weights, losses, train
+
+# the fixture
+
+MODEL = ("position=rope", "norm=rms", "mlp=swiglu", "qk_norm=true", "token_dropout=0.5", "activation_checkpointing=2")
+FLOW = ("time=logit_normal", "time_shift=2.0", "direction_weight=1.0", "coupling_group=4")
+OPTIONS = [f"model.{option}" for option in MODEL] + [f"flow.{option}" for option in FLOW]
+OPTIONS += ["condition=none", "condition_dropout=0", "train.schedule=constant"]
+
+
+@pytest.mark.slow
+def test_all_options_train_alike_in_every_world_and_go_on_after_a_stop(experiment: Path, tmp_path: Path) -> None:
+    def run(name: str, *overrides: str, ranks: int = 1) -> Path:
+        result = train(experiment, *OPTIONS, f"run={tmp_path / name}", *overrides, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        return tmp_path / name
+
+    alone = run("alone")
+    shared = run("shared", "train.micro_batch=2", ranks=2)
+    sharded = run("sharded", f"deepspeed={REPOSITORY / 'configs' / 'deepspeed' / 'zero3.json'}", ranks=2)
+    run("stopped", "train.num_steps=10")
+    stopped = run("stopped")
+    curve = torch.tensor(losses(alone))
+    assert curve[-1] < curve[0]
+    for other in (shared, sharded):
+        torch.testing.assert_close(torch.tensor(losses(other)), curve, atol=1e-4, rtol=0)
+    assert_same_weights(alone, stopped)
+    model = load_weights(str(alone))[1].model
+    assert (model.position, model.norm, model.mlp, model.qk_norm) == ("rope", "rms", "swiglu", True)
+    assert model.token_dropout == 0.5 and model.activation_checkpointing == 2

@@ -1,0 +1,278 @@
+"""Training by its command: parity over ranks and ZeRO stages, resuming after anything, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lfm.training.run_folder import load_weights
+from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, finish, free_port, lfm
+from tests.support.networks import Small, exported, reference_of
+from tests.support.training_runs import SCRIPT, assert_same_weights, losses, plan, start, train, zero
+
+
+@pytest.mark.slow
+def test_the_loss_curve_is_the_same_on_one_and_two_ranks_under_every_zero_stage(
+    experiment: Path, tmp_path: Path
+) -> None:
+    curves = {}
+    for stage, ranks in ((1, 1), (1, 2), (2, 2), (3, 2)):
+        run = tmp_path / f"zero{stage}-{ranks}"
+        settings = REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json"
+        result = train(experiment, f"run={run}", f"deepspeed={settings}", "train.micro_batch=2", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        curves[stage, ranks] = torch.tensor(losses(run))
+    reference = curves[1, 1]
+    assert len(reference) == 20
+    for curve in curves.values():
+        torch.testing.assert_close(curve, reference, atol=1e-4, rtol=0)
+
+
+def wait_for_lines(run: Path, least: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Until the log has so many lines, or the run has ended."""
+    log = run / "log.jsonl"
+    while processes[0].poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= least):
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "kills"), [(3, 2)])
+def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_not(
+    experiment: Path, tmp_path: Path, stage: int, kills: int
+) -> None:
+    """Saving takes most of the time of these runs, so that kills fall into it."""
+    settings = (zero(stage), "train.num_steps=60", "train.checkpoint_every=2", "train.ema_sigma_rel=[0.1]")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert train(experiment, f"run={undisturbed}", *settings, ranks=2).returncode == 0
+    moments = random.Random(stage)
+    for number in range(kills):
+        processes = start(experiment, f"run={killed}", *settings, ranks=2)
+        wait_for_lines(killed, 12 * (number + 1), processes)
+        time.sleep(moments.uniform(0, 0.1))
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    assert not (killed / "checkpoints" / "samples-000000000480").exists(), "it was killed too late to show anything"
+    result = train(experiment, f"run={killed}", *settings, ranks=2)
+    assert result.returncode == 0 and "from samples-" in result.stdout, result.stderr
+    assert_same_weights(undisturbed, killed)
+    assert losses(undisturbed) == losses(killed)
+    snapshots = [sorted((run / "snapshots").iterdir()) for run in (undisturbed, killed)]
+    assert [path.name for path in snapshots[0]] == [path.name for path in snapshots[1]]
+    for one, other in zip(*snapshots, strict=True):
+        first, second = load_file(one), load_file(other)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list(killed.rglob(".writing*"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_at_other_stages(experiment: Path, tmp_path: Path) -> None:
+    steady = ("train.schedule=constant",)
+    undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
+    assert train(experiment, f"run={undisturbed}", *steady).returncode == 0
+    for num_steps, stage, ranks in ((6, 1, 2), (10, 3, 1), (15, 2, 2), (20, 3, 2)):
+        result = train(experiment, f"run={moved}", *steady, zero(stage), f"train.num_steps={num_steps}", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    assert losses(moved) == pytest.approx(losses(undisturbed), abs=1e-5)
+    for name, tensor in load_file(undisturbed / "weights.safetensors").items():
+        torch.testing.assert_close(load_file(moved / "weights.safetensors")[name], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_run_asked_to_leave_saves_and_goes_on(experiment: Path, tmp_path: Path) -> None:
+    """One rank is asked, all leave at the same step; what is left is the checkpoint of that step."""
+    settings = ("train.num_steps=200", "train.checkpoint_every=100")
+    undisturbed, left = tmp_path / "undisturbed", tmp_path / "left"
+    assert train(experiment, f"run={undisturbed}", *settings, ranks=2).returncode == 0
+    processes = start(experiment, f"run={left}", *settings, ranks=2)
+    wait_for_lines(left, 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    result = finish(processes)
+    assert result.returncode == 130 and result.stderr.count("interrupted; the same command goes on") == 2
+    assert "Traceback" not in result.stderr
+    seen = len(losses(left)) * 8
+    assert seen < 800 and (left / "checkpoints" / f"samples-{seen:012d}").exists()
+    assert train(experiment, f"run={left}", *settings, ranks=2).returncode == 0
+    assert_same_weights(undisturbed, left)
+
+
+@pytest.mark.slow
+def test_another_run_can_be_begun_with_the_weights_of_one(experiment: Path, tmp_path: Path) -> None:
+    assert train(experiment).returncode == 0
+    still = (f"run={tmp_path / 'other'}", "train.num_steps=1", "train.warmup_steps=0", "train.learning_rate=1e-12")
+    result = train(experiment, *still, zero(3), ranks=2, options=("--initialize-from", tmp_path / "run"))
+    assert result.returncode == 0 and f"from {tmp_path / 'run'}" in result.stdout, result.stderr
+    first, second = (load_file(tmp_path / run / "weights.safetensors") for run in ("run", "other"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-9, rtol=0)
+    other = ("--set", f"run={tmp_path / 'third'}", "--set", "model.depth=3", "--initialize-from", tmp_path / "run")
+    assert_one_line(plan(experiment, options=other), "--initialize-from", "its depth is 2", "here it is 3")
+
+
+@pytest.mark.slow
+def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_path: Path) -> None:
+    """At stage 3 on 2 ranks: previews, validation loss, monitors, plot and snapshots; then another width from these."""
+    monitors = json.dumps({"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "run"})
+    (tmp_path / "ds.json").write_text(f'{{"zero_optimization": {{"stage": 3}}, "csv_monitor": {monitors}}}')
+    settings = ("data.held_back=1", "train.num_steps=20", "train.global_batch=8", "train.ema_sigma_rel=[0.05, 0.1]")
+    looked, not_looked = tmp_path / "looked", tmp_path / "not-looked"
+    result = train(
+        experiment,
+        f"run={looked}",
+        *settings,
+        "deepspeed=ds.json",
+        "train.validate_every=5",
+        "train.log_every=5",
+        ranks=2,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (
+        train(experiment, f"run={not_looked}", *settings, zero(3), "train.validate_every=1000", ranks=2).returncode == 0
+    )
+    assert_same_weights(looked, not_looked)
+    lines = [json.loads(line) for line in (looked / "log.jsonl").read_text().splitlines()]
+    validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert len(validation) == 4 and validation == sorted(validation, reverse=True), "the EMA learns"
+    assert all(0 < line["model_flop_utilisation"] < 1 and 0 <= line["data_wait"] < 1 for line in lines)
+    assert all(line["peak_memory_bytes"] > 1e7 and line["skipped_steps"] == 0 for line in lines)
+    grids = sorted((looked / "previews").iterdir())
+    assert [grid.stem for grid in grids] == [f"samples-{40 * number:012d}" for number in range(1, 5)]
+    assert grids[0].read_bytes() != grids[-1].read_bytes()
+    for picture, size in ((grids[0], (8 * (8 * 18 - 2), 8 * (4 * 18 - 2))), (looked / "loss.png", (640, 360))):
+        with Image.open(picture) as image:
+            assert image.size == size
+    assert len(list((tmp_path / "csv").rglob("*validation_loss*.csv"))) == 1
+
+    made = lfm("ema", looked, "--sigma-rel", "0.08")
+    assert made.exit_code == 0 and "fitted to" in made.stdout
+    assert lfm("ema", looked, "--sigma-rel", "0.1", "--out", tmp_path / "same.safetensors").exit_code == 0
+    stored = load_file(looked / "snapshots" / "samples-000000000160-0.1.safetensors")
+    for name, tensor in load_file(tmp_path / "same.safetensors").items():
+        torch.testing.assert_close(tensor, stored[name].float(), atol=2e-3, rtol=0)
+    assert (
+        lfm("sample", looked / "ema-0.08.safetensors", "--out", tmp_path / "samples", "--seeds", "0-1").exit_code == 0
+    )
+    assert_one_line(lfm("ema", looked, "--sigma-rel", "0.01"), "error of", "--sigma-rel")
+    assert_one_line(lfm("ema", looked, "--sigma-rel", "0.1", "--out", tmp_path / "e.txt"), "e.txt", ".safetensors")
+    assert_one_line(lfm("ema", tmp_path, "--sigma-rel", "0.1"), "no snapshots", "train.ema_sigma_rel")
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
+    """One rank alone, two at stage 3, and one that goes on from the middle, with a record of what is yet to come."""
+    reference = reference_of(small_set, exported(Small(), tmp_path / "small.pt2"), tmp_path)
+    evaluation = f"evaluation={{reference: {reference}, every: 5, num: 20, guidance_scale: 2}}"
+    runs = [tmp_path / name for name in ("alone", "two", "plain", "resumed")]
+    shared = ("train.checkpoint_every=10", "train.learning_rate=2.0e-2")
+    assert train(experiment, f"run={runs[0]}", evaluation, *shared).returncode == 0
+    assert train(experiment, f"run={runs[1]}", evaluation, *shared, zero(3), ranks=2).returncode == 0
+    assert train(experiment, f"run={runs[2]}", *shared).returncode == 0
+    shutil.copytree(runs[0], runs[3])
+    shutil.rmtree(runs[3] / "checkpoints" / "samples-000000000160")
+    assert train(experiment, f"run={runs[3]}", evaluation, *shared).returncode == 0
+
+    found = []
+    for run in (runs[0], runs[1], runs[3]):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        found.append([(line["fd-small"], line["samples_seen"]) for line in lines if "fd-small" in line])
+        best = json.loads((run / "best.json").read_text())
+        assert [seen for _, seen in found[-1]] == [40, 80, 120, 160]
+        assert (best["fd-small"], best["samples_seen"]) == min(found[-1]) and best["reference"] == str(reference)
+        _, header = load_weights(str(run / "best.safetensors"))
+        assert header.samples_seen == best["samples_seen"]
+        with Image.open(run / "fd-small.png") as image:
+            assert image.size == (640, 360)
+    distances = torch.tensor([[distance for distance, _ in run] for run in found], dtype=torch.float64)
+    assert distances[0].unique().numel() == 4 and distances.min() > 0
+    torch.testing.assert_close(distances[1], distances[0], rtol=1e-2, atol=0)  # a grey level, here and there
+    assert distances[2].tolist() == distances[0].tolist()
+    assert_same_weights(runs[0], runs[2])
+    assert_same_weights(runs[0], runs[3])
+
+
+@pytest.mark.slow
+def test_coupled_noise_in_small_parts_is_measured_too(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
+    reference = reference_of(small_set, exported(Small(), tmp_path / "small.pt2"), tmp_path)
+    settings = ("condition=none", "condition_dropout=0", "flow.coupling_group=4", "train.micro_batch=2")
+    measured = (
+        f"evaluation={{reference: {reference}, every: 5, num: 7}}",
+        "train.validate_every=5",
+        "data.held_back=1",
+    )
+    assert train(experiment, *settings, *measured, "train.num_steps=5").returncode == 0
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["fd-small"] > 0 and last["validation_loss"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_blocks_learn_the_same(experiment: Path, tmp_path: Path) -> None:
+    runs = {flag: tmp_path / flag for flag in ("true", "false")}
+    for flag, run in runs.items():
+        settings = (f"run={run}", f"model.compile={flag}", "train.num_steps=6", "model.depth=1")
+        assert train(experiment, *settings, "train.validate_every=3").returncode == 0
+    first, second = (torch.tensor(losses(run)) for run in runs.values())
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+    assert first.unique().numel() == 6
+
+
+@pytest.mark.slow
+def test_bf16_follows_fp32_and_its_average_moves(experiment: Path, tmp_path: Path) -> None:
+    """An average kept in bf16 would not move at this decay."""
+    for precision in ("fp32", "bf16"):
+        overrides = (f"run={tmp_path / precision}", f"train.precision={precision}", "train.ema_decay=0.999")
+        assert train(experiment, *overrides).returncode == 0
+    fp32, bf16 = (torch.tensor(losses(tmp_path / precision)) for precision in ("fp32", "bf16"))
+    torch.testing.assert_close(bf16, fp32, atol=0.02, rtol=0)
+    first, second = (load_file(tmp_path / precision / "weights.safetensors") for precision in ("fp32", "bf16"))
+    assert {tensor.dtype for tensor in second.values()} == {torch.float32}
+    modulations = [tensor for name, tensor in second.items() if name.endswith("modulation.1.weight")]  # zero at first
+    assert modulations and all(tensor.std() > 0 for tensor in modulations)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=5e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_starts_it(experiment: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        result = launch(experiment, taken)
+        assert result.returncode and result.stderr.count(f"error: 127.0.0.1:{taken}: the port is taken") == 1
+        assert "Error:" not in result.stderr, result.stderr
+    result = launch(experiment, free_port(), "train.num_steps=2", "train.warmup_steps=0")
+    assert result.returncode == 0, result.stderr
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def launch(config: Path, port: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [launcher, "--num_gpus", "2", "--master_port", str(port), SCRIPT, "--config", config]
+    command += [part for override in overrides for part in ("--set", override)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_goes_back_once_and_stops_with_a_sentence(experiment: Path, tmp_path: Path) -> None:
+    ruinous = ("train.learning_rate=1e30", "train.gradient_clipping=0", "train.schedule=constant")
+    result = train(experiment, *ruinous)
+    assert result.returncode == 2 and "before the first checkpoint" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run" / "weights.safetensors").exists()
+    assert train(experiment, "train.num_steps=5").returncode == 0
+    result = train(experiment, *ruinous, options=("--allow-changes",))
+    assert result.returncode == 2 and "again after going back to samples-000000000040" in result.stderr, result.stderr
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["samples-000000000040"]

@@ -1,0 +1,168 @@
+"""One rank of the tests of the engine: started with RANK and WORLD_SIZE set, writes what it found as JSON.
+
+python engine_worker.py SETTINGS PRECISION OUT [FROM]     SETTINGS, DeepSpeed's zero_optimization as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfm.training.ema import decay_after, power_decay_after
+from lfm.training.engine import Engine
+from lfm.training.step_guard import StepGuard
+from lfm.world import World
+from pipelines.common import factory
+
+BATCH, LEARNING_RATE, CLIPPING, DECAY, WIDTH = 16, 3e-3, 1.0, 0.99, 0.1
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 33), nn.GELU(), nn.Linear(33, 33), nn.GELU(), nn.Linear(33, 5))
+
+
+def batch(step: int, samples: int = BATCH) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(samples, 7, generator=generator)
+    return inputs, inputs[:, :5].sin() * 2
+
+
+def settings(zero: dict[str, Any], precision: str, world: World, accumulation: int = 1) -> dict[str, Any]:
+    return {
+        "zero_optimization": {**zero},
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": BATCH // world.size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": CLIPPING,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True, "lr": LEARNING_RATE}},
+        "bf16": {"enabled": precision == "bf16"},
+    }
+
+
+class Run:
+    """An engine and the loop round it."""
+
+    def __init__(
+        self, zero: dict[str, Any], precision: str, world: World, accumulation: int = 1, ratio: float = 0.0
+    ) -> None:
+        self.accumulation, self.world = accumulation, world
+        self.dtype = factory.DTYPES[precision]
+        config = settings(zero, precision, world, accumulation)
+        self.engine = Engine(make_model(), config, world, ("ema", "power"), StepGuard(ratio))
+
+    def step(self, step: int, poison: dict[int, float] | None = None) -> float:
+        """One step; on the last rank its loss is multiplied by `poison`. Returns the loss over all ranks."""
+        inputs, targets = (part[self.world.slice_of(BATCH)] for part in batch(step))
+        total = torch.zeros(())
+        for some, wanted in zip(inputs.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True):
+            loss = (self.engine(some.to(self.dtype)).float() - wanted).square().mean()
+            total += loss.detach() / self.accumulation
+            if poison and step in poison and self.world.rank == self.world.size - 1:
+                loss = loss * poison[step]
+            self.engine.backward_and_step(loss)
+        self.engine.averages["ema"].update(decay_after(step + 1, DECAY))
+        self.engine.averages["power"].update(power_decay_after(step + 1, WIDTH))
+        return float(self.engine.sum_over_ranks(total)) / self.world.size
+
+    def masters(self) -> dict[str, Tensor]:
+        return {name: whole.clone() for name, whole in self.engine.full(self.engine.masters)}
+
+    def carried(self) -> dict[str, Tensor]:
+        return {
+            f"{kind}/{name}": whole.clone()
+            for kind, shares in self.engine._carried().items()
+            for name, whole in self.engine.full(shares)
+        }
+
+    def output(self) -> Tensor:
+        """What the model that is computed with says."""
+        with torch.no_grad():
+            return self.engine(batch(999)[0].to(self.dtype)).float()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def main() -> None:
+    zero, precision, out = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    world = factory.world()
+    found: dict[str, Any] = {}
+
+    # 200 steps: losses, and the averages against float64.
+    run = Run(zero, precision, world)
+    if len(sys.argv) > 4:  # first what another number of ranks or stage left
+        numbers = json.loads((Path(sys.argv[4]) / "numbers.json").read_text())
+        run.engine.load(Path(sys.argv[4]), numbers, 0)
+        found["resumed"] = [run.step(step) for step in range(50, 60)]
+        run = Run(zero, precision, world)
+    found["losses"] = []
+    reference = {name: {"ema": weight.double(), "power": weight.double()} for name, weight in run.masters().items()}
+    for step in range(200):
+        found["losses"].append(run.step(step))
+        ema, power = decay_after(step + 1, DECAY), power_decay_after(step + 1, WIDTH)
+        for name, weight in run.masters().items():
+            for kind, decay in (("ema", ema), ("power", power)):
+                reference[name][kind].mul_(decay).add_(weight.double(), alpha=1 - decay)
+        if step == 49:
+            numbers = run.engine.save(out)
+            saved = run.carried()
+            if world.is_main:
+                (out / "numbers.json").write_text(json.dumps(numbers))
+    found["ema_error"] = max(
+        float((whole.double() - reference[name][kind]).norm() / reference[name][kind].norm())
+        for kind in ("ema", "power")
+        for name, whole in run.engine.full(run.engine.averages[kind].average)
+    )
+
+    # Computing with the average, and what is left of it afterwards.
+    before, output = run.carried(), run.output()
+    with run.engine.averaged("ema"):
+        averaged = run.output()
+    average = make_model()
+    average.load_state_dict({n: w.clone() for n, w in run.engine.full(run.engine.averages["ema"].average)})
+    expected = average.to(run.dtype)(batch(999)[0].to(run.dtype)).float().detach()
+    found["averaged_error"] = float((averaged - expected).abs().max())
+    found["averaged_differs"] = float((averaged - output).abs().max())
+    found["restored"] = same(before, run.carried()) and torch.equal(output, run.output())
+
+    # Back in place to step 50, and from there again: bit for bit.
+    run.engine.load(out, numbers, 0)
+    found["loaded"] = same(saved, run.carried())
+    found["again"] = [run.step(step) for step in range(50, 200)] == found["losses"][50:]
+    found["bytes"] = sum(t.numel() * 4 for shares in run.engine._carried().values() for t in shares)
+    found["parameters"] = sum(weight.numel() for weight in saved.values()) // 5
+
+    # Accumulation.
+    run = Run(zero, precision, world, accumulation=4)
+    found["accumulated"] = [run.step(step) for step in range(50)]
+
+    # Steps that one rank poisons are left out on all: nothing but the averages changes.
+    run = Run(zero, precision, world, ratio=20.0)
+    poison = {3: float("nan"), 4: float("inf"), 130: 1e4}
+    kept, found["skipped_exact"] = {}, []
+    for step in range(135):
+        if step in poison:
+            kept = {name: whole for name, whole in run.carried().items() if not name.startswith(("ema", "power"))}
+            output = run.output()
+        run.step(step, poison)
+        if step in poison:
+            now = {name: whole for name, whole in run.carried().items() if name in kept}
+            found["skipped_exact"].append(same(kept, now) and torch.equal(output, run.output()))
+            found["adam_steps"] = run.engine._adam_steps
+    found["skipped"], found["in_a_row"] = run.engine.guard.skipped, run.engine.guard.in_a_row
+    found["finite"] = all(bool(whole.isfinite().all()) for whole in run.masters().values())
+
+    run.engine.barrier()
+    (out / f"found-{world.rank}.json").write_text(json.dumps(found))
+    run.engine.close()
+
+
+if __name__ == "__main__":
+    main()
