@@ -7,7 +7,7 @@ Without latents of one's own, drawn scenes are made in OUT by the demo's stages.
 is trained by launch/train.py over the same order of samples, and resumes. Then its EMA meets latents that it never saw,
 with the same noise and the same uniform times for all: the mean squared error of the velocity, whatever was trained on.
 "another seed" is the paper's network with other initial weights and draws: differences that are not larger mean nothing.
-With a reference (of `lfm reference`), `lfm evaluate` measures the kernel distance of as many pictures of each run too.
+With a reference (of `lfm reference`), `lfm evaluate` measures the kernel distance of as many images of each run too.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def lfm(*arguments: object) -> None:
 
 def scenes(folder: Path, num: int, seed: int) -> Path:
     """Latents of drawn scenes, made once."""
-    pictures, raw, latents = folder / "scenes", folder / "raw", folder / "latents"
-    lfm("scenes", pictures, "--num", num, "--seed", seed)
-    lfm("shard", pictures / "images", raw, "--image-size", 64)
+    images, raw, latents = folder / "scenes", folder / "raw", folder / "latents"
+    lfm("scenes", images, "--num", num, "--seed", seed)
+    lfm("shard", images / "images", raw, "--image-size", 64)
     lfm("encode", raw, latents)
     return latents
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--latents", type=Path)
     parser.add_argument("--held-back", type=Path)
     parser.add_argument("--reference", type=Path)
-    parser.add_argument("--num", type=int, default=500, help="pictures of each run, against the reference")
+    parser.add_argument("--num", type=int, default=500, help="images of each run, against the reference")
     options = parser.parse_args()
     if set(options.only or ()) - set(OPTIONS) or (options.latents is None) != (options.held_back is None):
         parser.error(f"names are {', '.join(OPTIONS)}; --latents and --held-back belong together")

@@ -1,9 +1,9 @@
-"""What the stage `lfm encode` adds to the bare network, and what a loop over single pictures costs.
+"""What the stage `lfm encode` adds to the bare network, and what a loop over single images costs.
 
     python benchmarks/encode.py RAW [--autoencoder NAME | --sd] [--num 256] [--batch-size 16] [--precision fp32] [--repeats 3]
 
-Each repeat runs, in turn, in this process and on the same pictures: (a) the autoencoder's encoder on batches that are ready
-in memory; (b) the stage, from raw shards to latent shards; (c) a loop at batch size 1 that writes a .npy per picture, as
+Each repeat runs, in turn, in this process and on the same images: (a) the autoencoder's encoder on batches that are ready
+in memory; (b) the stage, from raw shards to latent shards; (c) a loop at batch size 1 that writes a .npy per image, as
 scripts for this do. --sd takes the architecture of Stable Diffusion's autoencoder (f8c4, 84 million weights) with random
 weights. All times are wall time; ratios are within a repeat, and their median and spread is printed.
 """
@@ -42,7 +42,7 @@ SD = {
 
 
 def some_shards(raw: str, num: int, folder: Path) -> tuple[Manifest, np.ndarray]:
-    """A data set of the first shards that hold `num` pictures, and these pictures: uint8 (N, H, W, 3)."""
+    """A data set of the first shards that hold `num` images, and these images: uint8 (N, H, W, 3)."""
     manifest, images = manifests.load(raw, "raw"), []
     shards = [s for i, s in enumerate(manifest.shards) if sum(r.samples for r in manifest.shards[:i]) < num]
     for shard in shards:
@@ -63,7 +63,7 @@ def network(autoencoder: Autoencoder, images: np.ndarray, batch_size: int) -> No
 
 
 def single(autoencoder: Autoencoder, folder: Path, dest: Path, shards: tuple[str, ...]) -> None:
-    """Batch size 1, and a file per picture."""
+    """Batch size 1, and a file per image."""
     dest.mkdir()
     for name in shards:
         with (folder / name).open("rb") as stream:
@@ -115,7 +115,7 @@ def main() -> None:
             stage = times["lfm encode"] - times["loading"]
             for name, seconds in times.items():
                 if name != "loading":
-                    rows.setdefault(f"{name}, pictures/s", []).append(len(images) / seconds)
+                    rows.setdefault(f"{name}, images/s", []).append(len(images) / seconds)
             rows.setdefault("rate of the stage / bare network", []).append(times["bare network"] / stage)
             rows.setdefault("rate of the stage / one by one", []).append(times["one by one"] / stage)
         if options.precision != "fp32":
@@ -125,7 +125,7 @@ def main() -> None:
             rows[f"{options.precision}: error of the mean / its spread"] = [
                 float(error / exact.encode(batch).mean.std())
             ]
-    print(f"{len(images)} pictures of {part.image_size} pixels, {options.repeats} repeats: median (least to most)")
+    print(f"{len(images)} images of {part.image_size} pixels, {options.repeats} repeats: median (least to most)")
     for name, values in rows.items():
         print(f"{name:>44} {statistics.median(values):9.4g} ({min(values):.4g} to {max(values):.4g})")
 

@@ -1,9 +1,9 @@
 """What the feature pass costs on top of the bare network, and the Frechet distance on top of scipy's sqrtm.
 
-    python benchmarks/evaluate.py [--pictures 96] [--dimensions 2048] [--repeats 3]
+    python benchmarks/evaluate.py [--images 96] [--dimensions 2048] [--repeats 3]
 
 Each repeat runs, in turn, in this process: (a) fd-lite on batches that lie in memory, the limit; (b) `lfm reference` on the
-same pictures as files, which reads, decodes, hashes and writes. Then the Frechet distance of two covariances by symmetric
+same images as files, which reads, decodes, hashes and writes. Then the Frechet distance of two covariances by symmetric
 eigenvalues, and the same by scipy.linalg.sqrtm of their product. Ratios are within a repeat. Last, the peak memory of the
 statistics of 50,000 features of 2,048 dimensions, in a process of its own.
 """
@@ -57,19 +57,19 @@ def timed(work: Callable[[], object]) -> float:
 
 def feature_pass(folder: Path, count: int, repeats: int) -> list[float]:
     """Times of the pass over those of the bare network."""
-    pictures = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
     (folder / "pictures").mkdir()
-    for index, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / "pictures" / f"{index:06d}.png")
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / "pictures" / f"{index:06d}.png")
     network = features.load("fd-lite")
-    batches = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().split(BATCH)
+    batches = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().split(BATCH)
     config = ReferenceConfig(str(folder / "pictures"), str(folder / "reference.safetensors"), overwrite=True)
     network(batches[0])
     ratios = []
     for _ in range(repeats):
         bare = timed(lambda: [network(batch) for batch in batches])
         whole = timed(lambda: run(config, World()))
-        print(f"  network {count / bare:.1f} pictures/s, pass {count / whole:.1f} pictures/s", flush=True)
+        print(f"  network {count / bare:.1f} images/s, pass {count / whole:.1f} images/s", flush=True)
         ratios.append(whole / bare)
     return ratios
 
@@ -94,12 +94,12 @@ def show(name: str, ratios: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--dimensions", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        ratios = feature_pass(Path(folder), arguments.pictures, arguments.repeats)
+        ratios = feature_pass(Path(folder), arguments.images, arguments.repeats)
         show("time of `lfm reference` / the bare network", ratios)
     show("time of the Frechet distance / sqrtm", distance(arguments.dimensions, arguments.repeats))
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
     python benchmarks/shard.py FOLDER_OF_JPEGS [--repeats 5]
 
 Each repeat runs, in turn, in this process and on the same files: (a) decode and resize alone, the limit; (b) that and the
-encoding of the stored pictures, in WebP or JPEG; (c) `lfm shard` with one worker; (d) webdataset's ShardWriter doing the
+encoding of the stored images, in WebP or JPEG; (c) `lfm shard` with one worker; (d) webdataset's ShardWriter doing the
 same work; then `lfm shard` with 1 and 2 workers in processes of their own. All times are wall time; ratios are within a
 repeat, and the median and the spread of them is printed.
 """
@@ -31,7 +31,7 @@ SIZE = 256
 
 
 def prepared(paths: list[Path], image_format: str | None) -> list[dict]:
-    """The members of every picture, or only its pixels where no format is given."""
+    """The members of every image, or only its pixels where no format is given."""
     members = []
     for row, path in enumerate(paths):
         pixels = crop(decode(path.read_bytes()), SIZE)
@@ -49,32 +49,32 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def shard_writer(paths: list[Path], folder: Path) -> None:
-    """The same pictures by webdataset's own writer."""
+    """The same images by webdataset's own writer."""
     with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=100, verbose=0) as writer:
         for path in paths:
             for members in prepared([path], "webp"):
                 writer.write(members)
 
 
-def stage(pictures: Path, dest: Path, image_format: str) -> None:
+def stage(images: Path, dest: Path, image_format: str) -> None:
     """`lfm shard` in this process."""
-    run(ShardConfig(str(pictures), str(dest), "folder", SIZE, samples_per_shard=100, image_format=image_format))
+    run(ShardConfig(str(images), str(dest), "folder", SIZE, samples_per_shard=100, image_format=image_format))
 
 
-def command(pictures: Path, dest: Path, workers: int) -> None:
+def command(images: Path, dest: Path, workers: int) -> None:
     """`lfm shard` as a user types it."""
-    arguments = [pictures, dest, "--image-size", str(SIZE), "--samples-per-shard", "50", "--workers", str(workers)]
+    arguments = [images, dest, "--image-size", str(SIZE), "--samples-per-shard", "50", "--workers", str(workers)]
     subprocess.run([sys.executable, "-m", "pipelines.cli.main", "shard", *arguments], check=True, capture_output=True)
 
 
 def repeat(paths: list[Path], times: int, folder: Path) -> dict[str, float]:
-    """Pictures per second of every way of doing the work."""
+    """Images per second of every way of doing the work."""
     (folder / "writer").mkdir()
     few, many = folder / "few", folder / "many"
-    for pictures, count in ((few, 1), (many, times)):
-        pictures.mkdir()
+    for images, count in ((few, 1), (many, times)):
+        images.mkdir()
         for number, path in enumerate(paths * count):
-            shutil.copy(path, pictures / f"{number:06d}.jpg")
+            shutil.copy(path, images / f"{number:06d}.jpg")
     work: dict[str, Callable[[], object]] = {
         "decode and resize": lambda: prepared(paths, None),
         "and encode as webp": lambda: prepared(paths, "webp"),
@@ -100,16 +100,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("source", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--times", type=int, default=8, help="how often the commands get every picture")
+    parser.add_argument("--times", type=int, default=8, help="how often the commands get every image")
     options = parser.parse_args()
     paths = sorted(path for path in options.source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     rates: list[dict[str, float]] = []
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
             rates.append(repeat(paths, options.times, Path(folder)))
-    print(f"{len(paths)} pictures, {options.repeats} repeats: median (least to most)")
+    print(f"{len(paths)} images, {options.repeats} repeats: median (least to most)")
     for name in rates[0]:
-        show(name, [rate[name] for rate in rates], "pictures/s")
+        show(name, [rate[name] for rate in rates], "images/s")
     for name, (first, second) in RATIOS.items():
         show(name, [rate[second] / rate[first] for rate in rates], "")
 

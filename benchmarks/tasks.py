@@ -1,9 +1,9 @@
-"""Whether pictures are what their conditions say: maps and holes of the drawn scenes, judged by the recogniser.
+"""Whether images are what their conditions say: maps and holes of the drawn scenes, judged by the recogniser.
 
     python benchmarks/tasks.py OUT [--num-steps 1000] [--ranks 2]
 
 Two models are trained by launch/train.py on 3,072 scenes of 64 pixels, one on maps and one on classes with holes, by the
-demo's configuration; what is there already is kept, and training resumes. Then each makes a picture for each of 64 scenes
+demo's configuration; what is there already is kept, and training resumes. Then each makes an image for each of 64 scenes
 that it never saw: under the scene's own map, and as a check of the measure held against another scene's; in the hole
 that hides the whole shape, under its own class, and under another one. The same network with the weights that it began
 with says what an untrained condition gives.
@@ -60,7 +60,7 @@ def untrained(run: Path) -> TrainedModel:
 
 
 def share(made: np.ndarray, classes: np.ndarray) -> float:
-    """Of the pictures, those that the recogniser takes for their class."""
+    """Of the images, those that the recogniser takes for their class."""
     return float(np.mean([recognise(image) == index for image, index in zip(made, classes, strict=True)]))
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     def agreement(made: np.ndarray, wanted: np.ndarray) -> float:
         return float((np.stack([segment(image) for image in made]) == wanted).mean())
 
-    print(f"pixels that agree with the map: the real pictures {agreement(images, maps):.1%}")
+    print(f"pixels that agree with the map: the real images {agreement(images, maps):.1%}")
     for name, model, scale in (
         ("trained", library.load(str(out / "semantic")), 2.5),
         ("untrained", untrained(out / "semantic"), 1.0),

@@ -2,9 +2,9 @@
 
     python benchmarks/train.py [--size S] [--rounds 5] [--batch 8] [--stages]
 
-Drawn scenes of 128 pixels are encoded to latents of 32 x 32, as of 256-pixel pictures. First our steps run alone, for the
+Drawn scenes of 128 pixels are encoded to latents of 32 x 32, as of 256-pixel images. First our steps run alone, for the
 data wait; then every round takes one step of each way in turn, in this process: (a) the matrix products alone, at the
-rate of a large product; (b) pictures encoded in the loop, as without cached latents; (c) a plain PyTorch loop on the same
+rate of a large product; (b) images encoded in the loop, as without cached latents; (c) a plain PyTorch loop on the same
 latents. CPU time, so that other jobs matter little; ratios are within a round. On a GPU wall time is taken. --stages: the
 peak memory of each of 2 ranks under each ZeRO stage, by `launch/train.py`.
 """
@@ -85,7 +85,7 @@ class Ways:
             layers_per_block=2, latent_channels=4,
         )  # fmt: skip
         self.encoder = kl.to(self.device).encode
-        self.pictures = torch.rand(batch, 3, 256, 256, device=self.device) * 2 - 1
+        self.images = torch.rand(batch, 3, 256, 256, device=self.device) * 2 - 1
 
         self.factor = torch.ones(*[8192 if self.device.type == "cuda" else 1024] * 2, device=self.device)
         self.limit_flops = 10 * 2 * len(self.factor) ** 3
@@ -111,9 +111,9 @@ class Ways:
             torch._foreach_lerp_(self.plain_ema, list(self.plain_model.parameters()), 1e-4)
 
     def in_loop(self) -> None:
-        """Our step, with the pictures encoded in it."""
+        """Our step, with the images encoded in it."""
         with torch.no_grad():
-            self.encoder(self.pictures)
+            self.encoder(self.images)
         self.ours()
 
 

@@ -56,7 +56,7 @@ class Autoencoder:
         return next(self.model.parameters()).device
 
     def latent_size(self, image_size: int) -> int:
-        """The height and width of the latents of pictures of this size.
+        """The height and width of the latents of images of this size.
 
         Raises:
             ConfigError: the size is not divisible by the downsample factor.
@@ -70,7 +70,7 @@ class Autoencoder:
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Posterior:
-        """The posterior of uint8 pictures (B, 3, H, W), on this autoencoder's device."""
+        """The posterior of uint8 images (B, 3, H, W), on this autoencoder's device."""
         encoded = self.model.encode(to_unit_range(images.to(self.device)).to(self.model.dtype))
         if hasattr(encoded, "latent_dist"):
             return Posterior(encoded.latent_dist.mean.float(), encoded.latent_dist.std.float())
@@ -79,7 +79,7 @@ class Autoencoder:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) as uint8 pictures (B, 3, H, W), rounded to the nearest level."""
+        """Scaled latents (B, C, h, w) as uint8 images (B, 3, H, W), rounded to the nearest level."""
         return to_levels(self.pixels(latents))
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def to_levels(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as uint8 levels, rounded: truncation would darken every picture by half a level."""
+    """Pixels in [-1, 1] as uint8 levels, rounded: truncation would darken every image by half a level."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -168,7 +168,7 @@ def check_storable(posterior: Posterior, keys: list[str]) -> None:
     """Refuse latents that float16 cannot hold.
 
     Raises:
-        DataError: names the first such picture.
+        DataError: names the first such image.
     """
     magnitude = torch.maximum(posterior.mean.abs(), posterior.std).flatten(1).amax(1)
     bad = torch.nonzero(~(magnitude < LARGEST_FLOAT16)).flatten().tolist()

@@ -10,7 +10,7 @@ class ConfigError(LfmError):
 
 
 class DataError(LfmError):
-    """A picture, shard, manifest or data set is not what it should be."""
+    """An image, shard, manifest or data set is not what it should be."""
 
 
 class StorageError(LfmError):

@@ -1,4 +1,4 @@
-"""The values that cross a module's border, in the order of a picture's way through the pipeline.
+"""The values that cross a module's border, in the order of an image's way through the pipeline.
 
 B batch; H W pixels; h w latent size; C latent channels; K condition channels. Time 0 is data, time 1 is noise.
 """
@@ -14,9 +14,9 @@ if TYPE_CHECKING:  # the stages that never touch a tensor start without torch
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)  # there is one for every picture of a source
+@dataclass(frozen=True, slots=True)  # there is one for every image of a source
 class SourceItem:
-    """One picture of a source, before anything of it is read: names that the source's store reads."""
+    """One image of a source, before anything of it is read: names that the source's store reads."""
 
     image: str
     class_index: int | None = None
@@ -26,7 +26,7 @@ class SourceItem:
 
 @dataclass(frozen=True)
 class RawSample:
-    """One picture as the raw shards hold it."""
+    """One image as the raw shards hold it."""
 
     key: str  # digits only: webdataset splits a member's name at its first dot
     image: np.ndarray  # uint8 (H, W, 3)
@@ -38,7 +38,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the autoencoder knows of a picture's latent: a diagonal Gaussian, unscaled."""
+    """What the autoencoder knows of an image's latent: a diagonal Gaussian, unscaled."""
 
     mean: Tensor  # float32 (B, C, h, w)
     std: Tensor  # float32 (B, C, h, w); zero for a deterministic autoencoder
@@ -46,21 +46,21 @@ class Posterior:
 
 @dataclass(frozen=True)
 class LatentSample:
-    """One picture as the latent shards hold it."""
+    """One image as the latent shards hold it."""
 
     key: str
     posterior: np.ndarray  # float16 (2C, h, w): mean, then std, unscaled
-    posterior_flip: np.ndarray | None = None  # the same of the mirrored picture
+    posterior_flip: np.ndarray | None = None  # the same of the mirrored image
     class_index: int | None = None
     mask: np.ndarray | None = None  # uint8 (h, w), 1 = something in the cell is missing
-    masked: np.ndarray | None = None  # float16 (C, h, w): the posterior mean of the picture without what is missing
+    masked: np.ndarray | None = None  # float16 (C, h, w): the posterior mean of the image without what is missing
     masked_flip: np.ndarray | None = None
     segmentation: np.ndarray | None = None  # uint8 or uint16 (H, W), class ids
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the model is told about each picture; None where the model does not take it."""
+    """What the model is told about each image; None where the model does not take it."""
 
     class_index: Tensor | None = None  # int64 (B,); the number of classes stands for the null class
     spatial: Tensor | None = None  # float32 (B, K, h, w)
@@ -125,4 +125,4 @@ class SolverResult:
     """Where the solver arrived, and at what cost."""
 
     latents: Tensor  # float32 (B, C, h, w)
-    nfe: Tensor  # int64 (B,): network evaluations per picture, guidance counted double
+    nfe: Tensor  # int64 (B,): network evaluations per image, guidance counted double

@@ -23,10 +23,10 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> SmallSet:
     root = tmp_path_factory.mktemp("small")
     autoencoder = make_autoencoder(root / "autoencoder", seed=0)
     draw_scenes.run(draw_scenes.ScenesConfig(str(root / "scenes"), num=40, image_size=16))
-    pictures, raw, latents = root / "scenes" / "images", root / "raw", root / "latents"
-    shard.run(shard.ShardConfig(str(pictures), str(raw), image_size=16, samples_per_shard=16))
+    images, raw, latents = root / "scenes" / "images", root / "raw", root / "latents"
+    shard.run(shard.ShardConfig(str(images), str(raw), image_size=16, samples_per_shard=16))
     encode.run(encode.EncodeConfig(str(raw), str(latents), str(autoencoder), flips=True), ALONE)
-    return SmallSet(pictures, raw, latents, autoencoder)
+    return SmallSet(images, raw, latents, autoencoder)
 
 
 @pytest.fixture

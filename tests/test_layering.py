@@ -219,7 +219,6 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return result
 
 
-@pytest.mark.xfail(reason="the rooms that moved are rebuilt next", strict=True)
 def test_a_name_stands_for_one_thing() -> None:
     paths = [path for path in modules().values() if path.name != "__init__.py" and path.parent.name != "launch"]
     stems = Counter(path.stem for path in paths)

@@ -1,4 +1,4 @@
-"""Pictures to be measured: raw shards, or a folder of files, in blocks that any process can read by itself."""
+"""Images to be measured: raw shards, or a folder of files, in blocks that any process can read by itself."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lfm.storage.cache import Cache
 from lfm.types import RawSample
 
 FILES_PER_BLOCK = 1000
-SAMPLES = "samples.json"  # `lfm sample` writes it: which files of its folder are pictures
+SAMPLES = "samples.json"  # `lfm sample` writes it: which files of its folder are images
 
 
-class PictureSet(Protocol):
-    """Pictures of one size in blocks."""
+class ImageSet(Protocol):
+    """Images of one size in blocks."""
 
     @property
     def name(self) -> str:
@@ -37,7 +37,7 @@ class PictureSet(Protocol):
 
     @property
     def rule(self) -> str | None:
-        """How the pictures were resized and cropped; None where that is not known."""
+        """How the images were resized and cropped; None where that is not known."""
 
     @property
     def stored(self) -> str:
@@ -45,7 +45,7 @@ class PictureSet(Protocol):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What every picture has beside it: mask, segmentation."""
+        """What every image has beside it: mask, segmentation."""
 
     @property
     def digest(self) -> str:
@@ -53,10 +53,10 @@ class PictureSet(Protocol):
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """How many pictures each block holds."""
+        """How many images each block holds."""
 
     def read(self, block: int) -> Iterator[RawSample]:
-        """The pictures of a block in their order.
+        """The images of a block in their order.
 
         Raises:
             DataError, StorageError: one cannot be read; names it.
@@ -64,8 +64,8 @@ class PictureSet(Protocol):
 
 
 @dataclass(frozen=True)
-class ShardedPictures:
-    """The pictures of raw shards; a shard is a block."""
+class ShardedImages:
+    """The images of raw shards; a shard is a block."""
 
     name: str
     manifest: Manifest
@@ -103,8 +103,8 @@ class ShardedPictures:
 
 
 @dataclass(frozen=True)
-class FolderPictures:
-    """The files below a folder, by name; a picture's key is its name without suffix.
+class FolderImages:
+    """The files below a folder, by name; an image's key is its name without suffix.
 
     With a rule they are resized and cropped by it, without one they must be of the image size already.
     """
@@ -145,13 +145,13 @@ class FolderPictures:
 
     def read(self, block: int) -> Iterator[RawSample]:
         for name in self.files[block * FILES_PER_BLOCK : (block + 1) * FILES_PER_BLOCK]:
-            yield self.picture(name)
+            yield self.image(name)
 
-    def picture(self, name: str) -> RawSample:
+    def image(self, name: str) -> RawSample:
         """One of the files.
 
         Raises:
-            DataError: it is no picture, or of another size.
+            DataError: it is no image, or of another size.
         """
         path = storage.join(self.name, name)
         try:
@@ -162,7 +162,7 @@ class FolderPictures:
         if pixels.shape != (self.image_size, self.image_size, 3):
             raise DataError(
                 f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, others {self.image_size} x {self.image_size}; "
-                "shard them first, or give --image-size where they are real pictures"
+                "shard them first, or give --image-size where they are real images"
             )
         return RawSample(_key(name), pixels)
 
@@ -176,47 +176,47 @@ def blocks_of(total: int) -> tuple[int, ...]:
     return tuple(min(FILES_PER_BLOCK, total - start) for start in range(0, total, FILES_PER_BLOCK))
 
 
-def open_pictures(
+def open_images(
     path: str, cache: Cache, *, image_size: int | None = None, rule: str | None = None
-) -> ShardedPictures | FolderPictures:
-    """The pictures of raw shards, or the files below a folder; of what `lfm sample` made, its samples alone.
+) -> ShardedImages | FolderImages:
+    """The images of raw shards, or the files below a folder; of what `lfm sample` made, its samples alone.
 
     Args:
         image_size, rule: resize and crop the files of a folder to this size, by this rule; shards have their own.
 
     Raises:
         ConfigError: a size was given for shards.
-        DataError, StorageError: there are no pictures, or shards are not complete.
+        DataError, StorageError: there are no images, or shards are not complete.
     """
     if storage.exists(storage.join(path, manifests.RECIPE)) or storage.exists(storage.join(path, manifests.MANIFEST)):
         if image_size is not None:
             raise ConfigError(f"--image-size {image_size}: {path} holds shards, which have their size; leave it out")
-        return ShardedPictures(path, manifests.load(path, "raw"), cache)
+        return ShardedImages(path, manifests.load(path, "raw"), cache)
     if storage.exists(record := storage.join(path, SAMPLES)):
         names = [entry["file"] for entry in storage.read_json(record).get("pictures", ())]
     else:
         names = [name for name in storage.find(path) if name.lower().endswith(SUFFIXES)]
     if not names:
-        raise DataError(f"{path}: no pictures there; name a folder of pictures, or of raw shards")
+        raise DataError(f"{path}: no images there; name a folder of images, or of raw shards")
     files = tuple(sorted(names))
     if image_size is not None:
-        return FolderPictures(path, files, image_size, rule)
+        return FolderImages(path, files, image_size, rule)
     try:
         first = decode(storage.read_bytes(storage.join(path, files[0])))
     except Rejected as error:
         raise DataError(f"{storage.join(path, files[0])}: {error}; repair or remove it") from error
-    return FolderPictures(path, files, first.height, None)
+    return FolderImages(path, files, first.height, None)
 
 
-def pick(pictures: PictureSet, rows: Sequence[int]) -> list[np.ndarray]:
-    """The pictures uint8 (H, W, 3) at some places in the order of the whole set; only their blocks are read."""
+def pick(images: ImageSet, rows: Sequence[int]) -> list[np.ndarray]:
+    """The images uint8 (H, W, 3) at some places in the order of the whole set; only their blocks are read."""
     wanted, found, start = set(rows), {}, 0
-    for block, count in enumerate(pictures.blocks):
+    for block, count in enumerate(images.blocks):
         if any(start <= row < start + count for row in wanted):
-            for row, sample in enumerate(pictures.read(block), start):
+            for row, sample in enumerate(images.read(block), start):
                 if row in wanted:
                     found[row] = sample.image
         start += count
     if missing := wanted - set(found):
-        raise StorageError(f"{pictures.name}: has no picture number {min(missing)}")
+        raise StorageError(f"{images.name}: has no image number {min(missing)}")
     return [found[row] for row in rows]

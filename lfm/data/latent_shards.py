@@ -50,7 +50,7 @@ def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Write samples, each `__key__` and bytes by suffix, as a plain tar that depends on nothing but them.
 
     The bytes are those of `webdataset.TarWriter(file, encoder=False, mtime=0)`, which is not called because its package
-    imports torch: more than a second for each worker that only packs pictures.
+    imports torch: more than a second for each worker that only packs images.
     """
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
@@ -94,7 +94,7 @@ def read_raw(stream: IO[bytes], name: str, *, threads: int = 1) -> Iterator[RawS
 def _decoded(members: dict[str, Any], name: str) -> RawSample:
     image = next((members[suffix] for suffix in FORMATS if suffix in members), None)
     if image is None:
-        raise DataError(f"{name}: sample {members['__key__']} has no picture; make the shard again")
+        raise DataError(f"{name}: sample {members['__key__']} has no image; make the shard again")
     try:
         return RawSample(
             key=members["__key__"],

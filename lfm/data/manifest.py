@@ -89,7 +89,7 @@ class Manifest(_Record):
     version: Literal[1] = VERSION
     image_size: PositiveInt
     classes: tuple[ClassRecord, ...] = ()
-    fields: tuple[Literal["mask", "segmentation"], ...] = ()  # what every sample has beside picture and class
+    fields: tuple[Literal["mask", "segmentation"], ...] = ()  # what every sample has beside image and class
     labels: dict[int, str] = {}  # class ids of the segmentations, by name
     recipe: dict[str, Any]
     parent_digest: str | None = None  # latents: of the raw manifest

@@ -2,7 +2,7 @@
 
 A mask is the union of up to three boxes of at most half the side, at most one of up to the whole side, and up to seven
 strokes of a brush that turns sharply at each of its 4 to 17 corners. Lengths are in shares of the side, so that masks of
-all sizes cover alike: 41 % of the picture on average, from nearly nothing to nearly all.
+all sizes cover alike: 41 % of the image on average, from nearly nothing to nearly all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def free_form(seed: int, key: str, size: int) -> np.ndarray:
         mask = Image.new("L", (size, size))
         draw = ImageDraw.Draw(mask)
         for most, largest in ((4, size / 2), (2, size)):
-            for _ in range(random.integers(most)):  # at least half of each side lies within the picture
+            for _ in range(random.integers(most)):  # at least half of each side lies within the image
                 sides = random.uniform(0, largest, 2)
                 corner = random.uniform(-sides / 2, size - sides / 2)
                 draw.rectangle((*corner, *(corner + sides - 1).clip(corner)), fill=1)
@@ -56,7 +56,7 @@ MASKS = {"free-form": free_form}
 
 
 def hide(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Pictures uint8 (..., H, W, 3) with middle grey where the masks (..., H, W) are 1: what inpainting is told."""
+    """Images uint8 (..., H, W, 3) with middle grey where the masks (..., H, W) are 1: what inpainting is told."""
     return np.where(masks[..., None] != 0, np.uint8(GREY), images)
 
 

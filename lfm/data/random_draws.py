@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PICTURES = 1 << 63  # sets the noise of pictures apart from that of training: numbers stay below it
+_IMAGES = 1 << 63  # sets the noise of images apart from that of training: numbers stay below it
 _SCALARS = 3  # words of a sample before those of its noise
 _ROUNDS = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as int64
 
@@ -85,15 +85,15 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
     return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def picture_noise(seeds: Sequence[int] | np.ndarray, shape: Sequence[int], step: int = 0) -> np.ndarray:
-    """The noise that each seed's picture begins with, or is given at a step counted from 1.
+def image_noise(seeds: Sequence[int] | np.ndarray, shape: Sequence[int], step: int = 0) -> np.ndarray:
+    """The noise that each seed's image begins with, or is given at a step counted from 1.
 
     Float32 (len(seeds), *shape), standard normal.
     """
     noise = np.empty((len(seeds), *shape), np.float32)
     for row, seed in enumerate(seeds):
         random = np.random.Generator(
-            np.random.Philox(key=np.array([_PICTURES, int(seed)], np.uint64), counter=[0, 0, 0, step])
+            np.random.Philox(key=np.array([_IMAGES, int(seed)], np.uint64), counter=[0, 0, 0, step])
         )
         random.standard_normal(out=noise[row], dtype=np.float32)
     return noise

@@ -1,7 +1,7 @@
-"""From an encoded picture, map or mask of any kind to arrays of one size, by rules that have names.
+"""From an encoded image, map or mask of any kind to arrays of one size, by rules that have names.
 
 Resize and crop follow ADM (Dhariwal and Nichol, 2021, `center_crop_arr`): halve by box filter while the short side is at
-least twice its target, then bicubic to the target, then the centre. The rules differ in the target alone, and a picture's
+least twice its target, then bicubic to the target, then the centre. The rules differ in the target alone, and an image's
 map goes to the same target, by nearest neighbour.
 """
 
@@ -20,7 +20,7 @@ from lfm.errors import DataError
 # Not all that Pillow knows: some it hands to other programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LARGEST_PIXELS = 200_000_000  # above this a file is taken for a decompression bomb
-BACKGROUND = (255, 255, 255)  # what shows through where alpha is below one, and around a padded picture
+BACKGROUND = (255, 255, 255)  # what shows through where alpha is below one, and around a padded image
 
 
 class Rejected(Exception):
@@ -39,7 +39,7 @@ def _rejecting() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except UnidentifiedImageError as error:
-        raise Rejected("not a picture") from error
+        raise Rejected("not an image") from error
     except Image.DecompressionBombError as error:
         raise Rejected("too large", str(error)) from error
     except Rejected:
@@ -59,12 +59,12 @@ def _loaded(content: bytes) -> Image.Image:
 
 
 def decode(content: bytes | np.ndarray) -> Image.Image:
-    """A picture, encoded or uint8 (H, W, 3), as RGB, upright.
+    """An image, encoded or uint8 (H, W, 3), as RGB, upright.
 
-    EXIF orientation is applied; alpha is put on white; grey, palette, CMYK and 16-bit pictures become 8-bit RGB.
+    EXIF orientation is applied; alpha is put on white; grey, palette, CMYK and 16-bit images become 8-bit RGB.
 
     Raises:
-        Rejected: it is empty, no picture, truncated or too large.
+        Rejected: it is empty, no image, truncated or too large.
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
@@ -73,10 +73,10 @@ def decode(content: bytes | np.ndarray) -> Image.Image:
 
 
 def decode_ids(content: bytes) -> np.ndarray:
-    """A segmentation map's class ids, uint8 or uint16 (H, W): grey levels, or the indices of a palette picture.
+    """A segmentation map's class ids, uint8 or uint16 (H, W): grey levels, or the indices of a palette image.
 
     Raises:
-        Rejected: it is no picture, or one whose pixels are no ids.
+        Rejected: it is no image, or one whose pixels are no ids.
     """
     with _rejecting():
         image = _loaded(content)
@@ -94,7 +94,7 @@ def decode_mask(content: bytes) -> Image.Image:
     """A mask as grey levels, mode L; from one half of white up it is a hole.
 
     Raises:
-        Rejected: it is no picture.
+        Rejected: it is no image.
     """
     return decode(content).convert("L")
 
@@ -124,8 +124,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, np.float32)
         image = Image.fromarray(np.clip(np.round(values / 257), 0, 255).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
-        picture = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", picture.size, (*BACKGROUND, 255)), picture)
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba)
     return image.convert("RGB")
 
 
@@ -133,7 +133,7 @@ def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-# The width and height that a picture is resized to before the centre, size x size, is cut out or put on a background.
+# The width and height that an image is resized to before the centre, size x size, is cut out or put on a background.
 CROPS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
     "centre": lambda width, height, size: _scaled(width, height, size / min(width, height)),
     "pad": lambda width, height, size: _scaled(width, height, size / max(width, height)),
@@ -142,14 +142,14 @@ CROPS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
 
 
 def _centred(image: Image.Image, size: int, fill: int | tuple[int, ...]) -> np.ndarray:
-    """The centre (size, size) of a picture or map, on `fill` where it is smaller."""
+    """The centre (size, size) of an image or map, on `fill` where it is smaller."""
     canvas = Image.new(image.mode, (size, size), fill)
     canvas.paste(image, (-((image.width - size) // 2), -((image.height - size) // 2)))
     return np.asarray(canvas)
 
 
 def _target(width: int, height: int, size: int, rule: str) -> tuple[int, tuple[int, int]]:
-    """How often a picture is halved, and the width and height that it then is resized to.
+    """How often an image is halved, and the width and height that it then is resized to.
 
     Raises:
         Rejected: the target would fill the memory.
@@ -164,7 +164,7 @@ def _target(width: int, height: int, size: int, rule: str) -> tuple[int, tuple[i
 
 
 def crop(image: Image.Image, size: int, rule: str = "centre") -> np.ndarray:
-    """A picture, RGB or a grey mask, at the image size by the named rule: uint8 (size, size, 3) or (size, size).
+    """An image, RGB or a grey mask, at the image size by the named rule: uint8 (size, size, 3) or (size, size).
 
     Raises:
         Rejected: it is too narrow.
@@ -177,11 +177,11 @@ def crop(image: Image.Image, size: int, rule: str = "centre") -> np.ndarray:
     return _centred(image.resize(target, Image.Resampling.BICUBIC), size, BACKGROUND if image.mode == "RGB" else 0)
 
 
-def crop_ids(ids: np.ndarray, picture: tuple[int, int], size: int, rule: str, fill: int) -> np.ndarray:
-    """The class ids of a map where `crop` puts the pixels of its picture (width, height): (size, size).
+def crop_ids(ids: np.ndarray, image: tuple[int, int], size: int, rule: str, fill: int) -> np.ndarray:
+    """The class ids of a map where `crop` puts the pixels of its image (width, height): (size, size).
 
     Args:
-        fill: the class id around a padded picture.
+        fill: the class id around a padded image.
     """
-    _, target = _target(*picture, size, rule)
+    _, target = _target(*image, size, rule)
     return _centred(Image.fromarray(ids).resize(target, Image.Resampling.NEAREST), size, fill)

@@ -5,7 +5,7 @@
 v, the velocity under the condition; s, the guidance scale. v_weak is v under the null condition (Ho & Salimans 2022, with
 s = 1 + w), or the velocity of a smaller or earlier model under the same condition: autoguidance (Karras et al. 2024). An
 interval in the middle of the times costs less and keeps variety (Kynkaanniemi et al. 2024). NFE, the number of function
-evaluations, counts the calls of a network for each picture: a guided evaluation counts twice.
+evaluations, counts the calls of a network for each image: a guided evaluation counts twice.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the model is told about a picture, and what it is told when it is told nothing.
+"""What the model is told about an image, and what it is told when it is told nothing.
 
-                    of a picture                                        null: "any picture"
+                    of an image                                        null: "any image"
     class_index     a class, 0 to num_classes - 1                       num_classes
     spatial         inpainting: scaled latent mean of the masked        zeros, and ones: everything is missing
-                    picture (C), mask (1), 1 = missing
+                    image (C), mask (1), 1 = missing
     segmentation    a label of each pixel, 0 to num_labels - 1          num_labels at every pixel
 
 In training all of a sample's condition is replaced by the null at once, for some samples; guidance leads away from the
@@ -29,7 +29,7 @@ def check_class_index(class_index: Tensor, num_classes: int) -> None:
 
 
 def class_condition(class_index: Sequence[int] | Tensor, num_classes: int | None) -> Condition:
-    """The condition of pictures of these classes (B,), for a model of `num_classes`.
+    """The condition of images of these classes (B,), for a model of `num_classes`.
 
     Raises ConfigError for an index that is no class, and for a model that takes no class (num_classes None).
     """

@@ -1,7 +1,7 @@
-"""What there is to tell a model, checked and encoded: classes, masked pictures, maps of class ids.
+"""What there is to tell a model, checked and encoded: classes, masked images, maps of class ids.
 
-Inpainting is told the posterior mean of the picture with grey in place of what is missing, scaled as latents are, and the
-mask at latent size; each picture is encoded by itself, so that its condition does not depend on others.
+Inpainting is told the posterior mean of the image with grey in place of what is missing, scaled as latents are, and the
+mask at latent size; each image is encoded by itself, so that its condition does not depend on others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lfm.types import Condition
 
 @dataclass(frozen=True)
 class Conditions:
-    """What there is to tell a model; pictures take the rows of each part in turns. Known pixels, where there are any."""
+    """What there is to tell a model; images take the rows of each part in turns. Known pixels, where there are any."""
 
     class_index: Tensor | None = None  # int64 (classes,)
     spatial: Tensor | None = None  # float32 (masks, C + 1, h, w)
@@ -32,11 +32,11 @@ class Conditions:
     masks: np.ndarray | None = None  # uint8 (masks, H, W), 1 = missing
 
     def of(self, number: int) -> list[Tensor | np.ndarray | None]:
-        """All that is told of one picture, its known pixels included."""
+        """All that is told of one image, its known pixels included."""
         return [None if part is None else part[number % len(part)] for part in vars(self).values()]
 
     def condition(self, numbers: Sequence[int]) -> Condition:
-        """The condition of the pictures of these numbers, counted over all seeds."""
+        """The condition of the images of these numbers, counted over all seeds."""
         index = torch.as_tensor(numbers)
         ids = self.segmentation
         return Condition(
@@ -45,11 +45,11 @@ class Conditions:
             None if ids is None else torch.from_numpy(ids[index.numpy() % len(ids)].astype(np.int64)),
         )
 
-    def composite(self, numbers: Sequence[int], pictures: np.ndarray) -> np.ndarray:
-        """Pictures uint8 (B, H, W, 3) of these numbers, with the pixels that are known put back."""
+    def composite(self, numbers: Sequence[int], images: np.ndarray) -> np.ndarray:
+        """Images uint8 (B, H, W, 3) of these numbers, with the pixels that are known put back."""
         assert self.images is not None and self.masks is not None, "there are known pixels"
         turns = np.asarray(numbers) % len(self.masks)
-        return np.where(self.masks[turns][..., None] == 1, pictures, self.images[turns])
+        return np.where(self.masks[turns][..., None] == 1, images, self.images[turns])
 
 
 def encode_conditions(
@@ -105,7 +105,7 @@ def with_classes(
 
 
 def spatial_condition(autoencoder: Autoencoder, masked_mean: Tensor, mask: Tensor) -> Tensor:
-    """Condition.spatial of unscaled means (N, C, h, w) of masked pictures, and masks (N, 1, h, w), 1 = missing."""
+    """Condition.spatial of unscaled means (N, C, h, w) of masked images, and masks (N, 1, h, w), 1 = missing."""
     return torch.cat([(masked_mean.float() - autoencoder.shift) * autoencoder.scale_factor, mask.float()], 1)
 
 

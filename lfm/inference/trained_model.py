@@ -1,12 +1,12 @@
-"""A trained model as an object: seeds and conditions in, pictures out.
+"""A trained model as an object: seeds and conditions in, images out.
 
     import lfm
 
     model = lfm.load("runs/pictures_256")
     samples = model.sample(range(16), class_index=3, guidance_scale=1.5)
-    samples.pictures[0].save("first.png")
+    samples.pil_images[0].save("first.png")
 
-A picture depends on its seed, condition, solver and guidance alone, never on the batch that it is made in. Where there
+An image depends on its seed, condition, solver and guidance alone, never on the batch that it is made in. Where there
 are fewer classes, masks or maps than seeds, the seeds take them in turns, so that 16 seeds and one mask are 16 fillings.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lfm import autoencoder as autoencoders
 from lfm.autoencoder import Autoencoder
-from lfm.data.random_draws import picture_noise
+from lfm.data.random_draws import image_noise
 from lfm.errors import CheckpointError, ConfigError
 from lfm.flow.guidance import CountedVelocity, Guided, NetworkVelocity
 from lfm.flow.null_condition import null_condition
@@ -31,7 +31,7 @@ from lfm.inference.condition_inputs import encode_conditions
 from lfm.models.dit import DiT, DiTConfig
 from lfm.models.noise_prediction import NoisePrediction
 from lfm.solvers import Solving
-from lfm.solvers.batching import Watch, unwatched
+from lfm.solvers.batching import StepCallback, no_callback
 from lfm.training import run_folder
 from lfm.training.run_folder import WeightsHeader
 from lfm.types import Condition, SolverResult
@@ -48,7 +48,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Samples:
-    """Finished pictures."""
+    """Finished images."""
 
     seeds: tuple[int, ...]
     images: np.ndarray  # uint8 (B, H, W, 3)
@@ -56,7 +56,7 @@ class Samples:
     nfe: Tensor  # int64 (B,): network evaluations, guidance counted double
 
     @property
-    def pictures(self) -> list[Image.Image]:
+    def pil_images(self) -> list[Image.Image]:
         """For people."""
         return [Image.fromarray(image) for image in self.images]
 
@@ -126,10 +126,10 @@ class TrainedModel:
         batch_size: int = 32,
         **solving: Any,
     ) -> Samples:
-        """A picture of each seed.
+        """An image of each seed.
 
         Args:
-            seeds: one for each picture.
+            seeds: one for each image.
             class_index: of a class-conditional model; by default all classes.
             images: what to fill in, uint8 (..., H, W, 3) or PIL; only what `masks` does not hide is looked at.
             masks: uint8 or bool (..., H, W) or grey PIL: all but 0 is to be filled.
@@ -138,7 +138,7 @@ class TrainedModel:
             guidance_scale: 1 means none.
             guidance_interval: the times between which there is guidance.
             autoguidance: a weaker model to lead away from, in place of the null condition.
-            batch_size: pictures at once.
+            batch_size: images at once.
             **solving: `solver`, `num_steps`, `time_shift`, `times`, `atol`, `rtol` of `lfm.solvers.Solving`.
 
         Raises:
@@ -153,12 +153,12 @@ class TrainedModel:
         for first in range(0, len(seeds), batch_size):
             numbers = range(first, min(first + batch_size, len(seeds)))
             result = self.solve([seeds[number] for number in numbers], conditions.condition(numbers), options, guidance)
-            pictures = self.decode(result.latents)
+            decoded = self.decode(result.latents)
             if conditions.masks is not None and composite:
-                pictures = conditions.composite(numbers, pictures)
-            parts.append((pictures, result.latents.cpu(), result.nfe))
-        pictures, latents, nfe = zip(*parts, strict=True)
-        return Samples(tuple(seeds), np.concatenate(pictures), torch.cat(latents), torch.cat(nfe))
+                decoded = conditions.composite(numbers, decoded)
+            parts.append((decoded, result.latents.cpu(), result.nfe))
+        images, latents, nfe = zip(*parts, strict=True)
+        return Samples(tuple(seeds), np.concatenate(images), torch.cat(latents), torch.cat(nfe))
 
     def solve(
         self,
@@ -166,19 +166,19 @@ class TrainedModel:
         condition: Condition,
         solving: Solving,
         guidance: Guidance | None = None,
-        watch: Watch = unwatched,
+        on_step: StepCallback = no_callback,
     ) -> SolverResult:
         """The latents of these seeds, each under its row of the condition."""
-        noise = torch.from_numpy(picture_noise(seeds, self.latent_shape)).to(self.device)
+        noise = torch.from_numpy(image_noise(seeds, self.latent_shape)).to(self.device)
         velocity = self.velocity(condition.to(self.device), len(seeds), guidance or Guidance())
 
         def normals(step: int) -> Tensor:
-            return torch.from_numpy(picture_noise(seeds, self.latent_shape, step + 1))
+            return torch.from_numpy(image_noise(seeds, self.latent_shape, step + 1))
 
-        return SolverResult(solving(velocity, noise, normals=normals, watch=watch), velocity.nfe.cpu())
+        return SolverResult(solving(velocity, noise, normals=normals, on_step=on_step), velocity.nfe.cpu())
 
     def velocity(self, condition: Condition, count: int, guidance: Guidance) -> CountedVelocity:
-        """The field that leads `count` pictures to their condition.
+        """The field that leads `count` images to their condition.
 
         Raises:
             ConfigError: the model cannot be guided, or not by that one.
@@ -188,7 +188,7 @@ class TrainedModel:
         return guided_velocity(self.network, self.header.model, condition, count, guidance)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Scaled latents (B, C, h, w) as pictures uint8 (B, H, W, 3)."""
+        """Scaled latents (B, C, h, w) as images uint8 (B, H, W, 3)."""
         return self.autoencoder.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
 
     def _check_alike(self, weak: TrainedModel) -> None:
@@ -205,7 +205,7 @@ class TrainedModel:
 
 
 def _stack(given: Any, ndim: int) -> np.ndarray | None:
-    """Arrays or pictures of `ndim` axes, one or several of equal size, as one array with a first axis that counts them."""
+    """Arrays or images of `ndim` axes, one or several of equal size, as one array with a first axis that counts them."""
     if given is None:
         return None
     array = np.stack([np.asarray(one) for one in given]) if isinstance(given, list | tuple) else np.asarray(given)
@@ -215,7 +215,7 @@ def _stack(given: Any, ndim: int) -> np.ndarray | None:
 def guided_velocity(
     network: nn.Module, model: DiTConfig, condition: Condition, count: int, guidance: Guidance
 ) -> CountedVelocity:
-    """The field of a network of this shape that leads `count` pictures to their condition.
+    """The field of a network of this shape that leads `count` images to their condition.
 
     Raises:
         ConfigError: the model has no null condition, and so cannot be guided by itself.

@@ -4,7 +4,7 @@
     W(q, q^)^2 <= e^(1 + 2L) int_0^1 e(t) dt                 e(t) = E |v(z_t, t) - v^(z_t, t)|^2           ("paper")
     W(q, q^) <= int_0^1 exp(int_0^t L(s) ds) e(t)^1/2 dt                                                   ("by time")
 
-W, the Wasserstein-2 distance; p, pictures x, and q, their latents z drawn from the encoder's posterior; p^ and q^, what the
+W, the Wasserstein-2 distance; p, images x, and q, their latents z drawn from the encoder's posterior; p^ and q^, what the
 model generates; g, the decoder, of Lipschitz constant L_g; v, the true marginal velocity, and v^, the network's, of Lipschitz
 constant L(t) at time t, L the largest. Both lines on q^ are Gronwall's inequality along the two flows, from t = 1 to 0
 (Albergo & Vanden-Eijnden 2023, proposition 3, with time reversed); the second keeps L and e at each time together, and is

@@ -1,4 +1,4 @@
-"""Feature networks: pictures -> numbers that metrics compare. One interface, whose hash goes into every report.
+"""Feature networks: images -> numbers that metrics compare. One interface, whose hash goes into every report.
 
 fd-lite           EfficientNet-Lite0 on ImageNet, from PyPI: works out of the box. Its Frechet distance is called fd-lite,
                   and is no FID: the two cannot be compared.
@@ -30,7 +30,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of B pictures."""
+    """What a network says of B images."""
 
     pooled: Tensor  # float32 (B, D)
     spatial: Tensor | None = None  # float32 (B, S), for sFID
@@ -50,7 +50,7 @@ class FeatureNetwork:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """The features of uint8 pictures (B, 3, H, W)."""
+        """The features of uint8 images (B, 3, H, W)."""
         return self.forward(images.to(self.device))
 
 

@@ -65,6 +65,6 @@ def singular_warning(*gaussians: Gaussian) -> str | None:
     if not counts or min(counts) > dimensions:
         return None
     return (
-        f"{min(counts):,} pictures in {dimensions:,} dimensions: a covariance is singular and the Frechet distance biased "
+        f"{min(counts):,} images in {dimensions:,} dimensions: a covariance is singular and the Frechet distance biased "
         "upwards; compare equal counts only, or take KID"
     )

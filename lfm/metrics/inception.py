@@ -1,11 +1,11 @@
 """The Inception network of the original FID, in torch, and the inception score of what it says.
 
 It is Inception-v3 (Szegedy et al. 2016) as the graph of 2015-12-05 has it: 1,008 classes, average pools that leave the
-padding out, and a max pool where the last block should average. Pictures come to 299 pixels by TensorFlow 1's bilinear
+padding out, and a max pool where the last block should average. Images come to 299 pixels by TensorFlow 1's bilinear
 resize, whose corners, not centres, coincide, and to (level - 128) / 128. The names of the parameters are those of
 `pt_inception-2015-12-05-6726825d.pth`, which pytorch-fid publishes.
 
-    inception score = exp(mean over pictures of KL(p(y | x) || p(y)))        p(y), the mean over a split's pictures
+    inception score = exp(mean over images of KL(p(y | x) || p(y)))        p(y), the mean over a split's images
 
 (Salimans et al. 2016). Its logits are without the last layer's bias, as in the original.
 """
@@ -134,7 +134,7 @@ class InceptionOutput(NamedTuple):
 
 
 class Inception(nn.Module):
-    """Pictures uint8 (B, 3, H, W) of any size -> `InceptionOutput`."""
+    """Images uint8 (B, 3, H, W) of any size -> `InceptionOutput`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> InceptionOutput:
-        """Features and class probabilities of pictures uint8 (B, 3, H, W)."""
+        """Features and class probabilities of images uint8 (B, 3, H, W)."""
         x = (resize(images.float()) - 128) / 128  # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = functional.max_pool2d(x, 3, 2)  # (B, 64, 73, 73)
@@ -164,7 +164,7 @@ class Inception(nn.Module):
 
 
 def resize(images: Tensor) -> Tensor:
-    """Float pictures (B, 3, H, W) at 299 x 299 pixels by TensorFlow 1's bilinear rule: place i is read at i H / 299."""
+    """Float images (B, 3, H, W) at 299 x 299 pixels by TensorFlow 1's bilinear rule: place i is read at i H / 299."""
     rows, columns = (_interpolation(size).to(images) for size in images.shape[2:])
     return rows @ images @ columns.T
 
@@ -186,7 +186,7 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(probabilities: Iterable[Tensor], total: int, num_splits: int = 10) -> InceptionScore:
-    """The score of `total` pictures whose class probabilities (n, K) come in blocks, in their order; no split is empty."""
+    """The score of `total` images whose class probabilities (n, K) come in blocks, in their order; no split is empty."""
     num_splits = min(num_splits, total)
     borders = list(pairwise(index * total // num_splits for index in range(num_splits + 1)))
     negative_entropy = torch.zeros(num_splits, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How well pictures stand for the very ones that they replace: for inpainting, and for any task that comes in pairs.
+"""How well images stand for the very ones that they replace: for inpainting, and for any task that comes in pairs.
 
 A linear support vector machine with squared hinge loss is trained to tell real features from generated ones,
 
@@ -71,17 +71,17 @@ def _with_one(features: Tensor) -> Tensor:
 
 
 def psnr(first: Tensor, second: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of uint8 pictures (B, 3, H, W), float32 (B,); 100 where they are equal."""
+    """Peak signal-to-noise ratio in dB of uint8 images (B, 3, H, W), float32 (B,); 100 where they are equal."""
     error = (first.float() - second.float()).square().flatten(1).mean(1)
     return (10 * torch.log10(255**2 / error)).clamp(max=100)
 
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
-    """Structural similarity of uint8 pictures (B, 3, H, W), float32 (B,): Gaussian window of 11 pixels (Wang et al. 2004)."""
+    """Structural similarity of uint8 images (B, 3, H, W), float32 (B,): Gaussian window of 11 pixels (Wang et al. 2004)."""
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise ConfigError("SSIM needs torchmetrics: pip install 'lfm[evaluate]'") from error
     value = structural_similarity_index_measure(first.float(), second.float(), data_range=255.0, reduction="none")
     assert isinstance(value, Tensor)
-    return value.reshape(-1)  # of a single picture it would have no dimension
+    return value.reshape(-1)  # of a single image it would have no dimension

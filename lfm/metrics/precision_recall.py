@@ -1,4 +1,4 @@
-"""What share of generated pictures looks real, and what share of the real ones is reached, by nearest neighbours.
+"""What share of generated images looks real, and what share of the real ones is reached, by nearest neighbours.
 
 A set's manifold is the union of balls round its features, each as wide as the distance to the k-th nearest of its own.
 

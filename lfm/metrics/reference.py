@@ -1,10 +1,10 @@
-"""The reference: what a feature network says of the real pictures, with everything that makes it reproducible.
+"""The reference: what a feature network says of the real images, with everything that makes it reproducible.
 
 A safetensors file. Its header (`lfm`, JSON) says what it is of; its tensors, all of them features of the real set:
 
-    pooled.mean (D,), pooled.covariance (D, D)        float64, of every picture
+    pooled.mean (D,), pooled.covariance (D, D)        float64, of every image
     spatial.mean, spatial.covariance                  the same for sFID, where the network gives it
-    kept (K, D), kept_rows (K,)                       features of K pictures drawn at random, and which they are
+    kept (K, D), kept_rows (K,)                       features of K images drawn at random, and which they are
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ReferenceHeader(BaseModel):
     image_size: int
     rule: str | None = None
     resized: bool = False  # by that rule from files of any size, when the reference was made
-    stored: str | None = None  # the formats of the files that the pictures came from
+    stored: str | None = None  # the formats of the files that the images came from
     count: int | None = None
     network: str  # as `features.load` takes it
     network_name: str
@@ -53,7 +53,7 @@ class ReferenceHeader(BaseModel):
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of the real pictures."""
+    """Statistics of the real images."""
 
     header: ReferenceHeader
     gaussians: dict[str, Gaussian]  # pooled, and where there is one spatial
@@ -62,7 +62,7 @@ class Reference:
 
 
 def kept_rows(count: int) -> np.ndarray:
-    """Which pictures of a set are kept one by one: at most 10,000 at random, in order, int64 (K,)."""
+    """Which images of a set are kept one by one: at most 10,000 at random, in order, int64 (K,)."""
     random = np.random.Generator(np.random.Philox(key=0))
     return np.sort(random.permutation(count)[:MOST_KEPT])
 

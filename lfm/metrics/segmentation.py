@@ -1,4 +1,4 @@
-"""How much of a map a segmenter finds again in the pictures that were made of it.
+"""How much of a map a segmenter finds again in the images that were made of it.
 
 IoU of a class = pixels that are it in both / pixels that are it in either        mIoU = mean over the classes that occur
 """

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lfm.errors import ConfigError
-from lfm.solvers.batching import Watch, unwatched
+from lfm.solvers.batching import StepCallback, no_callback
 from lfm.solvers.others import Normals, adams_bashforth, coupled, euler_maruyama
 from lfm.solvers.runge_kutta import TABLEAUS, adaptive_step, fixed_step
 from lfm.types import Velocity
@@ -111,15 +111,15 @@ class Solving:
         return time_grid(self.num_steps or DEFAULT_STEPS, self.time_shift or 1.0)
 
     def __call__(
-        self, velocity: Velocity, noise: Tensor, *, normals: Normals | None = None, watch: Watch = unwatched
+        self, velocity: Velocity, noise: Tensor, *, normals: Normals | None = None, on_step: StepCallback = no_callback
     ) -> Tensor:
         """The latents (B, ...) that `velocity` makes of `noise` (B, ...), float32 or float64.
 
-        A stochastic solver draws from `normals`; `watch` is told of each step, where there is any to tell of. Raises
+        A stochastic solver draws from `normals`; `on_step` is told of each step, where there is any to tell of. Raises
         LfmError where the state is not finite or no end is in sight.
         """
         solver = SOLVERS[self.solver]
-        options: dict[str, Any] = {"watch": watch} if solver.watchable else {}
+        options: dict[str, Any] = {"on_step": on_step} if solver.watchable else {}
         if solver.adaptive:
             options |= {"atol": self.atol or DEFAULT_TOLERANCE, "rtol": self.rtol or DEFAULT_TOLERANCE}
         else:

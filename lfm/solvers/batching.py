@@ -9,10 +9,12 @@ from torch import Tensor
 
 from lfm.errors import LfmError
 
-Watch = Callable[[Tensor, Tensor, Tensor], None]  # is told time (A,), state (A, ...) and rows int64 (A,) after a step
+StepCallback = Callable[
+    [Tensor, Tensor, Tensor], None
+]  # is told time (A,), state (A, ...) and rows int64 (A,) after a step
 
 
-def unwatched(time: Tensor, state: Tensor, rows: Tensor) -> None:
+def no_callback(time: Tensor, state: Tensor, rows: Tensor) -> None:
     """A watch that looks away."""
 
 

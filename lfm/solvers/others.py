@@ -14,7 +14,7 @@ because the score is -n / sigma_t, sigma_t the spread of the noise in x; a diffu
 sigma_min, makes the drift finite at both ends.
 
 torchdiffeq's control, with which the paper's numbers were made: one step for the whole batch, whose error is the root mean
-square over all rows, so that a picture depends on its company.
+square over all rows, so that an image depends on its company.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from lfm.solvers.batching import Watch, by_row, column, require_finite, unwatched
+from lfm.solvers.batching import StepCallback, by_row, column, no_callback, require_finite
 from lfm.types import Velocity
 
 Normals = Callable[[int], Tensor]  # the normals (B, ...) of a step, counted from 0
 
 
-def adams_bashforth(velocity: Velocity, noise: Tensor, *, times: Tensor, watch: Watch = unwatched) -> Tensor:
+def adams_bashforth(velocity: Velocity, noise: Tensor, *, times: Tensor, on_step: StepCallback = no_callback) -> Tensor:
     """Latents (B, ...) over each interval of `times` (N + 1,), which decrease from 1 to 0, by N evaluations."""
     rows, state = torch.arange(len(noise), device=noise.device), noise
     before, step_before = torch.zeros_like(noise), torch.ones(len(noise), device=noise.device)
@@ -42,12 +42,12 @@ def adams_bashforth(velocity: Velocity, noise: Tensor, *, times: Tensor, watch: 
         state = state + column(step, state) * ((1 + ratio / 2) * slope - ratio / 2 * before)
         before, step_before = slope, step
         require_finite(state, time, rows)
-        watch(following, state, rows)
+        on_step(following, state, rows)
     return state
 
 
 def euler_maruyama(
-    velocity: Velocity, noise: Tensor, *, times: Tensor, normals: Normals, watch: Watch = unwatched
+    velocity: Velocity, noise: Tensor, *, times: Tensor, normals: Normals, on_step: StepCallback = no_callback
 ) -> Tensor:
     """Latents (B, ...) over each interval of `times` (N + 1,), which decrease from 1 to 0, by N evaluations."""
     rows, state = torch.arange(len(noise), device=noise.device), noise
@@ -57,7 +57,7 @@ def euler_maruyama(
         spread = column((-2 * time * step).sqrt(), state)
         state = state + column(step, state) * (slope + seen) + spread * normals(number).to(state)
         require_finite(state, time, rows)
-        watch(following, state, rows)
+        on_step(following, state, rows)
     return state
 
 

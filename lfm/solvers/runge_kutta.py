@@ -29,7 +29,7 @@ from torchdiffeq._impl.dopri5 import Dopri5Solver
 from torchdiffeq._impl.dopri8 import Dopri8Solver
 
 from lfm.errors import LfmError
-from lfm.solvers.batching import Watch, by_row, column, require_finite, unwatched
+from lfm.solvers.batching import StepCallback, by_row, column, no_callback, require_finite
 from lfm.types import Velocity
 
 SAFETY, SHRINK_AT_MOST, GROW_AT_MOST = 0.9, 0.2, 10.0
@@ -86,7 +86,7 @@ TABLEAUS: dict[str, Tableau] = {
 
 
 def fixed_step(
-    tableau: Tableau, velocity: Velocity, noise: Tensor, *, times: Tensor, watch: Watch = unwatched
+    tableau: Tableau, velocity: Velocity, noise: Tensor, *, times: Tensor, on_step: StepCallback = no_callback
 ) -> Tensor:
     """Latents (B, ...) by one step of `tableau` over each interval of `times` (N + 1,), which decrease from 1 to 0."""
     rows, grid, state = torch.arange(len(noise), device=noise.device), by_row(times, noise), noise
@@ -94,7 +94,7 @@ def fixed_step(
         slopes = _slopes(tableau, velocity, state, time, following - time, rows)
         state = state + column(following - time, state) * _combine(tableau.b, slopes)
         require_finite(state, time, rows)
-        watch(following, state, rows)
+        on_step(following, state, rows)
     return state
 
 
@@ -106,7 +106,7 @@ def adaptive_step(
     atol: float,
     rtol: float,
     max_evaluations: int = 10_000,
-    watch: Watch = unwatched,
+    on_step: StepCallback = no_callback,
 ) -> Tensor:
     """Latents (B, ...) by steps of `tableau` that keep each row's error within the tolerances.
 
@@ -138,7 +138,7 @@ def adaptive_step(
         state = torch.where(column(accepted, state), proposal, state)
         time = torch.where(accepted, time - size, time)
         size = size * (SAFETY * ratio ** (-1 / tableau.order)).clamp(SHRINK_AT_MOST, GROW_AT_MOST)
-        watch(time, state, rows)
+        on_step(time, state, rows)
 
         arrived = time <= 0
         latents[rows[arrived]] = state[arrived]

@@ -1,8 +1,8 @@
-"""Pictures of dead leaves: overlapping shapes of every size, colour and texture, drawn from a number.
+"""Images of dead leaves: overlapping shapes of every size, colour and texture, drawn from a number.
 
 Their edges, occlusions and scales have the statistics of photographs (Ruderman, 1997; Lee, Mumford and Huang, 2001),
 and networks trained on them carry over to photographs (Baradad et al., "Learning to See by Looking at Noise", 2021).
-The embedded autoencoder learns from them, so that it needs no picture that anybody owns.
+The embedded autoencoder learns from them, so that it needs no image that anybody owns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _clouds(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def draw_leaves(seed: int, index: int, image_size: int) -> np.ndarray:
-    """Picture `index` of the endless data set `seed`: uint8 (image_size, image_size, 3)."""
+    """Image `index` of the endless data set `seed`: uint8 (image_size, image_size, 3)."""
     random = np.random.Generator(np.random.Philox(key=[seed, index]))
     fine = image_size * SUPERSAMPLING
     y, x = np.mgrid[0:fine, 0:fine].astype(np.float32) / fine
@@ -32,7 +32,7 @@ def draw_leaves(seed: int, index: int, image_size: int) -> np.ndarray:
     image = palette[0] + random.uniform(0, 0.2) * textures[0][..., None] * random.uniform(-1, 1, 3)
 
     for _ in range(random.integers(4, 60)):
-        # A power law of sizes is what makes the picture look alike at every scale.
+        # A power law of sizes is what makes the image look alike at every scale.
         radius = min(0.02 * (1 - random.uniform()) ** -0.6, 0.6)
         angle, aspect = random.uniform(0, np.pi), random.uniform(0.3, 1)
         across, down = x - random.uniform(), y - random.uniform()

@@ -56,7 +56,7 @@ SEGMENT_NAMES = (*SEGMENTS_BEHIND, *CLASS_NAMES)
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn picture and everything that is known of it."""
+    """One drawn image and everything that is known of it."""
 
     image: np.ndarray  # uint8 (H, W, 3)
     segmentation: np.ndarray  # uint8 (H, W): an index into SEGMENT_NAMES
@@ -150,7 +150,7 @@ def _smooth(shape: np.ndarray) -> np.ndarray:
 
 
 def recognise(image: np.ndarray, *, least_overlap: float = 0.6) -> int | None:
-    """The class of a picture, uint8 (H, W, 3), by its shape's outline; None where there is no such shape."""
+    """The class of an image, uint8 (H, W, 3), by its shape's outline; None where there is no such shape."""
     shape = _smooth(_shape_pixels(image.astype(np.float32) / 255))
     if not 0.01 < shape.mean() < 0.6:
         return None
@@ -160,7 +160,7 @@ def recognise(image: np.ndarray, *, least_overlap: float = 0.6) -> int | None:
 
 
 def segment(image: np.ndarray) -> np.ndarray:
-    """The segmentation of a picture, uint8 (H, W, 3), by colour and outline: indices into SEGMENT_NAMES (H, W).
+    """The segmentation of an image, uint8 (H, W, 3), by colour and outline: indices into SEGMENT_NAMES (H, W).
 
     A shape that is not recognised counts as the first class: it is a shape, but a wrong one nearly always.
     """
@@ -173,6 +173,6 @@ def segment(image: np.ndarray) -> np.ndarray:
 
 
 def _shape_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Which pixels of an RGB picture in [0, 1] are of a shape: the saturated ones, bool (H, W)."""
+    """Which pixels of an RGB image in [0, 1] are of a shape: the saturated ones, bool (H, W)."""
     low, high = pixels.min(-1), pixels.max(-1)
     return (high - low > 0.56 * high) & (high > 0.35)

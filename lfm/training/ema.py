@@ -87,11 +87,11 @@ class Ema:
 
     def in_place(self) -> contextlib.AbstractContextManager[None]:
         """Within the block the masters hold the average; then they are again, bit for bit, what they were."""
-        return lent(self._masters, self.average)
+        return temporarily_set(self._masters, self.average)
 
 
 @contextlib.contextmanager
-def lent(masters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+def temporarily_set(masters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
     """Within the block `masters` hold `values`; then they are again, bit for bit, what they were."""
     with torch.no_grad():
         before = [master.detach().clone() for master in masters]

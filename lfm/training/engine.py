@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lfm.errors import CheckpointError, ConfigError, StorageError, on_one_line
-from lfm.training.ema import Ema, lent
+from lfm.training.ema import Ema, temporarily_set
 from lfm.training.step_guard import StepGuard
 from lfm.world import World
 
@@ -98,7 +98,7 @@ class Engine:
         )
         self.averages = {name: Ema(self.masters) for name in averages}
         # The norm of the whole gradient is known by then. Torch's fused optimizers leave a step out where this is 1.
-        zero.optimizer.register_step_pre_hook(self._judge)
+        zero.optimizer.register_step_pre_hook(self._drop_bad_step)
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's forward pass."""
@@ -115,7 +115,7 @@ class Engine:
         if steps:
             self.guard.count(self.gradient_norm)
 
-    def _judge(self, optimizer: Any, *_: Any) -> None:
+    def _drop_bad_step(self, optimizer: Any, *_: Any) -> None:
         norm = float(self.engine.optimizer._global_grad_norm)
         optimizer.found_inf = torch.tensor(float(self.guard.refuses(norm)), device=self.masters[0].device)
 
@@ -169,7 +169,7 @@ class Engine:
         """Each parameter's whole tensor, float32, of what is cut like the masters. All ranks must go through it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        with lent(self.masters, shares):
+        with temporarily_set(self.masters, shares):
             for name, parameter in self.engine.module.named_parameters():
                 yield name, safe_get_full_fp32_param(parameter)
 

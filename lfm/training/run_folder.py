@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints, from which training goes on, and weights, from which pictures are made.
+"""What a run leaves behind: checkpoints, from which training goes on, and weights, from which images are made.
 
     RUN/checkpoints/samples-000000064000/   complete if it has this name: it is written under another and renamed
         state.json                          samples seen, configuration, code version, manifest digest
@@ -54,7 +54,7 @@ class WeightsHeader:
     manifest_digest: str
     code_version: str
     config: dict[str, Any] = field(default_factory=dict)  # the resolved experiment
-    crop: str | None = None  # the rule by which the pictures came to their size, where it is known
+    crop: str | None = None  # the rule by which the images came to their size, where it is known
     labels: dict[int, str] = field(default_factory=dict)  # the class ids of segmentations
     prediction: str = "velocity"  # or noise, of an imported diffusion model
 

@@ -25,7 +25,7 @@ from pipelines.cli.options import (
 @click.command()
 @click.argument("source", type=LOCATION)
 @click.argument("dest", type=LOCATION)
-@click.option("--layout", default="auto", show_default=True, help="How the pictures lie in SOURCE: auto, or a name.")
+@click.option("--layout", default="auto", show_default=True, help="How the images lie in SOURCE: auto, or a name.")
 @click.option("--image-size", type=PIXELS, default=256, show_default=True, help="Pixels, after resize and crop.")
 @click.option("--split", help="A folder of SOURCE, such as train.")
 @click.option("--samples-per-shard", type=COUNT, default=4096, show_default=True)
@@ -41,7 +41,7 @@ from pipelines.cli.options import (
 @overwrite_option
 @dry_run_option
 def shard(**options: Any) -> None:
-    """Pack the pictures of SOURCE, with their classes, maps and masks, into raw shards in DEST."""
+    """Pack the images of SOURCE, with their classes, maps and masks, into raw shards in DEST."""
     from pipelines.data.shard import ShardConfig, run
 
     config = ShardConfig(**options)
@@ -60,10 +60,10 @@ def shard(**options: Any) -> None:
 @click.argument("raw", type=LOCATION)
 @click.argument("dest", type=LOCATION)
 @click.option("--autoencoder", default="embedded", show_default=True, help="Path or hub id that diffusers loads.")
-@click.option("--flips", is_flag=True, help="Encode each picture's mirror too.")
+@click.option("--flips", is_flag=True, help="Encode each image's mirror too.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16.")
-@click.option("--threads", type=COUNT, default=4, show_default=True, help="Of each process, to decode pictures.")
+@click.option("--threads", type=COUNT, default=4, show_default=True, help="Of each process, to decode images.")
 @num_gpus_option
 @cache_option
 @overwrite_option
@@ -91,13 +91,13 @@ def encode(num_gpus: int | None, **options: Any) -> None:
 @click.command()
 @click.argument("path", type=LOCATION)
 @click.option("--verify", is_flag=True, help="Check every shard against its checksum.")
-@click.option("--out", default="sheet.png", show_default=True, help="Where the sheet of pictures goes.")
+@click.option("--out", default="sheet.png", show_default=True, help="Where the sheet of images goes.")
 @click.option(
     "--num",
     type=click.IntRange(1, 4096),
     default=64,
     show_default=True,
-    help="Pictures on the sheet, or samples of the plan.",
+    help="Images on the sheet, or samples of the plan.",
 )
 @click.option("--autoencoder", help="Where the latents' autoencoder is now, if it has moved.")
 @click.option("--raw", help="Compare with the raw shards that the latents are of: PSNR, SSIM, originals on the sheet.")
@@ -108,7 +108,7 @@ def encode(num_gpus: int | None, **options: Any) -> None:
 @click.option("--skip-shard", multiple=True, help="One of its data.skip_shards; may be repeated.")
 @cache_option
 def inspect(**options: Any) -> None:
-    """Say what is in the shards of PATH, and make a sheet of their pictures."""
+    """Say what is in the shards of PATH, and make a sheet of their images."""
     from pipelines.common import factory
     from pipelines.data.inspect import InspectConfig, run
 
@@ -143,13 +143,13 @@ def autoencoder(**options: Any) -> None:
 
 @click.command()
 @click.argument("dest", type=LOCATION)
-@click.option("--num", type=COUNT, default=4096, show_default=True, help="Pictures.")
+@click.option("--num", type=COUNT, default=4096, show_default=True, help="Images.")
 @click.option("--image-size", type=PIXELS, default=64, show_default=True)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--kind", default="scenes", show_default=True, help="scenes, or leaves (for autoencoders).")
 @dry_run_option
 def scenes(**options: Any) -> None:
-    """Draw the project's own data set into DEST: pictures in class folders, maps and masks."""
+    """Draw the project's own data set into DEST: images in class folders, maps and masks."""
     from pipelines.demo.draw_scenes import ScenesConfig, run
 
     config = ScenesConfig(**options)

@@ -1,4 +1,4 @@
-"""The commands that measure pictures."""
+"""The commands that measure images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipelines.cli.options import (
 @click.command()
 @click.argument("source", type=LOCATION)
 @click.argument("out", type=LOCATION)
-@click.option("--image-size", type=PIXELS, help="Resize and crop the pictures of a folder; of an .npz, what they had.")
+@click.option("--image-size", type=PIXELS, help="Resize and crop the images of a folder; of an .npz, what they had.")
 @click.option("--crop", help="centre, pad or squash, with --image-size.  [default: centre]")
 @click.option("--network", default="fd-lite", show_default=True, help="fd-lite, inception:WEIGHTS.pth or MODULE.pt2.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
@@ -33,7 +33,7 @@ from pipelines.cli.options import (
 @overwrite_option
 @dry_run_option
 def reference(num_gpus: int | None, **options: Any) -> None:
-    """Measure the real pictures of SOURCE (raw shards, a folder, or statistics in an .npz) once, into OUT.safetensors."""
+    """Measure the real images of SOURCE (raw shards, a folder, or statistics in an .npz) once, into OUT.safetensors."""
     from pipelines.common.processes import on_every_gpu
     from pipelines.evaluation.make_reference import ReferenceConfig, run
 
@@ -51,13 +51,13 @@ def reference(num_gpus: int | None, **options: Any) -> None:
 @click.argument("targets", nargs=-1, required=True)
 @click.option("--reference", multiple=True, help="Of `lfm reference`; several for several networks.")
 @click.option("--out", required=True, help="Folder for the report and the features.")
-@click.option("--bound", metavar="RAW", help="In place of metrics: the paper's bound, on held-back pictures.")
+@click.option("--bound", metavar="RAW", help="In place of metrics: the paper's bound, on held-back images.")
 @click.option("--metrics", help="As fd,kid,recall.  [default: all that can be had]")
-@click.option("--pairs", help="Real pictures that the TARGETS' stand for, for psnr, p-ids, ...")
+@click.option("--pairs", help="Real images that the TARGETS' stand for, for psnr, p-ids, ...")
 @click.option("--network", multiple=True, help="Where a reference's network is now, if it has moved.")
-@click.option("--lpips", help="A module of torch.export: two pictures -> their distance.")
-@click.option("--segmenter", help="A module of torch.export: a picture -> scores of labels.")
-@click.option("--num", type=COUNT, help="Pictures of each run.  [default: 50,000]")
+@click.option("--lpips", help="A module of torch.export: two images -> their distance.")
+@click.option("--segmenter", help="A module of torch.export: an image -> scores of labels.")
+@click.option("--num", type=COUNT, help="Images of each run.  [default: 50,000]")
 @click.option("--first-seed", type=SEED, help="The seeds count on from it.  [default: 0]")
 @click.option("--guidance-scale", type=Finite(-1000, 1000), multiple=True, help="Several for a curve.  [default: 1]")
 @click.option("--solver", help="euler, midpoint, heun, rk4, dopri5, bosh3, ...  [default: heun]")
@@ -71,7 +71,7 @@ def reference(num_gpus: int | None, **options: Any) -> None:
 @overwrite_option
 @dry_run_option
 def evaluate(num_gpus: int | None, bound: str | None, **options: Any) -> None:
-    """Measure TARGETS against references: runs or checkpoints, or folders of pictures or raw shards."""
+    """Measure TARGETS against references: runs or checkpoints, or folders of images or raw shards."""
     from pipelines.common.processes import on_every_gpu
     from pipelines.evaluation.evaluate import EvaluateConfig, run
 

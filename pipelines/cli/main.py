@@ -11,16 +11,16 @@ from pipelines.cli.options import Commands
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="lfm")
 def main() -> None:
-    """Flow matching in latent space: pictures -> shards -> latents -> a model -> pictures.
+    """Flow matching in latent space: images -> shards -> latents -> a model -> images.
 
     \b
-    lfm shard PICTURES RAW --image-size 256
+    lfm shard IMAGES RAW --image-size 256
     lfm encode RAW LATENTS --autoencoder PATH_OR_HUB_ID
     deepspeed launch/train.py --config configs/NAME.yaml
     lfm sample RUN --out DIR
     lfm reference RAW REFERENCE.safetensors; lfm evaluate RUN --reference REFERENCE.safetensors --out DIR
 
-    The same command resumes. `lfm demo` does all of it on drawn pictures.
+    The same command resumes. `lfm demo` does all of it on drawn images.
     """
 
 

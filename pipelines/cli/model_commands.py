@@ -21,15 +21,15 @@ from pipelines.cli.options import (
 
 @click.command()
 @click.argument("run", type=LOCATION)
-@click.option("--out", required=True, help="Folder for the pictures.")
+@click.option("--out", required=True, help="Folder for the images.")
 @click.option(
     "--seeds",
-    help="One picture for each; they take turns of what follows.  [default: as many as --rows names, else 0-15]",
+    help="One image for each; they take turns of what follows.  [default: as many as --rows names, else 0-15]",
 )
 @click.option("--class-index", help="Such as 3, or 0-9.  [default: all classes]")
-@click.option("--image", multiple=True, help="A picture to fill in; as often as there are masks.")
+@click.option("--image", multiple=True, help="An image to fill in; as often as there are masks.")
 @click.option("--mask", multiple=True, help="White is what to fill.")
-@click.option("--segmentation", multiple=True, help="A map of class ids to make a picture for.")
+@click.option("--segmentation", multiple=True, help="A map of class ids to make an image for.")
 @click.option("--crop", help="Bring these to the model's size, as lfm shard does: centre, pad or squash.")
 @click.option("--shards", help="Raw or latent shards to take masks, maps and classes from.")
 @click.option("--rows", help="Which samples of the shards, such as 0-3.  [default: as many as seeds]")
@@ -46,7 +46,7 @@ from pipelines.cli.options import (
 @click.option("--atol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
 @click.option("--rtol", type=POSITIVE, help="Of an adaptive solver.  [default: 1e-5]")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
-@click.option("--trajectory", metavar="png|gif", help="Show the way of the first pictures from noise, too.")
+@click.option("--trajectory", metavar="png|gif", help="Show the way of the first images from noise, too.")
 @click.option("--time", is_flag=True, help="Measure solver and decoder, too.")
 @click.option("--num-gpus", type=COUNT, help="Processes, one for each GPU.  [default: all there are]")
 @click.option("--autoencoder", help="Where the run's autoencoder is now, if it has moved.")
@@ -54,7 +54,7 @@ from pipelines.cli.options import (
 @overwrite_option
 @dry_run_option
 def sample(num_gpus: int | None, **options: Any) -> None:
-    """Make pictures with the weights of RUN: one per seed, and a grid. Under torchrun every rank takes its part."""
+    """Make images with the weights of RUN: one per seed, and a grid. Under torchrun every rank takes its part."""
     from pipelines.common.processes import on_every_gpu
     from pipelines.sampling.sample import run
     from pipelines.sampling.sample_job import SampleConfig
@@ -69,7 +69,7 @@ def sample(num_gpus: int | None, **options: Any) -> None:
     done = next((result for result in results if result.grid), None)
     if done is None:
         return click.echo("this rank is done; the last one makes the grid. If one died, the same command goes on")
-    click.echo(f"{done.plan}: {done.grid}, {done.mean_nfe:.0f} network evaluations per picture")
+    click.echo(f"{done.plan}: {done.grid}, {done.mean_nfe:.0f} network evaluations per image")
 
 
 @click.command()

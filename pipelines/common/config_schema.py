@@ -104,15 +104,15 @@ class TrainConfig(_Section):
     checkpoint_every: PositiveInt = 1000  # steps
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10  # steps
-    validate_every: PositiveInt | None = None  # steps: a grid of pictures, and the validation loss; by default neither
+    validate_every: PositiveInt | None = None  # steps: a grid of images, and the validation loss; by default neither
 
 
 class EvaluationConfig(_Section):
-    """The Frechet distance of the EMA's pictures while it trains; the weights that come nearest are kept beside."""
+    """The Frechet distance of the EMA's images while it trains; the weights that come nearest are kept beside."""
 
     reference: str  # what `lfm reference` wrote
     every: PositiveInt  # steps
-    num: int = Field(default=1000, ge=2)  # pictures
+    num: int = Field(default=1000, ge=2)  # images
     guidance_scale: float = Field(default=1.0, ge=0)
 
 

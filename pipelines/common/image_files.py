@@ -1,4 +1,4 @@
-"""Pictures for people: grids and single files."""
+"""Images for people: grids and single files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = ("steelblue", "darkorange")
 
 
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 2, enlarge: int = 1) -> Image.Image:
-    """Pictures uint8 (B, H, W, 3) side by side on white, row by row; nearly square unless `columns` is given."""
+    """Images uint8 (B, H, W, 3) side by side on white, row by row; nearly square unless `columns` is given."""
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -28,8 +28,8 @@ def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 2, enlarg
     for index, image in enumerate(images):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
-    picture = Image.fromarray(canvas)
-    return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+    sheet = Image.fromarray(canvas)
+    return sheet.resize((sheet.width * enlarge, sheet.height * enlarge), Image.Resampling.NEAREST)
 
 
 def colours(ids: np.ndarray) -> np.ndarray:
@@ -39,26 +39,26 @@ def colours(ids: np.ndarray) -> np.ndarray:
 
 
 def save(image: np.ndarray | Image.Image, path: str | Path, *, flush: bool = True, note: Any = None) -> None:
-    """Publish a picture, uint8 (H, W, 3), as PNG, with a note in its metadata that is JSON."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    """Publish an image, uint8 (H, W, 3), as PNG, with a note in its metadata that is JSON."""
+    pil_image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer, metadata = io.BytesIO(), PngInfo()
     if note is not None:
         metadata.add_text(NOTE, json.dumps(note))
-    picture.save(buffer, "PNG", pnginfo=metadata)
+    pil_image.save(buffer, "PNG", pnginfo=metadata)
     storage.write_bytes(str(path), buffer.getvalue(), flush=flush)
 
 
 def note(path: str) -> Any:
-    """The note of a PNG, None where it has none or is no picture."""
+    """The note of a PNG, None where it has none or is no image."""
     try:
-        with storage.open_read(path) as file, Image.open(file) as picture:
-            return json.loads(picture.info.get(NOTE, "null"))
+        with storage.open_read(path) as file, Image.open(file) as image:
+            return json.loads(image.info.get(NOTE, "null"))
     except (OSError, ValueError, SyntaxError):
         return None
 
 
 def save_film(frames: Sequence[Image.Image], path: str, *, seconds: float = 3.0) -> None:
-    """Publish pictures of equal size as a GIF that plays for this time, and then shows the last for a while."""
+    """Publish images of equal size as a GIF that plays for this time, and then shows the last for a while."""
     buffer = io.BytesIO()
     times = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [2000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=times, loop=0)
@@ -67,8 +67,8 @@ def save_film(frames: Sequence[Image.Image], path: str, *, seconds: float = 3.0)
 
 def plot(curves: dict[str, list[tuple[float, float]]], width: int = 640, height: int = 360) -> Image.Image:
     """Curves over samples seen, by name; the vertical axis is logarithmic where all values are positive."""
-    picture = Image.new("RGB", (width, height), "white")
-    draw, edge = ImageDraw.Draw(picture), 50
+    image = Image.new("RGB", (width, height), "white")
+    draw, edge = ImageDraw.Draw(image), 50
     values = [value for points in curves.values() for _, value in points]
     logarithmic = min(values) > 0
     rise = math.log if logarithmic else float
@@ -92,4 +92,4 @@ def plot(curves: dict[str, list[tuple[float, float]]], width: int = 640, height:
     for number, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
         draw.line([place(*point) for point in points], colour, width=2)
         draw.text((width - edge / 2 - 110, 8 + 14 * number), name, colour)
-    return picture
+    return image

@@ -30,7 +30,7 @@ def on_every_gpu(work: Callable[[C, World], R], config: C, num_gpus: int | None)
         DataError: every process died.
         LfmError: what a rank raised; the others are stopped.
     """
-    import torch  # here: the workers that only pack pictures do without it
+    import torch  # here: the workers that only pack images do without it
 
     from pipelines.common import factory
 

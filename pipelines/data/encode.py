@@ -43,7 +43,7 @@ class EncodeConfig:
     flips: bool = False
     batch_size: int = 32
     precision: str = "fp32"
-    threads: int = 4  # that decode pictures
+    threads: int = 4  # that decode images
     cache: str | None = None
     overwrite: bool = False
     dry_run: bool = False
@@ -68,7 +68,7 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     autoencoder = factory.autoencoder(config.autoencoder, world, config.precision)
     latent_shape = (autoencoder.latent_channels, *[autoencoder.latent_size(raw.image_size)] * 2)
     summary = (
-        f"{raw.num_samples:,} pictures in {len(raw.shards)} shards -> latents of {latent_shape} in {config.dest}"
+        f"{raw.num_samples:,} images in {len(raw.shards)} shards -> latents of {latent_shape} in {config.dest}"
         f"{', mirrored too' if config.flips else ''}, by {autoencoder.name} on {autoencoder.device}"
     )
     if config.dry_run:
@@ -80,7 +80,7 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
         factory.wait_for(storage.join(config.dest, manifests.RECIPE), recipe)
     sizes = {shard.name: shard.samples for shard in raw.shards}
     before = sum(sizes[name] for name in manifests.done(config.dest))
-    with Progress("encode", raw.num_samples, "pictures", done=before, quiet=not world.is_main) as bar:
+    with Progress("encode", raw.num_samples, "images", done=before, quiet=not world.is_main) as bar:
         batches = prefetch(_batches(config, raw, world), AHEAD)
         encoded = prefetch(_encoded(autoencoder, batches, config.flips), AHEAD)
         with closing(batches), closing(encoded):
@@ -103,7 +103,7 @@ def _todo(dest: str, raw: Manifest, world: World) -> Iterator[ShardRecord]:
 
 
 def _batches(config: EncodeConfig, raw: Manifest, world: World) -> Generator[tuple[ShardRecord, list[RawSample]]]:
-    """The pictures of every shard that is to do, in batches, the last one of a shard smaller or empty."""
+    """The images of every shard that is to do, in batches, the last one of a shard smaller or empty."""
     cache = factory.cache(config.cache)
     for shard in _todo(config.dest, raw, world):
         path = storage.join(config.raw, shard.name)
@@ -227,11 +227,11 @@ def _encode_batch(autoencoder: Autoencoder, batch: list[RawSample], flips: bool)
 def _posteriors(
     autoencoder: Autoencoder, images: np.ndarray, keys: list[str], name: str, flips: bool
 ) -> dict[str, np.ndarray]:
-    """What is stored of pictures uint8 (B, H, W, 3) and of their mirrors, by field: the mirrored latent would not be the
-    latent of the mirrored picture."""
-    pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
-    stored = {name: _stored(autoencoder, pictures, keys)}
-    return stored | ({f"{name}_flip": _stored(autoencoder, pictures.flip(3), keys)} if flips else {})
+    """What is stored of images uint8 (B, H, W, 3) and of their mirrors, by field: the mirrored latent would not be the
+    latent of the mirrored image."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    stored = {name: _stored(autoencoder, pixels, keys)}
+    return stored | ({f"{name}_flip": _stored(autoencoder, pixels.flip(3), keys)} if flips else {})
 
 
 def _stored(autoencoder: Autoencoder, images: torch.Tensor, keys: list[str]) -> np.ndarray:
@@ -273,7 +273,7 @@ def _recipe(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder) -> di
     return {
         "kind": "latents",
         "raw": raw.digest,
-        "crop": raw.recipe.get("crop"),  # told with every picture made of these latents
+        "crop": raw.recipe.get("crop"),  # told with every image made of these latents
         "autoencoder": autoencoder.content_hash,
         "flips": config.flips,
         "precision": config.precision,

@@ -1,6 +1,6 @@
-"""`lfm inspect`: what is in a folder of shards, whether it is whole, and a sheet of its pictures.
+"""`lfm inspect`: what is in a folder of shards, whether it is whole, and a sheet of its images.
 
-On the sheet a hole is tinted red, and a map lies over its picture in one colour for each class id.
+On the sheet a hole is tinted red, and a map lies over its image in one colour for each class id.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class InspectConfig:
     path: str
     verify: bool = False
     out: str = SHEET
-    num: int = 64  # pictures on the sheet
+    num: int = 64  # images on the sheet
     autoencoder: str | None = None  # where the one of the latents is now, if it has moved
     raw: str | None = None  # what the latents were encoded from, to compare with
     cache: str | None = None
@@ -54,7 +54,7 @@ class InspectResult:
 
 
 def run(config: InspectConfig, world: World) -> InspectResult:
-    """Describe the shards of a folder and write a sheet of their first pictures.
+    """Describe the shards of a folder and write a sheet of their first images.
 
     Raises:
         DataError: they are incomplete, or with `verify` not what their manifest lists; all damaged shards are named.
@@ -75,7 +75,7 @@ def run(config: InspectConfig, world: World) -> InspectResult:
     if manifest.kind == "latents":
         images = _decoded_images(config, manifest, cache, world)
     shown = np.stack(list(islice(images, config.num)))
-    lines = [*_description(manifest), f"the first {len(shown)} pictures: {config.out}"]
+    lines = [*_description(manifest), f"the first {len(shown)} images: {config.out}"]
     if config.raw:
         originals = _originals(config, manifest, cache, len(shown))
         lines.append(_likeness(originals, shown))
@@ -85,7 +85,7 @@ def run(config: InspectConfig, world: World) -> InspectResult:
 
 
 def _originals(config: InspectConfig, manifest: Manifest, cache: Cache, count: int) -> np.ndarray:
-    """The first pictures that the latents were encoded from: uint8 (B, H, W, 3)."""
+    """The first images that the latents were encoded from: uint8 (B, H, W, 3)."""
     raw = manifests.load(str(config.raw), "raw")
     if raw.digest != manifest.parent_digest:
         raise DataError(f"--raw {config.raw}: {config.path} was encoded from other shards; name those")
@@ -164,7 +164,7 @@ def _raw_samples(folder: str, manifest: Manifest, cache: Cache) -> Iterator[RawS
 
 
 def overlaid(sample: RawSample) -> np.ndarray:
-    """A sample's picture under its map and its mask: uint8 (H, W, 3)."""
+    """A sample's image under its map and its mask: uint8 (H, W, 3)."""
     image = sample.image.astype(np.float64)
     if sample.segmentation is not None:
         image = 0.5 * image + 0.5 * image_files.colours(sample.segmentation)

@@ -1,6 +1,6 @@
-"""`lfm shard`: pictures as people have them -> raw shards of equal bytes for equal input.
+"""`lfm shard`: images as people have them -> raw shards of equal bytes for equal input.
 
-The plan (which picture becomes which row of which shard) is a pure function of the source, so every shard is a job of its
+The plan (which image becomes which row of which shard) is a pure function of the source, so every shard is a job of its
 own that any process can do, at any time, again.
 """
 
@@ -45,7 +45,7 @@ class ShardConfig:
     seed: int = 0
     workers: int = 1
     part: str = "1/1"  # which of the shards to write, as 3/16: every machine takes another part
-    max_rejected: float = 0.01  # share of the source's pictures
+    max_rejected: float = 0.01  # share of the source's images
     overwrite: bool = False
     dry_run: bool = False
 
@@ -59,7 +59,7 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard to write."""
 
     config: ShardConfig
@@ -91,7 +91,7 @@ def run(config: ShardConfig) -> ShardResult:
     mine = jobs[part - 1 :: parts]
     recipe = _recipe(config, source)
     summary = (
-        f"{source.layout}: {len(source.items):,} pictures of {len(source.class_names)} classes in {source.root} -> "
+        f"{source.layout}: {len(source.items):,} images of {len(source.class_names)} classes in {source.root} -> "
         f"{len(jobs)} shards of {config.image_size} x {config.image_size} pixels in {config.dest}"
         f"{f', {len(mine)} of them by part {config.part}' if parts > 1 else ''}"
     )
@@ -101,7 +101,7 @@ def run(config: ShardConfig) -> ShardResult:
     done = manifests.done(config.dest)
     todo = [job for job in mine if job.name not in done]
     total, before = sum(len(job.items) for job in mine), sum(len(job.items) for job in mine if job.name in done)
-    with Progress("shard", total, "pictures", done=before) as bar:
+    with Progress("shard", total, "images", done=before) as bar:
         rejected = Rejections(config.max_rejected, len(source.items))
         for record in manifests.records(config.dest, [job.name for job in jobs if job.name in done]):
             rejected.add(record.rejects)
@@ -111,13 +111,14 @@ def run(config: ShardConfig) -> ShardResult:
     return ShardResult(summary, _publish_if_complete(config, source, recipe, jobs))
 
 
-def plan(config: ShardConfig, source: Source) -> list[Job]:
-    """The table of shards. Pictures are dealt out at random, so that every shard holds every class."""
+def plan(config: ShardConfig, source: Source) -> list[ShardJob]:
+    """The table of shards. Images are dealt out at random, so that every shard holds every class."""
     order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(source.items))
     starts = range(0, len(order), config.samples_per_shard)
     parts = [tuple(source.items[i] for i in order[start : start + config.samples_per_shard]) for start in starts]
     return [
-        Job(config, number, replace(source, items=part), frozenset(source.fields)) for number, part in enumerate(parts)
+        ShardJob(config, number, replace(source, items=part), frozenset(source.fields))
+        for number, part in enumerate(parts)
     ]
 
 
@@ -145,12 +146,12 @@ class Rejections:
         if self.count > self.allowed:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.by_reason.most_common())
             raise DataError(
-                f"{self.count} of {self.total} pictures rejected ({reasons}), the first: {self.first}; "
+                f"{self.count} of {self.total} images rejected ({reasons}), the first: {self.first}; "
                 f"repair or remove them, or allow more than {self.largest_share:.1%} with --max-rejected"
             )
 
 
-def write_shard(job: Job) -> ShardRecord:
+def write_shard(job: ShardJob) -> ShardRecord:
     """Write one shard and then its record."""
     rejects: list[Reject] = []
     counts = [0] * len(job.source.class_names)
@@ -175,7 +176,7 @@ def _count_classes(samples: Iterator[RawSample], counts: list[int]) -> Iterator[
         yield sample
 
 
-def _samples(job: Job, rejects: list[Reject]) -> Iterator[RawSample]:
+def _samples(job: ShardJob, rejects: list[Reject]) -> Iterator[RawSample]:
     for row, item in enumerate(job.items):
         try:
             yield _sample(job, item, key_of(job.number, row))
@@ -183,12 +184,12 @@ def _samples(job: Job, rejects: list[Reject]) -> Iterator[RawSample]:
             rejects.append(Reject(source=item.image, reason=error.reason, detail=str(error)))
 
 
-def _sample(job: Job, item: SourceItem, key: str) -> RawSample:
-    """One picture with all that belongs to it, at the image size."""
+def _sample(job: ShardJob, item: SourceItem, key: str) -> RawSample:
+    """One image with all that belongs to it, at the image size."""
     for name in job.fields:
         if getattr(item, name) is None:
-            raise Rejected(f"{name} missing", "other pictures of the source have one")
-    found, size, rule = job.source.pictures(item), job.config.image_size, job.config.crop
+            raise Rejected(f"{name} missing", "other images of the source have one")
+    found, size, rule = job.source.decode_item(item), job.config.image_size, job.config.crop
     width, height = found.image.size
     pixels, mask, ids = crop(found.image, size, rule), None, None
     if found.segmentation is not None:
@@ -201,7 +202,7 @@ def _sample(job: Job, item: SourceItem, key: str) -> RawSample:
     return RawSample(key, pixels, item.class_index, mask, ids, metadata)
 
 
-def _write_all(jobs: list[Job], workers: int) -> Iterator[ShardRecord]:
+def _write_all(jobs: list[ShardJob], workers: int) -> Iterator[ShardRecord]:
     """Records as the shards get done, by as many processes as told."""
     if workers == 1 or len(jobs) <= 1:
         yield from map(write_shard, jobs)
@@ -218,13 +219,13 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[ShardRecord]:
         pool.shutdown(cancel_futures=True)
 
 
-def _publish_if_complete(config: ShardConfig, source: Source, recipe: dict, jobs: list[Job]) -> Manifest | None:
+def _publish_if_complete(config: ShardConfig, source: Source, recipe: dict, jobs: list[ShardJob]) -> Manifest | None:
     if not {job.name for job in jobs} <= manifests.done(config.dest):
         return None
     records = manifests.records(config.dest, [job.name for job in jobs])
     Rejections(config.max_rejected, len(source.items)).add(tuple(r for record in records for r in record.rejects))
     if not sum(record.samples for record in records):
-        raise DataError(f"{source.root}: not one picture could be used")
+        raise DataError(f"{source.root}: not one image could be used")
     counts = np.sum([record.class_counts for record in records], axis=0)
     classes = tuple(
         ClassRecord(index=index, name=name, count=int(counts[index])) for index, name in enumerate(source.class_names)

@@ -2,7 +2,7 @@
 
     loss = |x - y| + 2 (x - y)^2 + kl_weight KL(posterior || standard normal)
 
-x, the picture in [-1, 1]; y, the reconstruction of one draw from its posterior; all means over their elements. The
+x, the image in [-1, 1]; y, the reconstruction of one draw from its posterior; all means over their elements. The
 weights that are kept are an exponential moving average. The scale factor is what gives the latents unit deviation.
 """
 
@@ -37,7 +37,7 @@ from pipelines.common.progress import Progress
 STATE = "training.pt"
 CONFIG = "config.json"
 FILES = r"training\.pt|config\.json|recipe\.json|diffusion_pytorch_model\.safetensors"
-SCALE_PICTURES = 512  # that the scale factor is measured on
+SCALE_IMAGES = 512  # that the scale factor is measured on
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class AutoencoderConfig:
     kl_weight: float = 1e-3
     ema_decay: float = 0.999
     latent_channels: int = 4
-    block_channels: tuple[int, ...] = (32, 32, 64)  # one more halving of the picture for each beyond the first
+    block_channels: tuple[int, ...] = (32, 32, 64)  # one more halving of the image for each beyond the first
     precision: str = "fp32"
     save_every: int = 500
     seed: int = 0
@@ -84,28 +84,28 @@ def run(config: AutoencoderConfig, world: World) -> AutoencoderResult:
         )
     if config.precision not in factory.DTYPES:
         raise ConfigError(f"--precision {config.precision}: unknown; one of {', '.join(factory.DTYPES)}")
-    pictures = [Pictures(raw, config.seed, factory.cache(config.cache)) for raw in config.raws]
-    if len({source.manifest.image_size for source in pictures}) > 1:
+    images = [ShardImages(raw, config.seed, factory.cache(config.cache)) for raw in config.raws]
+    if len({source.manifest.image_size for source in images}) > 1:
         raise ConfigError(f"{', '.join(config.raws)}: are of different image sizes; shard them at one")
-    model = _model(config, pictures[0].manifest.image_size)
+    model = _model(config, images[0].manifest.image_size)
     count = sum(parameter.numel() for parameter in model.parameters())
     plan = (
-        f"{config.num_steps:,} steps of {config.batch_size} pictures from {', '.join(config.raws)}, {count:,} parameters, "
+        f"{config.num_steps:,} steps of {config.batch_size} images from {', '.join(config.raws)}, {count:,} parameters, "
         f"{'new' if config.initialize_from is None else config.initialize_from} -> {config.dest}"
     )
     if config.dry_run:
         return AutoencoderResult(plan, None)
-    manifests.claim(config.dest, _recipe(config, pictures), overwrite=config.overwrite, owned=FILES)
+    manifests.claim(config.dest, _recipe(config, images), overwrite=config.overwrite, owned=FILES)
     if storage.exists(storage.join(config.dest, CONFIG)):
         return AutoencoderResult(f"{plan}: is there already", None)
-    trainer = Trainer(config, model, pictures, factory.device(world))
+    trainer = Trainer(config, model, images, factory.device(world))
     psnr = trainer.run()
     trainer.export()
     return AutoencoderResult(plan, psnr)
 
 
-class Pictures:
-    """The pictures of raw shards in the order of `Order`: any position can be asked for."""
+class ShardImages:
+    """The images of raw shards in the order of `Order`: any position can be asked for."""
 
     def __init__(self, folder: str, seed: int, cache: Cache) -> None:
         self.folder, self.cache = folder, cache
@@ -120,7 +120,7 @@ class Pictures:
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def _decode(self, index: int) -> np.ndarray:
-        """All pictures of a shard: uint8 (samples, H, W, 3)."""
+        """All images of a shard: uint8 (samples, H, W, 3)."""
         shard = self.manifest.shards[index]
         path = storage.join(self.folder, shard.name)
         with self.cache.fetch(path, shard.bytes, shard.crc32, verify_local=True).open("rb") as stream:
@@ -131,9 +131,9 @@ class Trainer:
     """The optimization, resumable."""
 
     def __init__(
-        self, config: AutoencoderConfig, model: Any, pictures: Sequence[Pictures], device: torch.device
+        self, config: AutoencoderConfig, model: Any, images: Sequence[ShardImages], device: torch.device
     ) -> None:
-        self.config, self.model, self.pictures, self.device = config, model.to(device).train(), pictures, device
+        self.config, self.model, self.images, self.device = config, model.to(device).train(), images, device
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
         self.ema = Ema(self.parameters)
@@ -143,7 +143,7 @@ class Trainer:
             self._resume()
 
     def run(self) -> float | None:
-        """Train; returns the PSNR of the last pictures in dB, or None where no step was left to do."""
+        """Train; returns the PSNR of the last images in dB, or None where no step was left to do."""
         psnr = None
         with Progress("autoencoder", self.config.num_steps, "steps", done=self.step) as bar:
             while self.step < self.config.num_steps:
@@ -160,7 +160,7 @@ class Trainer:
             model = copy.deepcopy(self.model).eval()
         total = squares = values = 0.0
         with torch.inference_mode():
-            for start in range(0, SCALE_PICTURES, self.config.batch_size):
+            for start in range(0, SCALE_IMAGES, self.config.batch_size):
                 mean = model.encode(self._batch(start // self.config.batch_size)).latent_dist.mean.double()
                 total, squares, values = total + mean.sum(), squares + (mean**2).sum(), values + mean.numel()
         deviation = math.sqrt(squares / values - (total / values) ** 2)
@@ -177,9 +177,9 @@ class Trainer:
         self.state_path.unlink(missing_ok=True)
 
     def _batch(self, step: int) -> Tensor:
-        """The pictures of a step, float32 (B, 3, H, W) in [-1, 1]."""
-        share = self.config.batch_size // len(self.pictures)
-        images = torch.cat([source.at(step * share, share) for source in self.pictures])
+        """The images of a step, float32 (B, 3, H, W) in [-1, 1]."""
+        share = self.config.batch_size // len(self.images)
+        images = torch.cat([source.at(step * share, share) for source in self.images])
         return to_unit_range(images.to(self.device))
 
     def _train_step(self, images: Tensor) -> float:
@@ -233,11 +233,11 @@ class Trainer:
             raise CheckpointError(f"{self.state_path}: cannot be read; remove it to begin again") from error
 
 
-def _recipe(config: AutoencoderConfig, pictures: Sequence[Pictures]) -> dict[str, Any]:
+def _recipe(config: AutoencoderConfig, images: Sequence[ShardImages]) -> dict[str, Any]:
     """Everything that decides the weights, as it reads back from JSON."""
     free = {"raws", "dest", "cache", "save_every", "overwrite", "dry_run"}
     options = {key: value for key, value in asdict(config).items() if key not in free}
-    return {"kind": "autoencoder", "raws": [source.manifest.digest for source in pictures], **options}
+    return {"kind": "autoencoder", "raws": [source.manifest.digest for source in images], **options}
 
 
 def _model(config: AutoencoderConfig, image_size: int) -> Any:

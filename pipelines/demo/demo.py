@@ -1,7 +1,7 @@
 """`lfm demo`: the whole job on drawn scenes, by the commands that a user would type.
 
 Each stage is a process of its own, as in real work, and resumes; so does the demo. At the end the data set's recogniser
-says of how many pictures it sees the class that was asked for.
+says of how many images it sees the class that was asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipelines.common.progress import duration
 
 CHECKOUT = Path(pipelines.__file__).parents[1]
 NUM_SCENES = 4096
-NUM_PICTURES = 64
+NUM_IMAGES = 64
 IMAGE_SIZE = 64
 
 
@@ -39,7 +39,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What was done, for people, and the share of pictures that are recognised as their class."""
+    """What was done, for people, and the share of images that are recognised as their class."""
 
     plan: str
     report: str = ""
@@ -66,8 +66,8 @@ def run(config: DemoConfig) -> DemoResult:
         lines.append(f"{name:>8} {duration(time.monotonic() - began):>8}")
     samples = Path(config.out) / "samples"
     share = recognised_share(samples)
-    lines.append(f"{share:.0%} of {NUM_PICTURES} pictures are recognised as the class that was asked for")
-    return DemoResult(plan, "\n".join(["", *lines, f"the pictures: {samples / 'grid.png'}"]), share)
+    lines.append(f"{share:.0%} of {NUM_IMAGES} images are recognised as the class that was asked for")
+    return DemoResult(plan, "\n".join(["", *lines, f"the images: {samples / 'grid.png'}"]), share)
 
 
 def commands(out: Path) -> dict[str, list[str]]:
@@ -91,16 +91,16 @@ def commands(out: Path) -> dict[str, list[str]]:
             *("--config", str(config), "--set", f"run={out / 'run'}", "--set", f"data.shards={out / 'latents'}"),
         ],
         "sample": [
-            *(lfm, "sample", str(out / "run"), "--out", str(out / "samples"), "--seeds", f"0-{NUM_PICTURES - 1}"),
+            *(lfm, "sample", str(out / "run"), "--out", str(out / "samples"), "--seeds", f"0-{NUM_IMAGES - 1}"),
             *("--guidance-scale", "3", "--num-steps", "20"),
         ],
     }
 
 
 def recognised_share(samples: Path) -> float:
-    """The share of the pictures of a sample folder in which the recogniser sees the class that was asked for."""
+    """The share of the images of a sample folder in which the recogniser sees the class that was asked for."""
     record = storage.read_json(str(samples / "samples.json"))
-    seen = [recognise(np.asarray(Image.open(samples / picture["file"]))) for picture in record["pictures"]]
+    seen = [recognise(np.asarray(Image.open(samples / image["file"]))) for image in record["pictures"]]
     return float(np.mean([a == b["class_index"] for a, b in zip(seen, record["pictures"], strict=True)]))
 
 

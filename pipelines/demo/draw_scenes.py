@@ -1,4 +1,4 @@
-"""`lfm scenes`: the drawn data set as folders of pictures, for the demo and for the embedded autoencoder."""
+"""`lfm scenes`: the drawn data set as folders of images, for the demo and for the embedded autoencoder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ScenesResult:
 
 
 def _scene_files(config: ScenesConfig, index: int) -> dict[str, np.ndarray]:
-    """A scene's picture in its class's folder; map and mask beside the pictures' folder."""
+    """A scene's image in its class's folder; map and mask beside the images' folder."""
     scene = draw_scene(config.seed, index, config.image_size)
     name = f"{CLASS_NAMES[scene.class_index]}/{index:06d}.png"
     return {
@@ -60,7 +60,7 @@ KINDS: dict[str, Callable[[ScenesConfig, int], dict[str, np.ndarray]]] = {
 
 
 def run(config: ScenesConfig) -> ScenesResult:
-    """Draw the pictures, on every core; DEST/images is then a source for `lfm shard`.
+    """Draw the images, on every core; DEST/images is then a source for `lfm shard`.
 
     Raises:
         ConfigError: unknown kind.
@@ -71,7 +71,7 @@ def run(config: ScenesConfig) -> ScenesResult:
     if config.dry_run:
         return ScenesResult(plan)
     spawn = multiprocessing.get_context("spawn")
-    with Progress("scenes", config.num, "pictures") as bar, ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+    with Progress("scenes", config.num, "images") as bar, ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
         for _ in pool.map(partial(_draw, config), range(config.num), chunksize=64):
             bar.advance(1)
     if config.kind == "scenes":

@@ -1,4 +1,4 @@
-"""What is evaluated: a source of pictures in blocks, each of which any process can make by itself."""
+"""What is evaluated: a source of images in blocks, each of which any process can make by itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lfm.autoencoder import content_hash
-from lfm.data.image_sets import FolderPictures, PictureSet, blocks_of
+from lfm.data.image_sets import FolderImages, ImageSet, blocks_of
 from lfm.errors import ConfigError, DataError
 from lfm.inference import trained_model
 from lfm.inference.condition_inputs import Conditions, encode_conditions
@@ -25,8 +25,8 @@ from pipelines.evaluation import feature_files
 
 
 @dataclass(frozen=True)
-class Made:
-    """Some pictures of a target."""
+class GeneratedBatch:
+    """Some images of a target."""
 
     images: Tensor  # uint8 (B, 3, H, W)
     real: Tensor | None = None  # uint8 (B, 3, H, W): what each stands for
@@ -36,78 +36,76 @@ class Made:
 
 
 class Target(Protocol):
-    """Pictures to be judged."""
+    """Images to be judged."""
 
     name: str
     image_size: int
     rule: str | None
-    counts: tuple[int, ...]  # pictures in each block
-    offers: tuple[str, ...]  # pairs, maps, nfe: what `make` gives beside the pictures
-    settings: dict[str, Any]  # for the report: all that decides the pictures
-    identity: Any  # as JSON: equal where the pictures are
+    counts: tuple[int, ...]  # images in each block
+    offers: tuple[str, ...]  # pairs, maps, nfe: what `make` gives beside the images
+    settings: dict[str, Any]  # for the report: all that decides the images
+    identity: Any  # as JSON: equal where the images are
 
-    def make(self, block: int) -> Iterator[Made]:
-        """The pictures of a block, batch by batch."""
+    def make(self, block: int) -> Iterator[GeneratedBatch]:
+        """The images of a block, batch by batch."""
 
 
-class Pictures:
+class StoredImages:
     """Those of a folder or of raw shards."""
 
-    def __init__(self, pictures: PictureSet, batch_size: int) -> None:
-        self.pictures, self.batch_size = pictures, batch_size
-        self.name, self.image_size, self.rule = pictures.name, pictures.image_size, pictures.rule
-        self.counts = pictures.blocks
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        self.images, self.batch_size = images, batch_size
+        self.name, self.image_size, self.rule = images.name, images.image_size, images.rule
+        self.counts = images.blocks
         self.offers: tuple[str, ...] = ()
-        self.identity: Any = pictures.digest
-        self.settings: dict[str, Any] = {"pictures": pictures.name, "data_digest": pictures.digest}
-        self.settings |= {"stored": pictures.stored}
+        self.identity: Any = images.digest
+        self.settings: dict[str, Any] = {"pictures": images.name, "data_digest": images.digest}
+        self.settings |= {"stored": images.stored}
 
-    def make(self, block: int) -> Iterator[Made]:
+    def make(self, block: int) -> Iterator[GeneratedBatch]:
         """As they are."""
-        for samples in feature_files.batched(self.pictures.read(block), self.batch_size):
-            yield Made(feature_files.as_batch(samples))
+        for samples in feature_files.batched(self.images.read(block), self.batch_size):
+            yield GeneratedBatch(feature_files.as_batch(samples))
 
 
-class PairedPictures(Pictures):
-    """Those of a folder, each beside the real picture of the same key, in the order of the real ones.
+class PairedImages(StoredImages):
+    """Those of a folder, each beside the real image of the same key, in the order of the real ones.
 
     Raises:
-        DataError: there are not as many, or keys without a picture.
+        DataError: there are not as many, or keys without an image.
     """
 
-    def __init__(self, pictures: FolderPictures, real: PictureSet, batch_size: int) -> None:
-        super().__init__(pictures, batch_size)
-        if real.image_size != pictures.image_size:
-            raise DataError(
-                f"{real.name}: pictures of size {real.image_size}, {pictures.name} has {pictures.image_size}"
-            )
-        self.folder, self.real, self.counts = pictures, real, real.blocks
+    def __init__(self, images: FolderImages, real: ImageSet, batch_size: int) -> None:
+        super().__init__(images, batch_size)
+        if real.image_size != images.image_size:
+            raise DataError(f"{real.name}: images of size {real.image_size}, {images.name} has {images.image_size}")
+        self.folder, self.real, self.counts = images, real, real.blocks
         self.offers = ("pairs", "maps") if "segmentation" in real.fields else ("pairs",)
-        if len(pictures.by_key) != sum(real.blocks):
+        if len(images.by_key) != sum(real.blocks):
             raise DataError(
-                f"{pictures.name}: {len(pictures.by_key):,} pictures, {real.name} has {sum(real.blocks):,}; every one "
+                f"{images.name}: {len(images.by_key):,} images, {real.name} has {sum(real.blocks):,}; every one "
                 "needs its pair, and no other file may lie there"
             )
-        self.identity = [pictures.digest, real.digest]
+        self.identity = [images.digest, real.digest]
         self.settings |= {"pairs": real.name, "pairs_digest": real.digest}
 
-    def make(self, block: int) -> Iterator[Made]:
+    def make(self, block: int) -> Iterator[GeneratedBatch]:
         for samples in feature_files.batched(self.real.read(block), self.batch_size):
             missing = [sample.key for sample in samples if sample.key not in self.folder.by_key]
             if missing:
-                raise DataError(f"{self.name}: no picture of the key {missing[0]}, which {self.real.name} has")
-            fakes = [self.folder.picture(self.folder.by_key[sample.key]) for sample in samples]
-            yield Made(feature_files.as_batch(fakes), feature_files.as_batch(samples), _maps(samples))
+                raise DataError(f"{self.name}: no image of the key {missing[0]}, which {self.real.name} has")
+            fakes = [self.folder.image(self.folder.by_key[sample.key]) for sample in samples]
+            yield GeneratedBatch(feature_files.as_batch(fakes), feature_files.as_batch(samples), _maps(samples))
 
 
 class Run:
-    """Pictures of a run: of `num` seeds, without a condition or of all classes in turn; or of what each real one tells.
+    """Images of a run: of `num` seeds, without a condition or of all classes in turn; or of what each real one tells.
 
     Args:
         name: a run folder, checkpoint or weights file.
         num: how many, without `real`.
         first_seed: the seeds count on from it.
-        real: pictures with the masks or maps that the model takes.
+        real: images with the masks or maps that the model takes.
 
     Raises:
         ConfigError, CheckpointError, DataError: it cannot be done so; nothing has been made.
@@ -120,7 +118,7 @@ class Run:
         first_seed: int,
         solving: Solving,
         guidance_scale: float,
-        real: PictureSet | None,
+        real: ImageSet | None,
         autoencoder: str | None,
         batch_size: int,
         world: World,
@@ -164,7 +162,7 @@ class Run:
         names = ("weights_hash", "first_seed", "guidance_scale", "solving", "pairs_digest")
         self.identity: Any = [self.settings[key] for key in names] + [asdict(solving), header.autoencoder.content_hash]
 
-    def make(self, block: int) -> Iterator[Made]:
+    def make(self, block: int) -> Iterator[GeneratedBatch]:
         start = sum(self.counts[:block])
         if self.real is None:
             for numbers in feature_files.batched(range(start, start + self.counts[block]), self.batch_size):
@@ -186,8 +184,8 @@ class Run:
         keys = [sample.key for sample in samples]
         return encode_conditions(self.model.header, self.model.autoencoder, classes, images, masks, maps, keys)
 
-    def _made(self, numbers: Sequence[int], conditions: Conditions, rows: Sequence[int]) -> Made:
-        """The pictures of some numbers, each under its row of the conditions."""
+    def _made(self, numbers: Sequence[int], conditions: Conditions, rows: Sequence[int]) -> GeneratedBatch:
+        """The images of some numbers, each under its row of the conditions."""
         began = time.perf_counter()
         seeds = [self.first_seed + number for number in numbers]
         result = self.model.solve(seeds, conditions.condition(rows), self.solving, self.guidance)
@@ -195,7 +193,7 @@ class Run:
         if conditions.masks is not None:
             images = conditions.composite(rows, images)
         batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return Made(batch, nfe=result.nfe, seconds=time.perf_counter() - began)
+        return GeneratedBatch(batch, nfe=result.nfe, seconds=time.perf_counter() - began)
 
 
 def _maps(samples: list[RawSample]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""`lfm evaluate RUN --bound RAW`: the paper's bound on the distance of what a run generates to held-back pictures."""
+"""`lfm evaluate RUN --bound RAW`: the paper's bound on the distance of what a run generates to held-back images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lfm import storage
 from lfm.autoencoder import Autoencoder, to_unit_range
-from lfm.data.image_sets import open_pictures
+from lfm.data.image_sets import open_images
 from lfm.data.random_draws import draw, draw_noise
 from lfm.errors import ConfigError
 from lfm.flow.null_condition import class_condition
@@ -35,10 +35,10 @@ class BoundConfig:
     """What `lfm evaluate --bound` is told."""
 
     run: str
-    raw: str  # raw shards, or a folder, of pictures that were not trained on
+    raw: str  # raw shards, or a folder, of images that were not trained on
     out: str
     num: int = 1000
-    num_steep: int = 16  # pictures at which Jacobians are looked at, at every time: each costs 80 evaluations
+    num_steep: int = 16  # images at which Jacobians are looked at, at every time: each costs 80 evaluations
     seed: int = 0
     batch_size: int = 32
     autoencoder: str | None = None
@@ -56,28 +56,28 @@ class BoundResult:
 
 
 def run(config: BoundConfig, world: World) -> BoundResult:
-    """Estimate the terms on the first `num` pictures, and write them into bound.json.
+    """Estimate the terms on the first `num` images, and write them into bound.json.
 
     Raises:
-        ConfigError: the pictures are of another size or without the classes that the model takes.
+        ConfigError: the images are of another size or without the classes that the model takes.
     """
     found = trained_model.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
     model, header, autoencoder = found.network, found.header, found.autoencoder
-    real = open_pictures(config.raw, factory.cache(config.cache))
+    real = open_images(config.raw, factory.cache(config.cache))
     if real.image_size != header.image_size:
         raise ConfigError(
-            f"--bound {config.raw}: pictures of {real.image_size} pixels, {config.run} has {header.image_size}"
+            f"--bound {config.raw}: images of {real.image_size} pixels, {config.run} has {header.image_size}"
         )
     num = min(config.num, sum(real.blocks))
     if num < 2 * PARTS:
-        raise ConfigError(f"--bound {config.raw}: {num} pictures; {2 * PARTS} are the least")
-    plan = f"{num:,} pictures of {config.raw}, Jacobians at {min(config.num_steep, num)} -> {config.out}/{REPORT}"
+        raise ConfigError(f"--bound {config.raw}: {num} images; {2 * PARTS} are the least")
+    plan = f"{num:,} images of {config.raw}, Jacobians at {min(config.num_steep, num)} -> {config.out}/{REPORT}"
     if config.dry_run:
         return BoundResult(plan, None, "")
     measured: dict[str, list[Tensor]] = {}
     samples = islice(chain.from_iterable(map(real.read, range(len(real.blocks)))), num)
     terms = Terms(model, header, autoencoder, config.seed)
-    with Progress("bound", num, "pictures") as bar:
+    with Progress("bound", num, "images") as bar:
         for number, batch in enumerate(feature_files.batched(samples, config.batch_size)):
             start = number * config.batch_size
             for name, values in terms.of(batch, start, max(0, config.num_steep - start)).items():
@@ -104,7 +104,7 @@ def run(config: BoundConfig, world: World) -> BoundResult:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the bound takes from pictures, a batch at a time."""
+    """What the bound takes from images, a batch at a time."""
 
     model: torch.nn.Module
     header: WeightsHeader
@@ -112,7 +112,7 @@ class Terms:
     seed: int
 
     def of(self, batch: list[RawSample], start: int, num_steep: int) -> feature_files.Block:
-        """Squared errors of every picture (B,), and Jacobians at the first `num_steep`; `start` numbers the first."""
+        """Squared errors of every image (B,), and Jacobians at the first `num_steep`; `start` numbers the first."""
         shape = (self.header.model.latent_channels, *[self.header.model.latent_size] * 2)
         images = feature_files.as_batch(batch).to(self.autoencoder.device)
         numbers = torch.arange(start, start + len(batch), device=images.device)
@@ -144,12 +144,12 @@ class Terms:
             return Condition()
         classes = [sample.class_index for sample in batch if sample.class_index is not None]
         if len(classes) < len(batch):
-            raise ConfigError("--bound: the model takes classes, the pictures have none; shard them from class folders")
+            raise ConfigError("--bound: the model takes classes, the images have none; shard them from class folders")
         return class_condition(classes, self.header.model.num_classes)
 
 
 def table(bound: Bound, values: int) -> str:
-    """The terms for people; `values` are the pixels times colours of a picture."""
+    """The terms for people; `values` are the pixels times colours of an image."""
 
     def line(name: str, found: Estimate) -> str:
         return f"{name}: {found.value:.4g} +- {found.standard_error:.2g} ({found.kind})"

@@ -1,6 +1,6 @@
-"""`lfm evaluate`: generated pictures against a reference, in numbers that another laboratory gets too.
+"""`lfm evaluate`: generated images against a reference, in numbers that another laboratory gets too.
 
-The pictures of a folder or of raw shards, or of runs, which are generated in memory: exactly as many as asked for, seed by
+The images of a folder or of raw shards, or of runs, which are generated in memory: exactly as many as asked for, seed by
 seed, whatever the number of ranks. Everything that decides a number is in the report beside it.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lfm import storage
-from lfm.data.image_sets import FolderPictures, open_pictures, pick
+from lfm.data.image_sets import FolderImages, open_images, pick
 from lfm.errors import ConfigError, LfmError
 from lfm.metrics import features as networks
 from lfm.metrics import reference as references
@@ -27,8 +27,8 @@ from lfm.training.run_folder import WEIGHTS
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.evaluation import feature_files, metric_table, report
-from pipelines.evaluation.candidates import PairedPictures, Pictures, Run, Target
-from pipelines.evaluation.metric_table import Means
+from pipelines.evaluation.candidates import PairedImages, Run, StoredImages, Target
+from pipelines.evaluation.metric_table import EvaluationInputs
 from pipelines.evaluation.per_image_pass import SHOWN, Scorer
 
 DEFAULT_NUM = 50_000
@@ -39,13 +39,11 @@ PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "diffusers")
 class EvaluateConfig:
     """What `lfm evaluate` is told; those from `num` on concern runs alone."""
 
-    targets: tuple[str, ...]  # runs, checkpoints or weights; folders of pictures, or raw shards
+    targets: tuple[str, ...]  # runs, checkpoints or weights; folders of images, or raw shards
     reference: tuple[str, ...]
     out: str
     metrics: str | None = None  # by default all that can be had
-    pairs: str | None = (
-        None  # real pictures: those of a folder stand for them by key, a run is told their masks or maps
-    )
+    pairs: str | None = None  # real images: those of a folder stand for them by key, a run is told their masks or maps
     network: tuple[str, ...] = ()  # where the references' networks are now, if they have moved
     lpips: str | None = None  # a module of torch.export
     segmenter: str | None = None  # a module of torch.export
@@ -91,12 +89,12 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
         for path, reference in zip(config.reference, found, strict=True):
             feature_files.check_comparable(path, reference.header, target.name, target.image_size, target.rule)
         if sum(target.counts) < 2:
-            raise ConfigError(f"{target.name}: a single picture has no distribution; two are the least")
+            raise ConfigError(f"{target.name}: a single image has no distribution; two are the least")
     modules = {"lpips": config.lpips, "segmenter": config.segmenter}
-    means = Means(found, used, targets[0].offers, tuple(name for name, path in modules.items() if path))
+    means = EvaluationInputs(found, used, targets[0].offers, tuple(name for name, path in modules.items() if path))
     chosen = means.choose(config.metrics)
     plan = "\n".join(
-        f"{target.name}: {sum(target.counts):,} pictures of {target.image_size} x {target.image_size} pixels against "
+        f"{target.name}: {sum(target.counts):,} images of {target.image_size} x {target.image_size} pixels against "
         f"{', '.join(config.reference)} by {', '.join(chosen)} -> {config.out}"
         for target in targets
     )
@@ -124,17 +122,17 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
 
 
 def _targets(config: EvaluateConfig, world: World) -> list[Target]:
-    """What the command names: runs, or pictures."""
+    """What the command names: runs, or images."""
     are_runs = {
         name: name.endswith(".safetensors") or storage.exists(storage.join(name, WEIGHTS)) for name in config.targets
     }
     if len({*are_runs.values()}) != 1:
-        raise ConfigError("TARGETS: are runs and folders of pictures; evaluate them one kind at a time")
+        raise ConfigError("TARGETS: are runs and folders of images; evaluate them one kind at a time")
     if not config.targets or not are_runs[config.targets[0]]:
-        return _pictures(config)
+        return _images(config)
     if config.pairs and config.num:
-        raise ConfigError(f"--num {config.num}: there is one picture for each of --pairs {config.pairs}; leave it out")
-    real = open_pictures(config.pairs, factory.cache(config.cache)) if config.pairs else None
+        raise ConfigError(f"--num {config.num}: there is one image for each of --pairs {config.pairs}; leave it out")
+    real = open_images(config.pairs, factory.cache(config.cache)) if config.pairs else None
     solving = Solving(config.solver or "heun", config.num_steps, atol=config.atol, rtol=config.rtol)
     num, first_seed = config.num or DEFAULT_NUM, config.first_seed or 0
     return [
@@ -144,22 +142,22 @@ def _targets(config: EvaluateConfig, world: World) -> list[Target]:
     ]
 
 
-def _pictures(config: EvaluateConfig) -> list[Target]:
+def _images(config: EvaluateConfig) -> list[Target]:
     for flag in ("num", "first_seed", "guidance_scale", "solver", "num_steps", "atol", "rtol", "autoencoder"):
         if getattr(config, flag) not in (None, ()):
             raise ConfigError(
-                f"--{flag.replace('_', '-')}: is for runs; {config.targets[0]} holds pictures, leave it out"
+                f"--{flag.replace('_', '-')}: is for runs; {config.targets[0]} holds images, leave it out"
             )
     cache = factory.cache(config.cache)
-    opened = [open_pictures(name, cache) for name in config.targets]
+    opened = [open_images(name, cache) for name in config.targets]
     if not config.pairs:
-        return [Pictures(pictures, config.batch_size) for pictures in opened]
-    real = open_pictures(config.pairs, cache)
+        return [StoredImages(images, config.batch_size) for images in opened]
+    real = open_images(config.pairs, cache)
     targets: list[Target] = []
-    for pictures in opened:
-        if not isinstance(pictures, FolderPictures):
-            raise ConfigError(f"--pairs {config.pairs}: {pictures.name} holds shards; name a folder of pictures")
-        targets.append(PairedPictures(pictures, real, config.batch_size))
+    for images in opened:
+        if not isinstance(images, FolderImages):
+            raise ConfigError(f"--pairs {config.pairs}: {images.name} holds shards; name a folder of images")
+        targets.append(PairedImages(images, real, config.batch_size))
     return targets
 
 
@@ -167,7 +165,7 @@ def _described(network: FeatureNetwork) -> dict[str, str]:
     return {"name": network.name, "content_hash": network.content_hash, "description": network.description}
 
 
-def _row(folder: str, target: Target, means: Means, chosen: tuple[str, ...]) -> dict[str, Any]:
+def _row(folder: str, target: Target, means: EvaluationInputs, chosen: tuple[str, ...]) -> dict[str, Any]:
     """A target's part of the report."""
     values, warnings = metric_table.of_pixels(folder, target.counts, chosen), []
     for number, (network, reference) in enumerate(zip(means.networks, means.references, strict=True)):
@@ -176,9 +174,9 @@ def _row(folder: str, target: Target, means: Means, chosen: tuple[str, ...]) -> 
         values |= {prefix + name: value for name, value in of_network.items()}
         warnings += about
         if reference.header.stored and "jp" in reference.header.stored:
-            warnings.append(f"{reference.header.source}: its pictures are JPEGs, whose artefacts count as real")
+            warnings.append(f"{reference.header.source}: its images are JPEGs, whose artefacts count as real")
         if reference.header.count not in (None, sum(target.counts)):
-            warnings.append(f"{sum(target.counts):,} pictures against {reference.header.count:,} real ones")
+            warnings.append(f"{sum(target.counts):,} images against {reference.header.count:,} real ones")
     return {
         "target": target.name,
         "count": sum(target.counts),
@@ -189,16 +187,16 @@ def _row(folder: str, target: Target, means: Means, chosen: tuple[str, ...]) -> 
 
 
 def _neighbours(config: EvaluateConfig, reference: Reference, pooled: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The real pictures nearest to those shown, by the first reference's features, uint8 (n, 3, H, W) for each target.
+    """The real images nearest to those shown, by the first reference's features, uint8 (n, 3, H, W) for each target.
 
-    None where the reference is without features, or its pictures are no longer where they were.
+    None where the reference is without features, or its images are no longer where they were.
     """
     header = reference.header
     if reference.kept is None or reference.kept_rows is None:
         return None
     try:
         size = header.image_size if header.resized else None
-        real = open_pictures(header.source, factory.cache(config.cache), image_size=size, rule=header.rule)
+        real = open_images(header.source, factory.cache(config.cache), image_size=size, rule=header.rule)
         if real.digest != header.data_digest:
             return None
         rows = [reference.kept_rows[nearest(features, reference.kept)].tolist() for features in pooled]

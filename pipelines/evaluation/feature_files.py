@@ -1,4 +1,4 @@
-"""The feature pass: pictures in blocks -> files of what is measured on them.
+"""The feature pass: images in blocks -> files of what is measured on them.
 
 A block in is a file out, so every process works by itself, as in `lfm encode`: it takes its part of the blocks and leaves
 out those that are done, and whoever finds all of them there goes on. The files lie in a folder named after everything
@@ -27,7 +27,7 @@ from lfm.types import RawSample
 from lfm.world import World
 from pipelines.common.progress import Progress
 
-Block = dict[str, Tensor]  # one row for each picture
+Block = dict[str, Tensor]  # one row for each image
 T = TypeVar("T")
 
 
@@ -37,13 +37,13 @@ def compute(
     """Make this rank's part of the blocks that are not there yet; returns whether all of them are there now.
 
     Args:
-        counts: how many pictures each block holds.
-        make: a block's parts, a batch of pictures each.
+        counts: how many images each block holds.
+        make: a block's parts, a batch of images each.
     """
     there = storage.sizes(folder)
     mine = range(world.rank, len(counts), world.size)
     before = sum(counts[block] for block in mine if _file(block) in there)
-    with Progress(title, sum(counts[b] for b in mine), "pictures", done=before, quiet=not world.is_main) as bar:
+    with Progress(title, sum(counts[b] for b in mine), "images", done=before, quiet=not world.is_main) as bar:
         for block in mine:
             if _file(block) in there:
                 continue
@@ -65,7 +65,7 @@ def read(folder: str, counts: tuple[int, ...]) -> Iterator[Block]:
 
 
 def describe(networks: list[FeatureNetwork], images: Tensor) -> Block:
-    """What the networks say of pictures uint8 (B, 3, H, W): `0.pooled`, ... by the network's number.
+    """What the networks say of images uint8 (B, 3, H, W): `0.pooled`, ... by the network's number.
 
     Raises:
         DataError: a feature is not finite.
@@ -109,7 +109,7 @@ def batched(things: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def as_batch(samples: list[RawSample]) -> Tensor:
-    """The pictures of samples: uint8 (B, 3, H, W)."""
+    """The images of samples: uint8 (B, 3, H, W)."""
     return torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous()
 
 
@@ -136,18 +136,18 @@ def matching_network(
 
 
 def check_comparable(path: str, header: ReferenceHeader, name: str, image_size: int, rule: str | None) -> None:
-    """Refuse to hold the pictures of `name`, of this size and cropped by this rule, against a reference of others.
+    """Refuse to hold the images of `name`, of this size and cropped by this rule, against a reference of others.
 
     Raises:
         ConfigError: names the reference and the repair.
     """
     if image_size != header.image_size:
         raise ConfigError(
-            f"{path}: is of pictures of {header.image_size} pixels, {name} has {image_size}; make a reference of that "
+            f"{path}: is of images of {header.image_size} pixels, {name} has {image_size}; make a reference of that "
             f"size with `lfm reference {header.source} OUT --image-size {image_size}`"
         )
     if rule and header.rule and rule != header.rule:
         raise ConfigError(
-            f"{path}: is of pictures cropped by the rule {header.rule}, {name} by {rule}; make a reference of that rule "
+            f"{path}: is of images cropped by the rule {header.rule}, {name} by {rule}; make a reference of that rule "
             "with `lfm reference`"
         )

@@ -10,7 +10,7 @@ import torch
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.random_draws import picture_noise
+from lfm.data.random_draws import image_noise
 from lfm.errors import ConfigError
 from lfm.flow.likelihood import ESTIMATORS, log_likelihood
 from lfm.inference import trained_model
@@ -74,11 +74,11 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
             part = rows[first : first + config.batch_size]
             columns = read_conditions.gathered(config.latents, manifest, part, config.cache)
             mean, std = torch.from_numpy(np.stack(columns["posterior"])).float().chunk(2, 1)
-            drawn = mean + std * torch.from_numpy(picture_noise(part, model.latent_shape))
+            drawn = mean + std * torch.from_numpy(image_noise(part, model.latent_shape))
             latents = (drawn - record.shift) * record.scale_factor
             signs = None
             if config.estimator == "hutchinson":
-                signs = torch.from_numpy(picture_noise(part, model.latent_shape, 1)).sign().to(model.device)
+                signs = torch.from_numpy(image_noise(part, model.latent_shape, 1)).sign().to(model.device)
             classes = [int(index) for index in columns["class_index"]] if shape.num_classes else None
             conditions = read_conditions.conditions_of_latents(model, columns, classes)
             condition = conditions.condition(range(len(part))).to(model.device)

@@ -1,4 +1,4 @@
-"""`lfm reference`: the statistics of the real pictures that generated ones are compared with, made once."""
+"""`lfm reference`: the statistics of the real images that generated ones are compared with, made once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.image_sets import PictureSet, open_pictures
+from lfm.data.image_sets import ImageSet, open_images
 from lfm.data.transforms import CROPS
 from lfm.errors import ConfigError
 from lfm.metrics import features as networks
@@ -26,7 +26,7 @@ class ReferenceConfig:
 
     source: str
     out: str
-    image_size: int | None = None  # of a folder's pictures, which are then resized and cropped, or of imported ones
+    image_size: int | None = None  # of a folder's images, which are then resized and cropped, or of imported ones
     crop: str | None = None  # by this rule; ADM's centre crop if not told
     network: str = networks.FD_LITE
     batch_size: int = 32
@@ -44,7 +44,7 @@ class ReferenceResult:
 
 
 def run(config: ReferenceConfig, world: World) -> ReferenceResult:
-    """Measure every picture once, never a mirror of one, and write the reference.
+    """Measure every image once, never a mirror of one, and write the reference.
 
     Raises:
         ConfigError, DataError, StorageError: the same command continues.
@@ -56,11 +56,11 @@ def run(config: ReferenceConfig, world: World) -> ReferenceResult:
     if config.crop and (config.image_size is None or config.crop not in CROPS):
         raise ConfigError(f"--crop {config.crop}: one of {', '.join(CROPS)}, together with --image-size, for a folder")
     rule = config.crop or "centre"
-    pictures = open_pictures(config.source, factory.cache(config.cache), image_size=config.image_size, rule=rule)
+    images = open_images(config.source, factory.cache(config.cache), image_size=config.image_size, rule=rule)
     network = networks.load(config.network, factory.device(world))
-    header = _header(config, pictures, network)
+    header = _header(config, images, network)
     plan = (
-        f"{header.count:,} pictures of {header.image_size} x {header.image_size} pixels in {config.source} "
+        f"{header.count:,} images of {header.image_size} x {header.image_size} pixels in {config.source} "
         f"-> {network.name} ({network.content_hash[:12]}) -> {config.out}"
     )
     if config.dry_run:
@@ -71,13 +71,13 @@ def run(config: ReferenceConfig, world: World) -> ReferenceResult:
     folder = f"{config.out}.blocks-{manifests.digest(recipe)[:12]}"
 
     def make(block: int) -> Iterator[feature_files.Block]:
-        for samples in feature_files.batched(pictures.read(block), config.batch_size):
+        for samples in feature_files.batched(images.read(block), config.batch_size):
             yield feature_files.describe([network], feature_files.as_batch(samples))
 
-    if not feature_files.compute(folder, pictures.blocks, make, world, "reference"):
+    if not feature_files.compute(folder, images.blocks, make, world, "reference"):
         return ReferenceResult(plan, None)
-    gaussians, kept = feature_files.summarise(folder, pictures.blocks, 0)
-    rows = torch.from_numpy(references.kept_rows(sum(pictures.blocks)))
+    gaussians, kept = feature_files.summarise(folder, images.blocks, 0)
+    rows = torch.from_numpy(references.kept_rows(sum(images.blocks)))
     reference = Reference(header, gaussians, kept, rows)
     references.save(config.out, reference)
     if world.size == 1:  # else another rank may be reading them
@@ -85,15 +85,15 @@ def run(config: ReferenceConfig, world: World) -> ReferenceResult:
     return ReferenceResult(plan, reference)
 
 
-def _header(config: ReferenceConfig, pictures: PictureSet, network: networks.FeatureNetwork) -> ReferenceHeader:
+def _header(config: ReferenceConfig, images: ImageSet, network: networks.FeatureNetwork) -> ReferenceHeader:
     return ReferenceHeader(
         source=config.source,
-        data_digest=pictures.digest,
-        image_size=pictures.image_size,
-        rule=pictures.rule,
+        data_digest=images.digest,
+        image_size=images.image_size,
+        rule=images.rule,
         resized=config.image_size is not None,
-        stored=pictures.stored,
-        count=sum(pictures.blocks),
+        stored=images.stored,
+        count=sum(images.blocks),
         network=config.network,
         network_name=network.name,
         network_hash=network.content_hash,
@@ -122,7 +122,7 @@ def _there(config: ReferenceConfig, header: ReferenceHeader) -> Reference | None
 
 def _import(config: ReferenceConfig) -> ReferenceResult:
     if config.image_size is None:
-        raise ConfigError(f"{config.source}: does not say of what size its pictures were; give --image-size")
+        raise ConfigError(f"{config.source}: does not say of what size its images were; give --image-size")
     plan = f"the statistics of {config.source}, of the original FID's network -> {config.out}"
     reference = references.import_npz(config.source, config.image_size, factory.code_version())
     if config.dry_run:

@@ -23,7 +23,7 @@ OF_PIXELS = ("psnr", "ssim", "lpips", "miou", "pixel-accuracy", "nfe", "seconds"
 
 
 @dataclass(frozen=True)
-class Means:
+class EvaluationInputs:
     """What there is to measure with."""
 
     references: list[Reference]
@@ -47,7 +47,7 @@ class Means:
             **dict.fromkeys(("p-ids", "u-ids", "psnr", "ssim"), (pairs, "--pairs")),
             "lpips": (pairs and "lpips" in self.modules, "--lpips, and --pairs"),
             **dict.fromkeys(("miou", "pixel-accuracy"), segmenter),
-            **dict.fromkeys(("nfe", "seconds"), ("nfe" in self.offers, "a run, whose pictures are generated here")),
+            **dict.fromkeys(("nfe", "seconds"), ("nfe" in self.offers, "a run, whose images are generated here")),
         }.get(metric, (True, ""))
         return None if there else needed
 
@@ -72,7 +72,7 @@ class Means:
 
 
 def of_network(
-    folder: str, counts: tuple[int, ...], number: int, means: Means, chosen: tuple[str, ...]
+    folder: str, counts: tuple[int, ...], number: int, means: EvaluationInputs, chosen: tuple[str, ...]
 ) -> tuple[dict[str, float], list[str]]:
     """The chosen metrics on the features of one network, and warnings about them."""
     reference, network = means.references[number], means.networks[number]

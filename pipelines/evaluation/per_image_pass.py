@@ -1,4 +1,4 @@
-"""What `lfm evaluate` measures on every picture, and where it keeps it."""
+"""What `lfm evaluate` measures on every image, and where it keeps it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lfm.metrics.segmentation import Confusion
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.evaluation import feature_files
-from pipelines.evaluation.candidates import Made, Target
+from pipelines.evaluation.candidates import GeneratedBatch, Target
 
-SHOWN = 16  # pictures of each target that the report shows
+SHOWN = 16  # images of each target that the report shows
 
 
 class Scorer:
-    """What is measured on every picture."""
+    """What is measured on every image."""
 
     def __init__(self, out: str, networks: list[FeatureNetwork], modules: dict[str, str | None]) -> None:
         self.out, self.networks, self.device = out, networks, networks[0].device
@@ -40,7 +40,7 @@ class Scorer:
         return feature_files.compute(self.folder(target), target.counts, make, world, f"evaluate {target.name}")
 
     def _block(self, target: Target, block: int) -> Iterator[feature_files.Block]:
-        """What is measured on the pictures of a block, batch by batch."""
+        """What is measured on the images of a block, batch by batch."""
         shown = SHOWN if block == 0 else 0
         for made in target.make(block):
             found = feature_files.describe(self.networks, made.images)
@@ -53,7 +53,7 @@ class Scorer:
                 shown -= len(made.images)
             yield found
 
-    def _of_pairs(self, made: Made, real: torch.Tensor) -> feature_files.Block:
+    def _of_pairs(self, made: GeneratedBatch, real: torch.Tensor) -> feature_files.Block:
         fake = made.images
         described = feature_files.describe(self.networks, real)
         found = {name.replace("pooled", "paired"): value for name, value in described.items() if "pooled" in name}
@@ -68,5 +68,5 @@ class Scorer:
         return found
 
     def first(self, target: Target) -> feature_files.Block:
-        """The first block of a target, which holds its first pictures too: `shown`, uint8 (up to 16, 3, H, W)."""
+        """The first block of a target, which holds its first images too: `shown`, uint8 (up to 16, 3, H, W)."""
         return next(feature_files.read(self.folder(target), target.counts))

@@ -13,7 +13,7 @@ from lfm import storage
 from lfm.errors import ConfigError
 from pipelines.common import image_files
 
-REPORT, TABLE, PICTURE = "report.json", "report.txt", "report.png"
+REPORT, TABLE, IMAGE = "report.json", "report.txt", "report.png"
 PLOT = (480, 200)  # width and height of a curve in pixels
 MARGIN = 44
 AXES = ("samples_seen", "guidance_scale")  # what a curve may go over
@@ -32,7 +32,7 @@ def claim(out: str, settings: dict[str, Any], *, overwrite: bool) -> None:
     before = storage.read_json(path)
     if not isinstance(before, dict) or before.get("settings") != _as_json(settings):
         raise ConfigError(
-            f"{path}: is the report of other pictures, settings or metrics; choose another --out, or --overwrite"
+            f"{path}: is the report of other images, settings or metrics; choose another --out, or --overwrite"
         )
 
 
@@ -41,12 +41,12 @@ def write(out: str, content: dict[str, Any], shown: list[torch.Tensor], neighbou
 
     Args:
         content: of report.json; its `rows` are the targets'.
-        shown: the first pictures of each target, uint8 (n, 3, H, W).
-        neighbours: the real pictures nearest to them.
+        shown: the first images of each target, uint8 (n, 3, H, W).
+        neighbours: the real images nearest to them.
     """
     text = table(content["rows"])
     storage.write_bytes(storage.join(out, TABLE), (text + "\n").encode())
-    image_files.save(picture(content["rows"], shown, neighbours), storage.join(out, PICTURE))
+    image_files.save(image(content["rows"], shown, neighbours), storage.join(out, IMAGE))
     storage.write_json(storage.join(out, REPORT), _as_json(content))
     return text
 
@@ -76,10 +76,8 @@ def label(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return f"{row['target']}, guidance {row['guidance_scale']:g}" if len(scales) > 1 else row["target"]
 
 
-def picture(
-    rows: list[dict[str, Any]], shown: list[torch.Tensor], neighbours: list[torch.Tensor] | None
-) -> Image.Image:
-    """Each target's first pictures, under each the real one nearest to it; curves of the metrics over checkpoints or scales."""
+def image(rows: list[dict[str, Any]], shown: list[torch.Tensor], neighbours: list[torch.Tensor] | None) -> Image.Image:
+    """Each target's first images, under each the real one nearest to it; curves of the metrics over checkpoints or scales."""
     parts = []
     for index, images in enumerate(shown):
         lines = [images, neighbours[index]] if neighbours else [images]

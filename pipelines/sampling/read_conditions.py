@@ -1,4 +1,4 @@
-"""What `lfm sample` tells the model: classes by number, masks and maps from pictures or from shards."""
+"""What `lfm sample` tells the model: classes by number, masks and maps from images or from shards."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -
 
 
 def _from_files(config: SampleConfig, header: WeightsHeader) -> list[np.ndarray | None]:
-    """Pictures, masks and maps at the model's image size, with `--crop` each pixel where `lfm shard` would put it."""
+    """Images, masks and maps at the model's image size, with `--crop` each pixel where `lfm shard` would put it."""
     size, rule = header.image_size, config.crop or "centre"
     if rule not in CROPS:
         raise ConfigError(f"--crop {rule}: unknown; one of {', '.join(CROPS)}")
     if config.crop and not (config.image or config.mask or config.segmentation):
         raise ConfigError(f"--crop {rule}: there is no --image, --mask or --segmentation; leave it out")
     fill = unlabelled(header.labels)
-    sizes: dict[int, tuple[int, int]] = {}  # of the first file of each picture
+    sizes: dict[int, tuple[int, int]] = {}  # of the first file for each image
     given: list[np.ndarray | None] = []
     for flag, paths, read, at_size in (
         ("--image", config.image, decode, lambda image: crop(image, size, rule)),
@@ -95,16 +95,16 @@ def _from_files(config: SampleConfig, header: WeightsHeader) -> list[np.ndarray 
         arrays = []
         for number, path in enumerate(paths):
             try:
-                picture = read(storage.read_bytes(path))
-                arrays.append(at_size(picture))
+                opened = read(storage.read_bytes(path))
+                arrays.append(at_size(opened))
             except Rejected as error:
                 raise ConfigError(f"{flag} {path}: {error.reason}: {error.detail}") from error
-            found = f"{flag} {path}: is {picture.width} x {picture.height} pixels"
-            if config.crop is None and picture.size != (size, size):
+            found = f"{flag} {path}: is {opened.width} x {opened.height} pixels"
+            if config.crop is None and opened.size != (size, size):
                 raise ConfigError(f"{found}, the model makes {size} x {size}; scale it first, or add --crop centre")
-            if sizes.setdefault(number, picture.size) != picture.size:
+            if sizes.setdefault(number, opened.size) != opened.size:
                 width, height = sizes[number]
-                raise ConfigError(f"{found}, the picture it belongs to {width} x {height}; make it as large")
+                raise ConfigError(f"{found}, the image it belongs to {width} x {height}; make it as large")
         given.append(np.stack(arrays) if arrays else None)
     return given
 

@@ -1,6 +1,6 @@
-"""`lfm sample`: noise -> latents by a solver over the EMA weights -> pictures.
+"""`lfm sample`: noise -> latents by a solver over the EMA weights -> images.
 
-A picture depends on its seed, its condition, the solver and the guidance alone, so every process makes its part by itself.
+An image depends on its seed, its condition, the solver and the guidance alone, so every process makes its part by itself.
 Each says in its metadata what it was made of: one that is there and was made of the same is kept, by the same command
 again, and whoever finds all of them there writes the grid and the record.
 """
@@ -16,12 +16,12 @@ from lfm.world import World
 from pipelines.common import image_files
 from pipelines.common.progress import Progress
 from pipelines.sampling import sample_record, trajectory_and_timing
-from pipelines.sampling.sample_job import Job, SampleConfig
+from pipelines.sampling.sample_job import SampleConfig, SampleJob
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Where the pictures are, and what they cost; the grid is None while other ranks have pictures to finish."""
+    """Where the images are, and what they cost; the grid is None while other ranks have images to finish."""
 
     plan: str
     grid: str | None = None
@@ -30,19 +30,19 @@ class SampleResult:
 
 
 def run(config: SampleConfig, world: World) -> SampleResult:
-    """Make this rank's part of a picture per seed and guidance scale, and with the last of them a grid.
+    """Make this rank's part of an image per seed and guidance scale, and with the last of them a grid.
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything is computed.
         LfmError: nothing half-written is visible, and the same command continues.
     """
-    job = Job(config, world)
+    job = SampleJob(config, world)
     if config.dry_run:
         return SampleResult(job.plan)
     job.claim(world)
-    mine = job.pictures[world.slice_of(len(job.pictures))]
-    todo = [picture for picture in mine if picture.nfe is None]
-    with Progress("sample", len(mine), "pictures", done=len(mine) - len(todo), quiet=not world.is_main) as bar:
+    mine = job.images[world.slice_of(len(job.images))]
+    todo = [image for image in mine if image.nfe is None]
+    with Progress("sample", len(mine), "images", done=len(mine) - len(todo), quiet=not world.is_main) as bar:
         for batch in job.batches(todo):
             bar.advance(len(batch), nfe=f"{job.make(batch):.0f}")
     timing = ""
@@ -52,8 +52,8 @@ def run(config: SampleConfig, world: World) -> SampleResult:
         if config.time:
             timing = trajectory_and_timing.timing(job)
     job.look()
-    nfe = [picture.nfe for picture in job.pictures if picture.nfe is not None]
-    if len(nfe) < len(job.pictures):
+    nfe = [image.nfe for image in job.images if image.nfe is not None]
+    if len(nfe) < len(job.images):
         return SampleResult(job.plan, timing=timing)
     grid = storage.join(config.out, sample_record.GRID)
     image_files.save(sample_record.grid(job), grid)

@@ -21,8 +21,8 @@ from lfm.world import World
 from pipelines.common import factory, image_files
 from pipelines.sampling import read_conditions
 
-NUM_PICTURES = 16
-OWNED = r"(recipe|samples|timing)\.json|(grid|trajectory)\.(png|gif)"  # and the pictures, by the recipe's seeds
+NUM_IMAGES = 16
+OWNED = r"(recipe|samples|timing)\.json|(grid|trajectory)\.(png|gif)"  # and the images, by the recipe's seeds
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class SampleConfig:
 
     run: str
     out: str
-    seeds: str | None = None  # such as 0-15; by default one for each of the rows, else NUM_PICTURES
+    seeds: str | None = None  # such as 0-15; by default one for each of the rows, else NUM_IMAGES
     class_index: str | None = None  # such as 3 or 0-9 or 1,4; seeds take turns; by default all classes take turns
-    image: tuple[str, ...] = ()  # pictures to fill in where the masks say so
+    image: tuple[str, ...] = ()  # images to fill in where the masks say so
     mask: tuple[str, ...] = ()
     segmentation: tuple[str, ...] = ()
     crop: str | None = None  # how these three come to the model's size; without it they must have it
@@ -67,14 +67,14 @@ FREE = (
     "cache",
     "overwrite",
     "dry_run",
-)  # they change no picture
-# What is shared out among the pictures, each of which has its own.
+)  # they change no image
+# What is shared out among the images, each of which has its own.
 SHARED_OUT = ("seeds", "class_index", "image", "mask", "segmentation", "crop", "shards", "rows", "guidance_scale")
 
 
 @dataclass
-class Picture:
-    """One of the pictures to make."""
+class PlannedImage:
+    """One of the images to make."""
 
     number: int  # of its seed, counted from 0: its turn of what is told
     seed: int
@@ -83,7 +83,7 @@ class Picture:
     nfe: int | None = None  # once it is made
 
 
-class Job:
+class SampleJob:
     """What is to be made, and by what.
 
     Raises:
@@ -92,7 +92,7 @@ class Job:
 
     def __init__(self, config: SampleConfig, world: World) -> None:
         if config.seeds is None:
-            num = len(read_conditions.numbers("--rows", config.rows)) if config.rows else NUM_PICTURES
+            num = len(read_conditions.numbers("--rows", config.rows)) if config.rows else NUM_IMAGES
             config = replace(config, seeds=f"0-{num - 1}")
         self.config, device = config, factory.device(world)
         self.solving = Solving(
@@ -121,8 +121,8 @@ class Job:
             raise ConfigError("--no-composite: there are no known pixels; leave it out")
         for guidance in self.guidance.values():  # refused now, not after the first batch
             self.model.velocity(self.conditions.condition([0]).to(device), 1, guidance)
-        self.pictures = [
-            Picture(number, seed, scale, _file(seed, scale, scales))
+        self.images = [
+            PlannedImage(number, seed, scale, _file(seed, scale, scales))
             for (number, seed), scale in product(enumerate(seeds), scales)
         ]
         header, size = self.model.header, self.model.header.image_size
@@ -130,7 +130,7 @@ class Job:
         if weak:
             self.weights["autoguidance_samples_seen"] = weak.header.samples_seen
         self.plan = (
-            f"{len(self.pictures)} pictures of {size} x {size} pixels from {config.run} ({header.samples_seen:,} samples "
+            f"{len(self.images)} images of {size} x {size} pixels from {config.run} ({header.samples_seen:,} samples "
             f"seen), {self.solving}, guidance {config.guidance_scale} -> {config.out}"
         )
 
@@ -144,7 +144,7 @@ class Job:
         return low, high[0]
 
     def claim(self, world: World) -> None:
-        """Begin or continue in the folder, and see which pictures are there already."""
+        """Begin or continue in the folder, and see which images are there already."""
         out, recipe = self.config.out, self.recipe
         path = storage.join(out, manifests.RECIPE)
         if world.is_main:
@@ -160,13 +160,13 @@ class Job:
         self.look()
 
     def look(self) -> None:
-        """See which pictures are there, made of what they should be made of."""
+        """See which images are there, made of what they should be made of."""
         there = storage.sizes(self.config.out)
-        for picture in self.pictures:
-            if picture.nfe is None and picture.file in there:
-                note = image_files.note(storage.join(self.config.out, picture.file))
-                if isinstance(note, dict) and note.get("digest") == self._digest(picture):
-                    picture.nfe = int(note["nfe"])
+        for image in self.images:
+            if image.nfe is None and image.file in there:
+                note = image_files.note(storage.join(self.config.out, image.file))
+                if isinstance(note, dict) and note.get("digest") == self._digest(image):
+                    image.nfe = int(note["nfe"])
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -174,34 +174,34 @@ class Job:
         settings = {key: value for key, value in asdict(self.config).items() if key not in FREE}
         return json.loads(json.dumps({"kind": "samples", **settings, **self.weights}))
 
-    def _digest(self, picture: Picture) -> str:
-        """Of all that decides this picture, and of nothing else."""
+    def _digest(self, image: PlannedImage) -> str:
+        """Of all that decides this image, and of nothing else."""
         settings = {key: value for key, value in self.recipe.items() if key not in SHARED_OUT}
-        own = self.conditions.of(picture.number)
+        own = self.conditions.of(image.number)
         condition = [None if value is None else np.asarray(value).tobytes().hex() for value in own]
-        return manifests.digest([settings, picture.seed, picture.scale, condition])
+        return manifests.digest([settings, image.seed, image.scale, condition])
 
-    def batches(self, todo: list[Picture]) -> Iterator[list[Picture]]:
-        """Pictures that can be made together: of one guidance scale."""
+    def batches(self, todo: list[PlannedImage]) -> Iterator[list[PlannedImage]]:
+        """Images that can be made together: of one guidance scale."""
         for scale in self.guidance:
-            alike = [picture for picture in todo if picture.scale == scale]
+            alike = [image for image in todo if image.scale == scale]
             for first in range(0, len(alike), self.config.batch_size):
                 yield alike[first : first + self.config.batch_size]
 
-    def make(self, batch: list[Picture]) -> float:
-        """Make and publish these pictures; returns their mean cost."""
-        numbers = [picture.number for picture in batch]
+    def make(self, batch: list[PlannedImage]) -> float:
+        """Make and publish these images; returns their mean cost."""
+        numbers = [planned.number for planned in batch]
         result = self.model.solve(
-            *([picture.seed for picture in batch], self.conditions.condition(numbers)),
+            *([planned.seed for planned in batch], self.conditions.condition(numbers)),
             *(self.solving, self.guidance[batch[0].scale]),
         )
         images = self.model.decode(result.latents)
         if self.composites:
             images = self.conditions.composite(numbers, images)
-        for picture, image, nfe in zip(batch, images, result.nfe.tolist(), strict=True):
-            note = {"digest": self._digest(picture), "seed": picture.seed, "nfe": nfe}
-            image_files.save(image, storage.join(self.config.out, picture.file), note=note)
-            picture.nfe = nfe
+        for planned, image, nfe in zip(batch, images, result.nfe.tolist(), strict=True):
+            note = {"digest": self._digest(planned), "seed": planned.seed, "nfe": nfe}
+            image_files.save(image, storage.join(self.config.out, planned.file), note=note)
+            planned.nfe = nfe
         return float(result.nfe.double().mean())
 
     @property
@@ -223,7 +223,7 @@ def _floats(flag: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def _files(recipe: dict[str, Any]) -> set[str]:
-    """The names of the pictures that a recipe of samples makes."""
+    """The names of the images that a recipe of samples makes."""
     if "seeds" not in recipe:
         return set()
     scales = _floats("--guidance-scale", recipe["guidance_scale"]) or ()

@@ -14,14 +14,14 @@ from lfm.inference.condition_inputs import Conditions
 from pipelines.common import factory, image_files
 
 if TYPE_CHECKING:
-    from pipelines.sampling.sample_job import Job
+    from pipelines.sampling.sample_job import SampleJob
 
 GRID, RECORD = "grid.png", "samples.json"
 MOST_IN_GRID, WIDEST_GRID = 1024, 20
 
 
-def grid(job: Job) -> Image.Image:
-    """The pictures, a column for each guidance scale, mask, map or class; masks and maps stand above theirs."""
+def grid(job: SampleJob) -> Image.Image:
+    """The images, a column for each guidance scale, mask, map or class; masks and maps stand above theirs."""
     conditions, size = job.conditions, job.model.header.image_size
     turns = [
         len(part) for part in (conditions.spatial, conditions.segmentation, conditions.class_index) if part is not None
@@ -29,8 +29,8 @@ def grid(job: Job) -> Image.Image:
     taking_turns = len(job.guidance) if len(job.guidance) > 1 else next(iter(turns), 1)
     columns = taking_turns if 1 < taking_turns <= WIDEST_GRID else None
     shown = []
-    for picture in job.pictures[:MOST_IN_GRID]:
-        with storage.open_read(storage.join(job.config.out, picture.file)) as file, Image.open(file) as image:
+    for planned in job.images[:MOST_IN_GRID]:
+        with storage.open_read(storage.join(job.config.out, planned.file)) as file, Image.open(file) as image:
             shown.append(np.asarray(image))
     above = _shown(conditions)
     if len(job.guidance) == 1 and len(above) in (1, columns):
@@ -40,31 +40,31 @@ def grid(job: Job) -> Image.Image:
     return image_files.grid(np.stack(shown), columns=columns, enlarge=max(1, 128 // size))
 
 
-def record(job: Job, nfe: list[int]) -> dict[str, Any]:
-    """All that made the pictures, for the JSON beside them; `nfe` of each."""
+def record(job: SampleJob, nfe: list[int]) -> dict[str, Any]:
+    """All that made the images, for the JSON beside them; `nfe` of each."""
     header, conditions = job.model.header, job.conditions
     known = None
     if conditions.spatial is not None:
         known = "put back" if job.composites else "as the model made them"
     entries = []
-    for picture in job.pictures:
+    for image in job.images:
         index = (
             None
             if conditions.class_index is None
-            else int(conditions.class_index[picture.number % len(conditions.class_index)])
+            else int(conditions.class_index[image.number % len(conditions.class_index)])
         )
         entries.append({
-            "file": picture.file,
-            "seed": picture.seed,
+            "file": image.file,
+            "seed": image.seed,
             "class_index": index,
             "class_name": None if index is None else header.classes[index].name,
-            "condition": job.names[picture.number % len(job.names)] if job.names else None,
-            "guidance_scale": picture.scale,
-            "nfe": picture.nfe,
+            "condition": job.names[image.number % len(job.names)] if job.names else None,
+            "guidance_scale": image.scale,
+            "nfe": image.nfe,
         })  # fmt: skip
     return {
         "settings": job.recipe,
-        "files": [*(picture.file for picture in job.pictures), GRID],
+        "files": [*(image.file for image in job.images), GRID],
         "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
         "known_pixels": known,
         "autoencoder": header.autoencoder.model_dump(),
@@ -75,7 +75,7 @@ def record(job: Job, nfe: list[int]) -> dict[str, Any]:
 
 
 def _shown(conditions: Conditions) -> np.ndarray:
-    """Masked pictures or maps, as a person sees them: uint8 (N, H, W, 3)."""
+    """Masked images or maps, as a person sees them: uint8 (N, H, W, 3)."""
     if conditions.images is not None and conditions.masks is not None:
         return hide(conditions.images, conditions.masks)
     if conditions.segmentation is not None:

@@ -1,4 +1,4 @@
-"""What is seen of the solver at work: the way of some pictures from noise, and how long it takes."""
+"""What is seen of the solver at work: the way of some images from noise, and how long it takes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lfm import storage
-from lfm.data.random_draws import picture_noise
+from lfm.data.random_draws import image_noise
 from pipelines.common import image_files
 
 if TYPE_CHECKING:
-    from pipelines.sampling.sample_job import Job
+    from pipelines.sampling.sample_job import SampleJob
 
-NUM_PICTURES, NUM_FRAMES = 6, 10
+NUM_IMAGES, NUM_FRAMES = 6, 10
 REPEATS = 3
 TIMING = "timing.json"
 
@@ -36,13 +36,13 @@ class Frames:
             self.states[number, rows[early]] = state[early]
 
 
-def trajectory(job: Job, kind: str) -> None:
-    """Write the first pictures' way from noise: a row of a PNG for each, or a film of all."""
-    batch = next(job.batches(job.pictures))[:NUM_PICTURES]
-    seeds, model = [picture.seed for picture in batch], job.model
-    frames = Frames(torch.from_numpy(picture_noise(seeds, model.latent_shape)).to(model.device))
-    condition = job.conditions.condition([picture.number for picture in batch])
-    model.solve(seeds, condition, job.solving, job.guidance[batch[0].scale], watch=frames)
+def trajectory(job: SampleJob, kind: str) -> None:
+    """Write the first images' way from noise: a row of a PNG for each, or a film of all."""
+    batch = next(job.batches(job.images))[:NUM_IMAGES]
+    seeds, model = [image.seed for image in batch], job.model
+    frames = Frames(torch.from_numpy(image_noise(seeds, model.latent_shape)).to(model.device))
+    condition = job.conditions.condition([image.number for image in batch])
+    model.solve(seeds, condition, job.solving, job.guidance[batch[0].scale], on_step=frames)
     images = np.stack([model.decode(states) for states in frames.states])  # (frames, B, H, W, 3)
     enlarge = max(1, 64 // model.header.image_size)
     path = storage.join(job.config.out, f"trajectory.{kind}")
@@ -53,23 +53,23 @@ def trajectory(job: Job, kind: str) -> None:
         image_files.save_film([image_files.grid(frame, columns=len(batch), enlarge=enlarge) for frame in images], path)
 
 
-def timing(job: Job) -> str:
-    """Measure solver and decoder apart, after a warm-up, for one picture and for a batch; writes and says it."""
+def timing(job: SampleJob) -> str:
+    """Measure solver and decoder apart, after a warm-up, for one image and for a batch; writes and says it."""
     found, lines = {}, []
-    sizes = {1, min(job.config.batch_size, len(job.pictures))}
+    sizes = {1, min(job.config.batch_size, len(job.images))}
     for size in sorted(sizes):
-        batch = next(job.batches(job.pictures))[:size]
-        condition = job.conditions.condition([picture.number for picture in batch])
-        seeds, guidance = [picture.seed for picture in batch], job.guidance[batch[0].scale]
-        latents = torch.from_numpy(picture_noise(seeds, job.model.latent_shape)).to(job.model.device)
+        batch = next(job.batches(job.images))[:size]
+        condition = job.conditions.condition([image.number for image in batch])
+        seeds, guidance = [image.seed for image in batch], job.guidance[batch[0].scale]
+        latents = torch.from_numpy(image_noise(seeds, job.model.latent_shape)).to(job.model.device)
         steps: dict[str, Callable[[], object]] = {
             "solver": partial(job.model.solve, seeds, condition, job.solving, guidance),
             "decoder": partial(job.model.decode, latents),
         }
         for part, step in steps.items():
             seconds = _median_seconds(step, job.model.device)
-            found[f"{part}, batch {len(batch)}"] = {"seconds": seconds, "pictures_per_second": len(batch) / seconds}
-            lines.append(f"{part}, batch {len(batch)}: {seconds:.3g} s, {len(batch) / seconds:.3g} pictures/s")
+            found[f"{part}, batch {len(batch)}"] = {"seconds": seconds, "images_per_second": len(batch) / seconds}
+            lines.append(f"{part}, batch {len(batch)}: {seconds:.3g} s, {len(batch) / seconds:.3g} images/s")
     storage.write_json(storage.join(job.config.out, TIMING), {"device": str(job.model.device), **found})
     return "; ".join(lines)
 

@@ -1,7 +1,7 @@
-"""The best weights of a training: the EMA whose pictures come nearest to the real ones, by the Frechet distance.
+"""The best weights of a training: the EMA whose images come nearest to the real ones, by the Frechet distance.
 
-Every so many steps the EMA makes the same pictures: of the same seeds, under the conditions of the training's first samples,
-each rank its share. So distances of one run compare; with few pictures they lie above those of many, and what a mask leaves
+Every so many steps the EMA makes the same images: of the same seeds, under the conditions of the training's first samples,
+each rank its share. So distances of one run compare; with few images they lie above those of many, and what a mask leaves
 is as the model makes it.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lfm import solvers, storage
 from lfm.autoencoder import Autoencoder
 from lfm.data.manifest import Manifest
-from lfm.data.random_draws import picture_noise
+from lfm.data.random_draws import image_noise
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import ConfigError
 from lfm.inference.trained_model import Guidance, guided_velocity
@@ -41,18 +41,18 @@ BEST, RECORD = "best.safetensors", "best.json"
 
 
 @dataclass(frozen=True)
-class Standard:
-    """What pictures are held against."""
+class ReferenceSet:
+    """What images are held against."""
 
     reference: Reference
     network: FeatureNetwork
 
     @staticmethod
-    def load(config: ExperimentConfig, manifest: Manifest, world: World) -> Standard:
+    def load(config: ExperimentConfig, manifest: Manifest, world: World) -> ReferenceSet:
         """The reference of an experiment and its network.
 
         Raises:
-            ConfigError, DataError: they are not to be had, or are of other pictures than the latents; names the key.
+            ConfigError, DataError: they are not to be had, or are of other images than the latents; names the key.
         """
         assert config.evaluation, "the experiment is evaluated while it trains"
         path = config.evaluation.reference
@@ -64,10 +64,12 @@ class Standard:
             raise ConfigError(
                 "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
             )
-        return Standard(reference, feature_files.matching_network(path, reference.header, (), factory.device(world)))
+        return ReferenceSet(
+            reference, feature_files.matching_network(path, reference.header, (), factory.device(world))
+        )
 
 
-class Selection:
+class BestWeights:
     """Measures a model in training, and keeps the best of its weights; all ranks measure together."""
 
     def __init__(
@@ -77,7 +79,7 @@ class Selection:
         model: DiTConfig,
         engine: Engine,
         autoencoder: Autoencoder,
-        standard: Standard,
+        standard: ReferenceSet,
     ) -> None:
         assert config.evaluation, "the experiment is evaluated while it trains"
         self.evaluation, self.every = config.evaluation, config.evaluation.every
@@ -107,7 +109,7 @@ class Selection:
         return {self.name: distance}
 
     def distance(self) -> float:
-        """The Frechet distance of the EMA's pictures to the reference."""
+        """The Frechet distance of the EMA's images to the reference."""
         dimensions = len(self.standard.reference.gaussians["pooled"].mean)
         total = torch.zeros(dimensions, dtype=torch.float64, device=self.engine.device)
         sums = FeatureSums(0, total, torch.zeros(dimensions, dimensions, dtype=torch.float64, device=total.device))
@@ -126,9 +128,9 @@ class Selection:
         return float(self.engine.sum_over_ranks(found))
 
     def _latents(self, seeds: Tensor, condition: Condition) -> Tensor:
-        """One picture for each seed; fixed steps, so that under ZeRO 3 the ranks compute in step."""
+        """One image for each seed; fixed steps, so that under ZeRO 3 the ranks compute in step."""
         model, guidance = self.model, Guidance(self.evaluation.guidance_scale)
-        noise = torch.from_numpy(picture_noise(seeds.tolist(), (model.latent_channels, *[model.latent_size] * 2)))
+        noise = torch.from_numpy(image_noise(seeds.tolist(), (model.latent_channels, *[model.latent_size] * 2)))
         velocity = guided_velocity(self.engine, model, condition, len(seeds), guidance)  # type: ignore[arg-type]
         return solvers.solve(SOLVER, velocity, noise.to(self.engine.device), num_steps=NUM_STEPS)
 

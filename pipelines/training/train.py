@@ -31,7 +31,7 @@ from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig, TrainConfig
 from pipelines.common.progress import Progress
-from pipelines.training.best_weights import Selection, Standard
+from pipelines.training.best_weights import BestWeights, ReferenceSet
 from pipelines.training.resume_checks import check_continues, describe, initial_weights
 from pipelines.training.stop_signals import StopRequest
 from pipelines.training.training_log import Log
@@ -76,7 +76,7 @@ def run(
     settings = factory.deepspeed_settings(config, world)
     folder = RunFolder(config.run)
     newest = folder.newest()
-    standard = Standard.load(config, manifest, world) if config.evaluation else None
+    standard = ReferenceSet.load(config, manifest, world) if config.evaluation else None
     torch.manual_seed(config.train.seed)  # of the initial weights alone
     model = DiT(model_config)
     if newest:
@@ -115,7 +115,7 @@ class Training:
         header: dict[str, Any],
         engine: Engine,
         folder: RunFolder,
-        standard: Standard | None,
+        standard: ReferenceSet | None,
     ) -> None:
         self.config, self.train, self.header = config, config.train, header
         self.engine, self.world, self.folder = engine, engine.world, folder
@@ -130,7 +130,7 @@ class Training:
         if self.train.validate_every:
             self.validation = Validation(config, trained, held_back, header["model"], engine, decoder)
         if standard:
-            self.selection = Selection(config, trained, header["model"], engine, decoder, standard)
+            self.selection = BestWeights(config, trained, header["model"], engine, decoder, standard)
         self.samples_seen = 0
         self.loss: float | None = None  # over all ranks, of the last step
         self.leaves = False  # every rank knows that one was asked to leave

@@ -91,7 +91,7 @@ class Log:
         return shown | {name: f"{value:.4g}" for name, value in found.items()}
 
     def draw(self, distance: str | None) -> None:
-        """The curves so far, as pictures beside the log: of the losses, and of the distance of this name."""
+        """The curves so far, as images beside the log: of the losses, and of the distance of this name."""
         if self.quiet:
             return
         lines = [json.loads(line) for line in self.path.read_text().splitlines()]

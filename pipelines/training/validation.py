@@ -1,6 +1,6 @@
-"""What a training has learned so far, seen through its EMA in eval mode: a grid of pictures and a validation loss.
+"""What a training has learned so far, seen through its EMA in eval mode: a grid of images and a validation loss.
 
-Everything is fixed, so that they compare: the seeds and labels of the pictures, and the samples, noise and times of the
+Everything is fixed, so that they compare: the seeds and labels of the images, and the samples, noise and times of the
 loss. Its times are uniform whatever training prefers.
 """
 
@@ -14,7 +14,7 @@ import torch
 from lfm import solvers
 from lfm.autoencoder import Autoencoder
 from lfm.data.manifest import Manifest
-from lfm.data.random_draws import picture_noise
+from lfm.data.random_draws import image_noise
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import DataError
 from lfm.flow.guidance import NetworkVelocity
@@ -28,7 +28,7 @@ from pipelines.common import factory, image_files
 from pipelines.common.config_schema import ExperimentConfig
 
 SOLVER, NUM_STEPS = "heun", 25
-MOST_PICTURES, MOST_COLUMNS, MOST_SAMPLES = 32, 20, 4096
+MOST_IMAGES, MOST_COLUMNS, MOST_SAMPLES = 32, 20, 4096
 
 
 def split(manifest: Manifest, held_back: int) -> tuple[Manifest, Manifest]:
@@ -48,11 +48,11 @@ def split(manifest: Manifest, held_back: int) -> tuple[Manifest, Manifest]:
 
 
 class Validation:
-    """Grids of pictures and a validation loss of a model in training; all ranks take part.
+    """Grids of images and a validation loss of a model in training; all ranks take part.
 
     Args:
         held_back: what the validation loss is taken on; may have no shards.
-        autoencoder: decodes the pictures, on the main rank.
+        autoencoder: decodes the images, on the main rank.
     """
 
     def __init__(
@@ -71,16 +71,16 @@ class Validation:
         self.micro_batch = factory.micro_batch(config, engine.world)
         classes = model.num_classes
         self.columns = classes if classes and classes <= MOST_COLUMNS else None
-        count = MOST_PICTURES // self.columns * self.columns if self.columns else MOST_PICTURES
+        count = MOST_IMAGES // self.columns * self.columns if self.columns else MOST_IMAGES
         options = replace(
             factory.stream_options(config, model), seed=0, condition_dropout=0.0, coupling_group=1, global_batch=count
         )
         self.condition = LatentStream(config.data.shards, manifest, options, World(), cache).batch(0).condition
-        if classes:  # as many pictures of each, or every n-th class
+        if classes:  # as many images of each, or every n-th class
             index = [i * max(1, classes // count) % classes for i in range(count)]
             self.condition = replace(self.condition, class_index=class_condition(index, classes).class_index)
         shape = (model.latent_channels, model.latent_size, model.latent_size)
-        self.noise = torch.from_numpy(picture_noise(range(count), shape))
+        self.noise = torch.from_numpy(image_noise(range(count), shape))
         self.validation = []
         if held_back.shards:
             batch = config.train.global_batch
@@ -90,7 +90,7 @@ class Validation:
             self.validation = [stream.batch(number * batch) for number in range(batches)]
 
     def measure(self, samples_seen: int) -> dict[str, float]:
-        """The validation loss, if there are held-back shards; the pictures are saved."""
+        """The validation loss, if there are held-back shards; the images are saved."""
         found = {}
         with self.engine.averaged("ema"):
             if self.validation:

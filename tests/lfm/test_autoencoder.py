@@ -1,4 +1,4 @@
-"""The autoencoder is known by its weights, refused where they do not fit, and neither darkens nor clips a picture."""
+"""The autoencoder is known by its weights, refused where they do not fit, and neither darkens nor clips an image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lfm.errors import ConfigError, DataError
 from lfm.types import Posterior
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PICTURES = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+IMAGES = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,14 +71,14 @@ def refused(folder: Path | str) -> str:
 def test_what_is_loaded_encodes_and_decodes_as_what_was_saved(saved: Path) -> None:
     original, loaded = Autoencoder(tiny_kl(), "x"), load(str(saved))
     assert loaded.name == str(saved) and loaded.content_hash == original.content_hash
-    posterior = loaded.encode(PICTURES)
+    posterior = loaded.encode(IMAGES)
     assert posterior.mean.shape == posterior.std.shape == (3, 4, 8, 8)
     assert posterior.mean.dtype == posterior.std.dtype == torch.float32 and (posterior.std > 0).all()
-    torch.testing.assert_close(posterior.mean, original.encode(PICTURES).mean, rtol=1e-4, atol=1e-5)
-    pictures = loaded.decode(posterior.mean * loaded.scale_factor)
-    assert pictures.shape == PICTURES.shape and pictures.dtype == torch.uint8
+    torch.testing.assert_close(posterior.mean, original.encode(IMAGES).mean, rtol=1e-4, atol=1e-5)
+    images = loaded.decode(posterior.mean * loaded.scale_factor)
+    assert images.shape == IMAGES.shape and images.dtype == torch.uint8
     expected = original.decode(posterior.mean * original.scale_factor)
-    assert (pictures.int() - expected.int()).abs().max() <= 1
+    assert (images.int() - expected.int()).abs().max() <= 1
 
 
 def test_it_is_frozen_and_knows_its_sizes(saved: Path) -> None:
@@ -116,9 +116,9 @@ def test_the_content_hash_is_the_same_at_every_precision(saved: Path) -> None:
 
 def test_bfloat16_is_near_float32_and_comes_back_as_float32(saved: Path) -> None:
     exact, rough = load(str(saved)), load(str(saved), dtype=torch.bfloat16)
-    posterior = rough.encode(PICTURES)
+    posterior = rough.encode(IMAGES)
     assert posterior.mean.dtype == posterior.std.dtype == torch.float32
-    torch.testing.assert_close(posterior.mean, exact.encode(PICTURES).mean, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(posterior.mean, exact.encode(IMAGES).mean, atol=0.05, rtol=0.05)
     assert rough.decode(posterior.mean).dtype == torch.uint8
 
 
@@ -153,7 +153,7 @@ def test_other_autoencoders_of_diffusers_serve_too(
     model.save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
     assert (loaded.downsample_factor, loaded.scale_factor) == (factor, model.config.scaling_factor)
-    posterior, size = loaded.encode(PICTURES), PICTURES.shape[-1] // factor
+    posterior, size = loaded.encode(IMAGES), IMAGES.shape[-1] // factor
     assert posterior.mean.shape == posterior.std.shape == (3, 4, size, size)
     assert posterior.mean.any() and posterior.std.any() == (kind == "AsymmetricAutoencoderKL"), "else deterministic"
     scaled = posterior.mean * loaded.scale_factor

@@ -1,4 +1,4 @@
-"""The stages from raw pictures to pictures, by their commands, and what they say to bad input."""
+"""The stages from raw images to images, by their commands, and what they say to bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.data.shard import ShardConfig, run
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm, make_autoencoder
 
 
-def picture_folder(root: Path, count: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+def image_folder(root: Path, count: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
     """Random JPEGs in class folders."""
     random = np.random.default_rng(0)
     for index in range(count):
@@ -37,7 +37,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_equal_input_gives_equal_bytes_whatever_the_workers(tmp_path: Path) -> None:
-    source = picture_folder(tmp_path / "pictures", 30)
+    source = image_folder(tmp_path / "pictures", 30)
     for name, workers in (("one", 1), ("two", 2)):
         run(ShardConfig(str(source), str(tmp_path / name), image_size=16, samples_per_shard=8, workers=workers))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -45,7 +45,7 @@ def test_equal_input_gives_equal_bytes_whatever_the_workers(tmp_path: Path) -> N
 
 def test_a_finished_shard_is_not_written_again_and_a_lost_one_is(tmp_path: Path) -> None:
     config = ShardConfig(
-        str(picture_folder(tmp_path / "p", 30)), str(tmp_path / "raw"), image_size=16, samples_per_shard=8
+        str(image_folder(tmp_path / "p", 30)), str(tmp_path / "raw"), image_size=16, samples_per_shard=8
     )
     run(config)
     before = tree(tmp_path / "raw")
@@ -58,8 +58,8 @@ def test_a_finished_shard_is_not_written_again_and_a_lost_one_is(tmp_path: Path)
     assert kept.stat().st_mtime_ns == time_before
 
 
-def test_a_corrupt_picture_is_rejected_named_and_counted(tmp_path: Path) -> None:
-    source = picture_folder(tmp_path / "pictures", 30)
+def test_a_corrupt_image_is_rejected_named_and_counted(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "pictures", 30)
     bad = source / "cat" / "broken.jpg"
     bad.write_bytes((source / "cat" / "0.jpg").read_bytes()[:200])
     refused = lfm("shard", source, tmp_path / "raw", "--image-size", 16)
@@ -72,9 +72,9 @@ def test_a_corrupt_picture_is_rejected_named_and_counted(tmp_path: Path) -> None
     assert [reject.source for reject in manifest.rejects] == ["cat/broken.jpg"]
 
 
-def test_a_folder_without_pictures_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert_one_line(lfm("shard", tmp_path / "empty", tmp_path / "raw"), tmp_path / "empty", "no pictures")
+    assert_one_line(lfm("shard", tmp_path / "empty", tmp_path / "raw"), tmp_path / "empty", "no images")
     assert_one_line(lfm("shard", tmp_path / "nowhere", tmp_path / "raw"), tmp_path / "nowhere", "no such folder")
     assert not (tmp_path / "raw").exists()
 
@@ -82,7 +82,7 @@ def test_a_folder_without_pictures_is_refused_and_nothing_is_written(tmp_path: P
 def test_the_destination_of_other_shards_is_refused(small_set: SmallSet, tmp_path: Path) -> None:
     shutil.copytree(small_set.raw, tmp_path / "raw")
     before = tree(tmp_path / "raw")
-    assert_one_line(lfm("shard", small_set.pictures, tmp_path / "raw", "--image-size", 8), "image_size", "--overwrite")
+    assert_one_line(lfm("shard", small_set.images, tmp_path / "raw", "--image-size", 8), "image_size", "--overwrite")
     assert tree(tmp_path / "raw") == before
 
 
@@ -100,7 +100,7 @@ def test_the_destination_of_other_shards_is_refused(small_set: SmallSet, tmp_pat
     ],
 )
 def test_a_wrong_flag_is_named(small_set: SmallSet, tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:
-    assert_one_line(lfm("shard", small_set.pictures, tmp_path / "raw", *arguments), said)
+    assert_one_line(lfm("shard", small_set.images, tmp_path / "raw", *arguments), said)
     assert not (tmp_path / "raw").exists()
 
 
@@ -109,7 +109,7 @@ def test_a_wrong_flag_is_named(small_set: SmallSet, tmp_path: Path, arguments: t
 def test_a_damaged_shard_is_named_and_overwrite_or_removing_it_repairs(
     tmp_path: Path, name: str, damage: bytes
 ) -> None:
-    source = picture_folder(tmp_path / "pictures", 20)
+    source = image_folder(tmp_path / "pictures", 20)
     command = ("shard", source, tmp_path / "raw", "--image-size", 8, "--samples-per-shard", 8)
     assert lfm(*command).exit_code == 0
     before = tree(tmp_path / "raw")
@@ -127,13 +127,13 @@ def test_overwrite_leaves_what_is_not_ours(small_set: SmallSet, tmp_path: Path) 
     shutil.copytree(small_set.raw, raw)
     for name in ("my.json", "my.tar", "notes.txt"):
         (raw / name).write_text("mine")
-    assert lfm("shard", small_set.pictures, raw, "--image-size", 8, "--overwrite").exit_code == 0
+    assert lfm("shard", small_set.images, raw, "--image-size", 8, "--overwrite").exit_code == 0
     assert all((raw / name).read_text() == "mine" for name in ("my.json", "my.tar", "notes.txt"))
     assert not (raw / "000001.tar").exists()
 
 
 def test_a_circle_of_links_counts_nothing_twice(tmp_path: Path) -> None:
-    source = picture_folder(tmp_path / "pictures", 6)
+    source = image_folder(tmp_path / "pictures", 6)
     (source / "cat" / "up").symlink_to("..")
     (source / "cat" / "gone.jpg").symlink_to("nowhere")
     result = lfm("shard", source, tmp_path / "raw", "--image-size", 8, "--max-rejected", 0.2)
@@ -152,7 +152,7 @@ def test_a_misspelt_command_or_flag_is_answered_with_the_nearest(tmp_path: Path)
 # --- sample -----------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_depends_on_its_seed_and_class_alone(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:
+def test_a_image_depends_on_its_seed_and_class_alone(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:
     common = ("sample", weights, "--class-index", 2, "--num-steps", 2, "--guidance-scale", 2)
     assert lfm(*common, "--seeds", "0-5", "--batch-size", 4, "--out", tmp_path / "a").exit_code == 0
     assert lfm(*common, "--seeds", "5,3", "--batch-size", 1, "--out", tmp_path / "b").exit_code == 0
@@ -160,7 +160,7 @@ def test_a_picture_depends_on_its_seed_and_class_alone(small_set: SmallSet, weig
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     record = json.loads((tmp_path / "a" / "samples.json").read_text())
     assert record["nfe"]["mean"] == 2 * 2 * 2  # heun evaluates twice a step, guidance doubles it
-    assert [picture["class_index"] for picture in record["pictures"]] == [2] * 6
+    assert [image["class_index"] for image in record["pictures"]] == [2] * 6
     assert Image.open(io.BytesIO((tmp_path / "a" / "grid.png").read_bytes())).size[0] > 16
 
 
@@ -227,7 +227,7 @@ def test_sample_refuses_a_folder_without_weights_and_a_truncated_file(weights: P
 def test_dry_runs_print_the_plan_and_write_nothing(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for arguments in (
-        ("shard", small_set.pictures, out, "--image-size", 16),
+        ("shard", small_set.images, out, "--image-size", 16),
         ("encode", small_set.raw, out, "--autoencoder", small_set.autoencoder),
         ("sample", weights, "--out", out),
         ("scenes", out),
@@ -242,7 +242,7 @@ def test_dry_runs_print_the_plan_and_write_nothing(small_set: SmallSet, weights:
 def test_the_tar_members_of_a_raw_shard_name_their_source(small_set: SmallSet) -> None:
     with tarfile.open(small_set.raw / "000000.tar") as tar:
         metadata = json.loads(tar.extractfile("000000000000.json").read())  # type: ignore[union-attr]
-    assert (small_set.pictures / metadata["source"]).is_file()
+    assert (small_set.images / metadata["source"]).is_file()
 
 
 def test_the_package_resolves_from_the_repository() -> None:

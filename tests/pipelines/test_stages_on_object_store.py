@@ -43,7 +43,7 @@ def test_shards_and_latents_have_the_same_bytes_as_on_the_local_disk(
     store: ObjectStore, small_set: SmallSet, tmp_path: Path
 ) -> None:
     raw, latents = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/latents"
-    shard = ("shard", small_set.pictures, raw, "--image-size", 16, "--samples-per-shard", 16)
+    shard = ("shard", small_set.images, raw, "--image-size", 16, "--samples-per-shard", 16)
     for _ in range(2):  # the second time there is nothing to do
         assert lfm(*shard).exit_code == 0
     assert content(raw) == content(str(small_set.raw))
@@ -71,7 +71,7 @@ def test_an_unreliable_store_costs_time_and_not_a_byte(
     store: ObjectStore, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     raw, latents = (f"s3://{BUCKET}/{fault[-7:]}/{name}" for name in ("raw", "latents"))
-    assert lfm("shard", small_set.pictures, raw, "--image-size", 16, "--samples-per-shard", 16).exit_code == 0
+    assert lfm("shard", small_set.images, raw, "--image-size", 16, "--samples-per-shard", 16).exit_code == 0
     kinds = [
         Fault("cut", 700),
         Fault("status", 503),
@@ -111,8 +111,8 @@ def test_a_source_in_the_store_shards_as_one_on_the_disk(
 ) -> None:
     import fsspec
 
-    fsspec.filesystem("s3").put(str(small_set.pictures), f"{BUCKET}/pictures", recursive=True)
-    result = lfm("shard", f"s3://{BUCKET}/pictures", tmp_path / "raw", "--image-size", 16, "--samples-per-shard", 16)
+    fsspec.filesystem("s3").put(str(small_set.images), f"{BUCKET}/images", recursive=True)
+    result = lfm("shard", f"s3://{BUCKET}/images", tmp_path / "raw", "--image-size", 16, "--samples-per-shard", 16)
     assert result.exit_code == 0, result.stderr
     assert content(str(tmp_path / "raw")) == content(str(small_set.raw))
 
@@ -121,8 +121,6 @@ def test_a_refused_key_is_one_line(store: ObjectStore, small_set: SmallSet, monk
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3fs.S3FileSystem.clear_instance_cache()
     try:
-        assert_one_line(
-            lfm("shard", small_set.pictures, f"s3://{BUCKET}/new", "--image-size", 16), f"s3://{BUCKET}/new"
-        )
+        assert_one_line(lfm("shard", small_set.images, f"s3://{BUCKET}/new", "--image-size", 16), f"s3://{BUCKET}/new")
     finally:
         s3fs.S3FileSystem.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""Every task from the training stage to pictures."""
+"""Every task from the training stage to images."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ ALONE = World()
 class SmallSet:
     """Where its parts are."""
 
-    pictures: Path
+    images: Path
     raw: Path
     latents: Path
     autoencoder: Path

@@ -1,4 +1,4 @@
-"""A feature network that is quick, for tests: the picture in 2 x 2 pixels."""
+"""A feature network that is quick, for tests: the image in 2 x 2 pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Small(nn.Module):
 
 
 def exported(module: nn.Module, path: Path, inputs: int = 1) -> Path:
-    """A module of pictures uint8 (B, 3, 16, 16) as torch.export saves it."""
+    """A module of images uint8 (B, 3, 16, 16) as torch.export saves it."""
     example = tuple(torch.zeros(2, 3, 16, 16, dtype=torch.uint8) for _ in range(inputs))
     sizes = tuple({0: torch.export.Dim("batch", max=1000)} for _ in range(inputs))
     torch.export.save(torch.export.export(module, example, dynamic_shapes=sizes), path)

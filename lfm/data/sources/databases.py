@@ -1,4 +1,4 @@
-"""Layouts whose pictures lie in a few large files: LMDB, tars, tables."""
+"""Layouts whose images lie in a few large files: LMDB, tars, tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def environments(tree: Tree) -> list[str]:
 
 
 def lmdb(tree: Tree, split: str | None, pattern: str) -> Source:
-    """An LMDB of pictures, raw RGB or encoded; its keys are what tells the layouts apart."""
+    """An LMDB of images, raw RGB or encoded; its keys are what tells the layouts apart."""
     found = of_split(tree, environments(tree), split)
     if len(found) != 1:
         raise ConfigError(f"{tree.root}: holds {len(found)} LMDBs ({', '.join(found[:4])}); name the folder of one")
@@ -28,15 +28,15 @@ def lmdb(tree: Tree, split: str | None, pattern: str) -> Source:
     if "__len__" in keys or "__keys__" in keys:
         raise DataError(
             f"{root}: is an LMDB of torchtoolbox, whose values only the pyarrow that wrote them can read; give lfm the "
-            "pictures that it was made from"
+            "images that it was made from"
         )
     if not keys or (strange := [key for key in keys if not re.fullmatch(pattern, key)]):
-        raise DataError(f"{root}: {f'its key {strange[0]!r} is not of this layout' if keys else 'holds no pictures'}")
+        raise DataError(f"{root}: {f'its key {strange[0]!r} is not of this layout' if keys else 'holds no images'}")
     return Source(root, tuple(map(SourceItem, keys)), read=readers.lmdb_value)
 
 
 def webdataset(tree: Tree, split: str | None) -> Source:
-    """Tars of others: a sample's picture, its .cls, .seg.png and .mask.png."""
+    """Tars of others: a sample's image, its .cls, .seg.png and .mask.png."""
     items = []
     for tar in of_split(tree, [name for name in tree.names if name.endswith(".tar")], split):
         for sample in readers.tar_samples(tree.root, tar):
@@ -72,8 +72,8 @@ def hf(tree: Tree, split: str | None) -> Source:
 
 
 def _columns(path: str, schema: Any) -> dict[str, str]:
-    """Which columns are the picture, its map, its mask and its label: by name, where the type fits."""
-    words = {"image": "image img jpg png picture", "segmentation": "annotation segmentation seg map label",
+    """Which columns are the image, its map, its mask and its label: by name, where the type fits."""
+    words = {"image": "image img jpg png image", "segmentation": "annotation segmentation seg map label",
              "mask": "mask", "label": "label labels class cls fine_label"}  # fmt: skip
     types = {entry.name: str(entry.type) for entry in schema}
     found: dict[str, str] = {}
@@ -81,14 +81,14 @@ def _columns(path: str, schema: Any) -> dict[str, str]:
         fits = [name for name in names.split() if name in types and ("int" in types[name]) == (part == "label")]
         found |= {part: fits[0]} if fits else {}
     if "image" not in found:
-        raise DataError(f"{path}: no column `image` there, but {', '.join(types)}; rename the one with the pictures")
+        raise DataError(f"{path}: no column `image` there, but {', '.join(types)}; rename the one with the images")
     return found
 
 
 def _source(tree: Tree, items: list[SourceItem], read: Any, class_names: tuple[str, ...] = ()) -> Source:
     """The source of these items, whose classes are numbers where they have no names."""
     if not items:
-        raise DataError(f"{tree.root}: no pictures in it; name the folder that holds them")
+        raise DataError(f"{tree.root}: no images in it; name the folder that holds them")
     largest = max((item.class_index for item in items if item.class_index is not None), default=-1)
     names = (*class_names, *map(str, range(len(class_names), largest + 1)))
     return Source(tree.root, tuple(items), names, read=read)

@@ -17,7 +17,7 @@ from lfm.data.sources.source import SPLIT, UNLABELLED, Source, Tree, choose_spli
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
 
-# Folders of pictures and of their maps, by the names that collections give them.
+# Folders of images and of their maps, by the names that collections give them.
 PAIRS = (
     ("images", "annotations"),
     ("images", "segmentations"),
@@ -58,7 +58,7 @@ def imagenet(tree: Tree, split: str | None) -> Source:
     mapping = (_text(tree, "LOC_synset_mapping.txt", above=3) or "").splitlines()
     names = {line.split(" ")[0]: line for line in mapping if line}
     data = next((tree.at(at) for at in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC") if tree.holds(at)), tree)
-    parts = [name.split("/") for name in data.pictures]
+    parts = [name.split("/") for name in data.images]
     tops = {part[0] for part in parts}
     splits = set(filter(SPLIT.fullmatch, tops))
     if not split and splits and (len(splits) > 1 or splits == tops):
@@ -66,19 +66,19 @@ def imagenet(tree: Tree, split: str | None) -> Source:
     wnids = sorted({*names, *(folder for part in parts for folder in part[:-1] if WNID.fullmatch(folder))})
     index = {wnid: number for number, wnid in enumerate(wnids)}
     chosen = data.at(split or "")
-    if not chosen.pictures:
-        raise DataError(f"{chosen.root}: no pictures there; name the folder that holds ILSVRC or train and val")
+    if not chosen.images:
+        raise DataError(f"{chosen.root}: no images there; name the folder that holds ILSVRC or train and val")
     solution = None
-    if any("/" not in name for name in chosen.pictures):
+    if any("/" not in name for name in chosen.images):
         table = _text(tree, "LOC_val_solution.csv", above=3)
         if table is None:
             raise DataError(
                 f"{chosen.root}: has no class folders; put Kaggle's LOC_val_solution.csv beside ILSVRC, or sort the "
-                "pictures into folders by class"
+                "images into folders by class"
             )
         solution = {row[0]: row[1].split(" ")[0] for row in csv.reader(io.StringIO(table)) if len(row) > 1}
     items = []
-    for name in chosen.pictures:
+    for name in chosen.images:
         wnid = name.split("/")[0] if solution is None else solution.get(_stem(name), "")
         if wnid not in index:
             raise DataError(f"{storage.join(chosen.root, name)}: its class is not known; remove it or name its class")
@@ -86,7 +86,7 @@ def imagenet(tree: Tree, split: str | None) -> Source:
     return Source(chosen.root, tuple(items), tuple(names.get(wnid, wnid) for wnid in wnids))
 
 
-# --- pictures with maps and masks --------------------------------------------------------------------------------
+# --- images with maps and masks --------------------------------------------------------------------------------
 
 
 def _labels(tree: Tree, default: dict[int, str]) -> dict[int, str]:
@@ -99,14 +99,14 @@ def _labels(tree: Tree, default: dict[int, str]) -> dict[int, str]:
 
 
 def _folders_of_pairs(tree: Tree, split: str | None) -> tuple[str, str, str | None] | None:
-    """The folder of the pictures, that of the maps, and the split they are of."""
+    """The folder of the images, that of the maps, and the split they are of."""
     tops = sorted({name.split("/")[0] for name in tree.names if "/" in name})
     fits: dict[str, tuple[str, str]] = {}
-    for pictures, maps in PAIRS:
+    for images, maps in PAIRS:
         for choice in [split] if split else tops:
-            pair = pictures.format(split=choice), maps.format(split=choice)
+            pair = images.format(split=choice), maps.format(split=choice)
             if tree.holds(pair[0]) and tree.holds(pair[1]):
-                if "{" not in pictures or split:
+                if "{" not in images or split:
                     return *pair, split
                 fits[choice] = pair
     if fits:
@@ -116,19 +116,19 @@ def _folders_of_pairs(tree: Tree, split: str | None) -> tuple[str, str, str | No
 
 
 def paired(tree: Tree, split: str | None, default: dict[int, str] | None = None) -> Source:
-    """Pictures, and maps (and masks, in `masks`) of the same name in a folder beside; ids are kept as they are."""
+    """Images, and maps (and masks, in `masks`) of the same name in a folder beside; ids are kept as they are."""
     pair = _folders_of_pairs(tree, split)
     if pair is None:
         known = ", ".join(" + ".join(pair) for pair in PAIRS).replace("{split}", "SPLIT")
-        raise DataError(f"{tree.root}: no folders of pictures and maps there; name them like one of these: {known}")
-    pictures, maps, split = pair
+        raise DataError(f"{tree.root}: no folders of images and maps there; name them like one of these: {known}")
+    images, maps, split = pair
     lists = {name.rpartition("/")[2][:-4] for name in tree.names if name.startswith("ImageSets/Segmentation/")}
     if lists:
         split = choose_split(tree.root, lists, split)
-    base = folder(tree.at(pictures), None if lists or pictures == split else split)
-    inner = base.root[len(storage.join(tree.root, pictures)) + 1 :]  # the split's folder, if there is one
+    base = folder(tree.at(images), None if lists or images == split else split)
+    inner = base.root[len(storage.join(tree.root, images)) + 1 :]  # the split's folder, if there is one
     listed = (_text(tree, f"ImageSets/Segmentation/{split}.txt") or "").split() if lists else None
-    by_stem = {_stem(name): name for name in tree.pictures if name.startswith((f"{maps}/", "masks/"))}
+    by_stem = {_stem(name): name for name in tree.images if name.startswith((f"{maps}/", "masks/"))}
     masks = tree.holds("masks")
     found = {
         _stem(name): (name, item) for item in base.items for name in [f"{inner}/{item.image}" if inner else item.image]
@@ -137,7 +137,7 @@ def paired(tree: Tree, split: str | None, default: dict[int, str] | None = None)
     for stem in found if listed is None else listed:
         name, item = found.get(stem, (f"{stem}.jpg", SourceItem("")))
         segmentation, mask = (by_stem.get(f"{at}/{stem}", f"{at}/{stem}.png") for at in (maps, "masks"))
-        items.append(SourceItem(f"{pictures}/{name}", item.class_index, segmentation, mask if masks else None))
+        items.append(SourceItem(f"{images}/{name}", item.class_index, segmentation, mask if masks else None))
     return Source(tree.root, tuple(items), base.class_names, _labels(tree, default or {}))
 
 
@@ -166,13 +166,13 @@ def celebamask_hq(tree: Tree, split: str | None, order: str) -> Source:
     _refuse_split(tree, split)
     names = FACE_PARTS[order].split()
     parts: dict[int, dict[str, str]] = {}
-    for name in tree.at("CelebAMask-HQ-mask-anno").pictures:
+    for name in tree.at("CelebAMask-HQ-mask-anno").images:
         number, _, part = _stem(name.rpartition("/")[2]).partition("_")
         if part not in names or not number.isdecimal():
             raise DataError(f"{tree.root}/CelebAMask-HQ-mask-anno/{name}: is no part of a face; remove it")
         parts.setdefault(int(number), {})[part] = f"CelebAMask-HQ-mask-anno/{name}"
     items = []
-    for name in tree.at("CelebA-HQ-img").pictures:
+    for name in tree.at("CelebA-HQ-img").images:
         found = parts.get(int(_stem(name)), {}) if _stem(name).isdecimal() else {}
         painted = tuple((class_id, found[part]) for class_id, part in enumerate(names, 1) if part in found)
         items.append(SourceItem(f"CelebA-HQ-img/{name}", segmentation=painted))
@@ -182,10 +182,10 @@ def celebamask_hq(tree: Tree, split: str | None, order: str) -> Source:
 def inpainting(tree: Tree, split: str | None) -> Source:
     """name.png and name_mask.png side by side; white = hole."""
     tree = tree.at(split or "")
-    masks = {_stem(name): name for name in tree.pictures if _stem(name).endswith("_mask")}
-    names = [name for name in tree.pictures if name not in masks.values()]
+    masks = {_stem(name): name for name in tree.images if _stem(name).endswith("_mask")}
+    names = [name for name in tree.images if name not in masks.values()]
     if not names:
-        raise DataError(f"{tree.root}: no pictures beside the masks; name.png belongs to name_mask.png")
+        raise DataError(f"{tree.root}: no images beside the masks; name.png belongs to name_mask.png")
     found = ((name, f"{_stem(name)}_mask") for name in names)
     return Source(tree.root, tuple(SourceItem(name, mask=masks.get(mask, f"{mask}.png")) for name, mask in found))
 
@@ -218,7 +218,7 @@ def _has_pairs(tree: Tree) -> bool:
 HEX = r"[0-9a-f]{40}"
 COCO = r"^(annotations|stuffthingmaps)/(train|val)2017/\d{12}\.png$"
 LAYOUTS = {
-    "folder": Layout(folder, lambda tree: bool(tree.pictures)),
+    "folder": Layout(folder, lambda tree: bool(tree.images)),
     "imagenet": Layout(imagenet, _has(r"^(ILSVRC/)?Data/CLS-LOC/|^((train|val)/)?n\d{8}/"), ("folder",)),
     "lmdb": Layout(partial(lmdb, pattern=r"\d+"), lambda tree: _has_keys(tree, rf"(?!{HEX}).*")),
     "lsun": Layout(partial(lmdb, pattern=HEX), lambda tree: _has_keys(tree, HEX)),

@@ -61,7 +61,7 @@ def lmdb_keys(root: str) -> Iterator[str]:
 
 
 def lmdb_value(root: str, name: str) -> bytes | np.ndarray:
-    """An encoded picture, or the array uint8 (side, side, 3) where the value is raw RGB."""
+    """An encoded image, or the array uint8 (side, side, 3) where the value is raw RGB."""
     with _environment(root).begin() as transaction:
         value = transaction.get(name.encode())
     if value is None:
@@ -116,7 +116,7 @@ def tar_member(root: str, name: str) -> bytes:
     """A member's content, by one ranged read."""
     tar, place, _ = name.split("#", 2)
     if place == NOWHERE:
-        raise StorageError(f"{storage.join(root, name)}: the sample has no picture")
+        raise StorageError(f"{storage.join(root, name)}: the sample has no image")
     offset, size = map(int, place.split("+"))
     content = storage.read_range(storage.join(root, tar), offset, size)
     if len(content) != size:
@@ -168,10 +168,10 @@ def table_column(path: str, group: int, column: str) -> Any:
 
 
 def table_cell(root: str, name: str) -> bytes:
-    """The picture in a cell: bytes, or Hugging Face's {bytes, path}."""
+    """The image in a cell: bytes, or Hugging Face's {bytes, path}."""
     path, group, row, column = name.rsplit("#", 3)
     cell = table_column(storage.join(root, path), int(group), column)[int(row)].as_py()
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
-        raise StorageError(f"{storage.join(root, name)}: the cell holds no picture's bytes")
+        raise StorageError(f"{storage.join(root, name)}: the cell holds no image's bytes")
     return content

@@ -1,4 +1,4 @@
-"""Picture collections as people have them: a source is a list of items and the store that reads them.
+"""Image collections as people have them: a source is a list of items and the store that reads them.
 
 What the items are is a pure function of the collection's file names (of its keys or rows, where it is a data base), so
 every process that reads the source sees the same list.
@@ -28,7 +28,7 @@ UNLABELLED = "unlabelled"
 
 
 @dataclass(frozen=True)
-class Pictures:
+class DecodedItem:
     """What there is of one item, at its original size."""
 
     image: Image.Image  # RGB
@@ -47,7 +47,7 @@ class Source:
     layout: str = "folder"
     read: Callable[[str, str], bytes | np.ndarray] = readers.file
 
-    def pictures(self, item: SourceItem) -> Pictures:
+    def decode_item(self, item: SourceItem) -> DecodedItem:
         """Read and decode one item.
 
         Raises:
@@ -72,11 +72,11 @@ class Source:
                 mask = decode_mask(self._bytes(item.mask))
                 if mask.size != image.size:
                     raise Rejected("of another size", _sizes(mask.size, image.size))
-        return Pictures(image, ids, mask)
+        return DecodedItem(image, ids, mask)
 
     @cached_property
     def fields(self) -> set[Literal["mask", "segmentation"]]:
-        """What pictures of it have beside their class: `mask`, `segmentation`."""
+        """What images of it have beside their class: `mask`, `segmentation`."""
         return {
             name for name in ("mask", "segmentation") if any(getattr(item, name) is not None for item in self.items)
         }
@@ -89,7 +89,7 @@ class Source:
     def _bytes(self, name: str) -> bytes:
         content = self.read(self.root, name)
         if not isinstance(content, bytes):
-            raise Rejected("not a picture", f"{name}: raw pixels")
+            raise Rejected("not an image", f"{name}: raw pixels")
         return content
 
 
@@ -109,7 +109,7 @@ def _about(part: str) -> Iterator[None]:
 
 
 def _sizes(found: tuple[int, ...], wanted: tuple[int, int]) -> str:
-    return f"{found[0]} x {found[1]} pixels, the picture {wanted[0]} x {wanted[1]}"
+    return f"{found[0]} x {found[1]} pixels, the image {wanted[0]} x {wanted[1]}"
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ class Tree:
         return any(map(re.compile(pattern).search, self.names))
 
     def holds(self, folder: str) -> bool:
-        """Whether there is a picture below a folder."""
-        return any(name.startswith(f"{folder}/") for name in self.pictures)
+        """Whether there is an image below a folder."""
+        return any(name.startswith(f"{folder}/") for name in self.images)
 
     @cached_property
-    def pictures(self) -> list[str]:
-        """The names of the pictures."""
+    def images(self) -> list[str]:
+        """The names of the images."""
         return [name for name in self.names if name.lower().endswith(SUFFIXES)]
 
 
@@ -175,16 +175,16 @@ def of_split(tree: Tree, names: list[str], split: str | None) -> list[str]:
 
 
 def folder(tree: Tree, split: str | None) -> Source:
-    """Pictures in folders: the first folder's name is the class; without folders there are no classes.
+    """Images in folders: the first folder's name is the class; without folders there are no classes.
 
     Raises:
         ConfigError: the folder holds splits and none was chosen, or not the chosen one.
-        DataError: there are no pictures, or some lie in class folders and some do not.
+        DataError: there are no images, or some lie in class folders and some do not.
     """
     tree = tree.at(split or "")
-    root, paths = tree.root, tree.pictures
+    root, paths = tree.root, tree.images
     if not paths:
-        raise DataError(f"{root}: no pictures there ({', '.join(SUFFIXES[:4])}, ...); name the folder that holds them")
+        raise DataError(f"{root}: no images there ({', '.join(SUFFIXES[:4])}, ...); name the folder that holds them")
     tops = {path.split("/")[0] for path in paths if "/" in path}
     if not tops:
         return Source(root, tuple(SourceItem(path) for path in paths))

@@ -36,7 +36,7 @@ from lfm.world import World
 
 _PLANNED = 16  # batches whose draws are made together
 
-# What each condition needs of a sample: the member that holds it, and that of the mirrored picture.
+# What each condition needs of a sample: the member that holds it, and that of the mirrored image.
 _FIELDS = {
     "none": {"latent": ("latent.npy", "latent_flip.npy")},
     "class": {"class": ("cls", "cls")},

@@ -233,7 +233,7 @@ GOOD = raw_members(raw_samples(1)[0], "webp")
         GOOD | {"mask.png": b"junk"},
         GOOD | {"seg.png": GOOD["seg.png"][:60]},
     ],
-    ids=["no picture", "junk", "empty", "class", "json", "mask", "segmentation"],
+    ids=["no image", "junk", "empty", "class", "json", "mask", "segmentation"],
 )
 def test_a_bad_member_is_one_line_with_shard_and_sample(tmp_path: Path, members: dict[str, Any]) -> None:
     write_tar(tmp_path / "a.tar", [members])
@@ -345,7 +345,7 @@ def test_a_latent_shard_is_mapped_and_never_changed(tmp_path: Path) -> None:
 
 
 def test_a_latent_shard_of_no_samples_is_empty(tmp_path: Path) -> None:
-    """All of a raw shard's pictures can have been rejected."""
+    """All of a raw shard's images can have been rejected."""
     write_tar(tmp_path / "a.tar", [])
     members, stride = layout((4, 32, 32), classes=True, flips=True)
     shard = LatentShard(tmp_path / "a.tar", 0, members, stride)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.data.random_draws import draw, draw_noise, picture_noise
+from lfm.data.random_draws import draw, draw_noise, image_noise
 
 SMALL = settings(max_examples=25, deadline=None)
 SHAPE = (2, 3, 3)
@@ -61,16 +61,16 @@ def test_the_words_are_those_of_splitmix() -> None:
 
 @SMALL
 @given(seeds=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=6, unique=True))
-def test_every_seed_has_a_picture_of_its_own(seeds: list[int]) -> None:
-    noise = picture_noise(seeds, SHAPE)
-    assert len({picture.tobytes() for picture in noise}) == len(seeds)
-    for seed, picture in zip(seeds, noise, strict=True):
-        assert np.array_equal(picture_noise([seed], SHAPE)[0], picture)
+def test_every_seed_has_a_image_of_its_own(seeds: list[int]) -> None:
+    noise = image_noise(seeds, SHAPE)
+    assert len({image.tobytes() for image in noise}) == len(seeds)
+    for seed, image in zip(seeds, noise, strict=True):
+        assert np.array_equal(image_noise([seed], SHAPE)[0], image)
 
 
 @pytest.mark.parametrize("seed", [2**53, 2**60, 2**63])
-def test_neighbouring_large_seeds_have_different_pictures(seed: int) -> None:
-    one, other = picture_noise([seed, seed + 1], SHAPE)
+def test_neighbouring_large_seeds_have_different_images(seed: int) -> None:
+    one, other = image_noise([seed, seed + 1], SHAPE)
     assert not np.array_equal(one, other)
 
 
@@ -80,7 +80,7 @@ def test_shapes_and_types() -> None:
     assert draws.flip.dtype == torch.bool and draws.flip.shape == (2,)
     assert {value.dtype for value in (draws.drop, draws.uniform, *noises)} == {torch.float32}
     assert {noise.shape for noise in noises} == {(2, *SHAPE)}
-    assert picture_noise(range(3), SHAPE).dtype == np.float32
+    assert image_noise(range(3), SHAPE).dtype == np.float32
     assert draw_noise(0, numbers[:0], SHAPE)[0].shape == (0, *SHAPE)
 
 
@@ -92,7 +92,7 @@ def test_the_laws() -> None:
     for uniform in (draws.drop.numpy(), draws.uniform.numpy()):
         assert uniform.min() >= 0 and uniform.max() < 1
         assert np.abs(np.sort(uniform) - np.linspace(0, 1, count)).max() < 0.03, "Kolmogorov and Smirnov"
-    for normal in (*(noise.numpy() for noise in noises), picture_noise(range(count), (2, 4))):
+    for normal in (*(noise.numpy() for noise in noises), image_noise(range(count), (2, 4))):
         flat = normal.reshape(count, -1)
         assert abs(flat.mean()) < error / np.sqrt(8)
         assert abs(flat.var() - 1) < 2 * error / np.sqrt(8)
@@ -120,9 +120,9 @@ def test_the_noise_is_normal_to_its_tails() -> None:
 def test_the_draws_are_the_same_in_every_process() -> None:
     script = """
 import torch
-from lfm.data.random_draws import draw_noise, picture_noise
-print(draw_noise(7, torch.tensor([11]), (3,))[0].numpy().tobytes().hex(), picture_noise([5], (3,)).tobytes().hex())
+from lfm.data.random_draws import draw_noise, image_noise
+print(draw_noise(7, torch.tensor([11]), (3,))[0].numpy().tobytes().hex(), image_noise([5], (3,)).tobytes().hex())
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    expected = (draw_noise(7, torch.tensor([11]), (3,))[0].numpy(), picture_noise([5], (3,)))
+    expected = (draw_noise(7, torch.tensor([11]), (3,))[0].numpy(), image_noise([5], (3,)))
     assert result.stdout.split() == [array.tobytes().hex() for array in expected]

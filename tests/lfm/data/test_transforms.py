@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the right RGB, and every kind of rubbish is rejected with a reason."""
+"""Every kind of image becomes the right RGB, and every kind of rubbish is rejected with a reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[40:200:24j, 60:220:17j], 90.0), 
 
 
 def encoded(image: Image.Image | np.ndarray, file_format: str = "PNG", **options: Any) -> bytes:
-    """A picture as a file."""
+    """An image as a file."""
     buffer = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(buffer, file_format, **options)
@@ -35,7 +35,7 @@ def decoded(content: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
-# --- what a picture becomes --------------------------------------------------------------------------------------
+# --- what an image becomes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "PPM", "TIFF"])
@@ -130,7 +130,7 @@ def test_cmyk_is_not_inverted() -> None:
     assert np.abs(decoded(content).astype(int) - SMOOTH).max() < 16
 
 
-def test_the_first_picture_of_a_film_is_taken() -> None:
+def test_the_first_image_of_a_film_is_taken() -> None:
     flat = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
     content = encoded(flat[0], "GIF", save_all=True, append_images=flat[1:])
     assert decoded(content)[0, 0].tolist() == [255, 0, 0]
@@ -146,10 +146,10 @@ def rejected(content: bytes) -> Rejected:
     return error.value
 
 
-def test_what_is_no_picture_is_rejected() -> None:
+def test_what_is_no_image_is_rejected() -> None:
     assert rejected(b"").reason == "empty file"
     for content in (b"\0", b"hello", b"<html></html>" * 99, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", bytes(10_000)):
-        assert rejected(content).reason in ("not a picture", "cannot be decoded")
+        assert rejected(content).reason in ("not an image", "cannot be decoded")
 
 
 FORMATS: dict[str, bytes] = {
@@ -166,7 +166,7 @@ FORMATS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_truncated_picture_is_rejected_or_whole(name: str) -> None:
+def test_a_truncated_image_is_rejected_or_whole(name: str) -> None:
     content = FORMATS[name]
     whole = decoded(content)
     for length in [*range(0, min(len(content), 200), 3), *range(200, len(content), max(1, len(content) // 60))]:
@@ -174,7 +174,7 @@ def test_a_truncated_picture_is_rejected_or_whole(name: str) -> None:
             image = decoded(content[:length])
         except Rejected:
             continue
-        # what is cut may have been an end mark or a later section; a picture that is smaller or grey would be wrong
+        # what is cut may have been an end mark or a later section; an image that is smaller or grey would be wrong
         assert name == "JPEG2000" or length > 0.9 * len(content), f"{length} of {len(content)} bytes were accepted"
         assert image.shape == whole.shape
 
@@ -184,7 +184,7 @@ def test_a_truncated_picture_is_rejected_or_whole(name: str) -> None:
     name=st.sampled_from(sorted(FORMATS)),
     changes=st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.integers(0, 255)), min_size=1, max_size=6),
 )
-def test_a_damaged_picture_is_rejected_or_decoded_and_nothing_else(
+def test_a_damaged_image_is_rejected_or_decoded_and_nothing_else(
     name: str, changes: list[tuple[float, bool, int]]
 ) -> None:
     content = bytearray(FORMATS[name])
@@ -218,7 +218,7 @@ def test_a_damaged_exif_block_is_no_reason_to_stop(tag: int, kind: int, value: b
         assert error.reason
 
 
-def test_a_picture_that_is_far_too_large_is_rejected_before_it_is_decoded() -> None:
+def test_a_image_that_is_far_too_large_is_rejected_before_it_is_decoded() -> None:
     import struct
     import zlib
 
@@ -232,7 +232,7 @@ def test_a_picture_that_is_far_too_large_is_rejected_before_it_is_decoded() -> N
 
 
 def test_no_other_program_is_started_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow hands PostScript to Ghostscript, whatever the file is called: a picture is no program to run."""
+    """Pillow hands PostScript to Ghostscript, whatever the file is called: an image is no program to run."""
     started: list[object] = []
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
     for name in ("check_call", "check_output", "run", "Popen", "call"):
@@ -256,13 +256,13 @@ def test_the_crop_is_adms_bit_for_bit(size: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(1, 40))
-def test_a_crop_has_its_size_whatever_the_picture(width: int, height: int, size: int) -> None:
+def test_a_crop_has_its_size_whatever_the_image(width: int, height: int, size: int) -> None:
     flat = Image.new("RGB", (width, height), (10, 200, 30))
     for rule in CROPS:
         result = crop(flat, size, rule)
         assert result.shape == (size, size, 3) and result.dtype == np.uint8
-        picture = (result == (10, 200, 30)).all(-1)
-        assert (picture | (rule == "pad") & (result == BACKGROUND).all(-1)).all() and picture[size // 2, size // 2]
+        image = (result == (10, 200, 30)).all(-1)
+        assert (image | (rule == "pad") & (result == BACKGROUND).all(-1)).all() and image[size // 2, size // 2]
 
 
 @settings(max_examples=20, deadline=None)
@@ -274,7 +274,7 @@ def test_a_crop_of_the_right_size_is_the_centre_itself(size: int, extra: int, wi
     assert np.array_equal(crop(Image.fromarray(pixels), size), expected)
 
 
-def test_a_thread_of_a_picture_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_of_a_image_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pixel wide and 60,000 high, it would be resized to 256 x 15,360,000: 12 GB."""
     sizes: list[int] = []
 

@@ -37,7 +37,7 @@ def field(mean: Tensor, std: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Case:
-    """Pictures x = A z + b + r, with r outside of what the decoder A z + b can make."""
+    """Images x = A z + b + r, with r outside of what the decoder A z + b can make."""
 
     def __init__(self, shift: float, stretch: float) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def distance(self) -> float:
-        """Between pictures and what is generated: both are Gaussians."""
+        """Between images and what is generated: both are Gaussians."""
         spread = self.matrix * self.std
         generated = self.matrix * (self.wrong_std**2 + SIGMA_MIN**2).sqrt()
         return math.sqrt(

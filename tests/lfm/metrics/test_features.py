@@ -27,7 +27,7 @@ def inception_file(inception: Inception, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-def pictures(count: int = 2, size: int = 20) -> torch.Tensor:
+def images(count: int = 2, size: int = 20) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -60,7 +60,7 @@ def test_averages_leave_the_padding_out() -> None:
 
 def test_inception_gives_what_the_metrics_take(inception: Inception) -> None:
     with torch.inference_mode():
-        found = inception(pictures())
+        found = inception(images())
     assert (found.pooled.shape, found.spatial.shape, found.probabilities.shape) == ((2, 2048), (2, 2023), (2, 1008))
     torch.testing.assert_close(found.probabilities.sum(1), torch.ones(2))
 
@@ -91,7 +91,7 @@ def test_inception_is_loaded_strictly_and_is_fid_only_as_published(inception_fil
 def test_fd_lite_recognises_what_its_weights_were_trained_on() -> None:
     network = features.load("fd-lite")
     assert network.content_hash.startswith("57934424"), "the hash that its publisher wrote into the file's name"
-    noise = network(pictures(2, 64)).pooled
+    noise = network(images(2, 64)).pooled
     assert noise.shape == (2, 1280)
     assert float(noise.std()) > 0.1
     assert not torch.equal(noise[0], noise[1])
@@ -105,11 +105,11 @@ class Colours(nn.Module):
 def test_a_module_of_ones_own_is_a_network(tmp_path: Path) -> None:
     path = tmp_path / "colours.pt2"
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    torch.export.save(torch.export.export(Colours(), (pictures(),), dynamic_shapes=(sizes,)), path)
+    torch.export.save(torch.export.export(Colours(), (images(),), dynamic_shapes=(sizes,)), path)
     network = features.load(str(path))
     assert (network.name, network.frechet) == ("colours", "fd-colours")
-    expected = pictures(5, 8).numpy().mean((2, 3))
-    np.testing.assert_allclose(network(pictures(5, 8)).pooled.numpy(), expected, rtol=1e-5)
+    expected = images(5, 8).numpy().mean((2, 3))
+    np.testing.assert_allclose(network(images(5, 8)).pooled.numpy(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["inception", "inception:", "vgg", "absent.pt2"])

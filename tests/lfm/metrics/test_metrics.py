@@ -116,7 +116,7 @@ def test_singular_covariances_are_finite_and_warned_of() -> None:
     few, same = gaussian(features[:20]), gaussian(torch.ones(40, 64))
     for first, second in ((few, few), (few, same), (same, few), (same, same)):
         assert math.isfinite(frechet_distance(first, second))
-    assert "20 pictures in 64 dimensions" in str(singular_warning(few, gaussian(features)))
+    assert "20 images in 64 dimensions" in str(singular_warning(few, gaussian(features)))
     assert singular_warning(gaussian(normal(65, 64)), gaussian(normal(65, 64))) is None
 
 
@@ -180,13 +180,13 @@ def test_equal_features_fool_the_support_vector_machine() -> None:
     assert discrimination_scores(same, same).unpaired == 0.5
 
 
-def test_psnr_and_ssim_of_known_pictures() -> None:
-    picture = torch.randint(0, 246, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert psnr(picture, picture + 10).tolist() == pytest.approx([10 * math.log10(255**2 / 100)] * 2)
-    assert psnr(picture, picture).tolist() == [100, 100]
-    assert ssim(picture, picture).tolist() == pytest.approx([1, 1])
-    assert ssim(picture[:1], 255 - picture[:1]).shape == (1,)
-    assert float(ssim(picture[:1], 255 - picture[:1])) < 0
+def test_psnr_and_ssim_of_known_images() -> None:
+    image = torch.randint(0, 246, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert psnr(image, image + 10).tolist() == pytest.approx([10 * math.log10(255**2 / 100)] * 2)
+    assert psnr(image, image).tolist() == [100, 100]
+    assert ssim(image, image).tolist() == pytest.approx([1, 1])
+    assert ssim(image[:1], 255 - image[:1]).shape == (1,)
+    assert float(ssim(image[:1], 255 - image[:1])) < 0
 
 
 def test_confusion_counts_pixels() -> None:

@@ -187,7 +187,7 @@ def test_a_watch_sees_every_row_at_every_step_to_the_end(name: str) -> None:
         seen.append((time.clone(), state.clone(), rows.clone()))
 
     options = {"num_steps": 4} if name in FIXED else {}
-    latents = Solving(name, **options)(Counted(logistic, 3), NOISE, normals=still, watch=watch)
+    latents = Solving(name, **options)(Counted(logistic, 3), NOISE, normals=still, on_step=watch)
     for row in range(3):
         steps = [(float(t[r == row]), x[r == row]) for t, x, r in seen if (r == row).any()]
         assert [time for time, _ in steps] == sorted([time for time, _ in steps], reverse=True)

@@ -12,35 +12,35 @@ from lfm.synthetic.dead_leaves import draw_leaves
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32), index=st.integers(0, 2**32), size=st.integers(8, 40))
-def test_a_picture_depends_on_its_number_alone(seed: int, index: int, size: int) -> None:
-    picture = draw_leaves(seed, index, size)
-    assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
+def test_a_image_depends_on_its_number_alone(seed: int, index: int, size: int) -> None:
+    image = draw_leaves(seed, index, size)
+    assert image.shape == (size, size, 3) and image.dtype == np.uint8
     np.random.default_rng(0).random()
     np.random.seed(1)
-    assert np.array_equal(draw_leaves(seed, index, size), picture)
+    assert np.array_equal(draw_leaves(seed, index, size), image)
 
 
-def test_pictures_differ_by_index_and_by_seed() -> None:
-    pictures = {draw_leaves(seed, index, 16).tobytes() for seed in range(5) for index in range(10)}
-    assert len(pictures) == 50
+def test_images_differ_by_index_and_by_seed() -> None:
+    images = {draw_leaves(seed, index, 16).tobytes() for seed in range(5) for index in range(10)}
+    assert len(images) == 50
 
 
 @pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
+def images() -> np.ndarray:
     return np.stack([draw_leaves(0, index, 32) for index in range(60)]).astype(np.float64)
 
 
-def test_all_levels_and_colours_occur(pictures: np.ndarray) -> None:
-    assert len(np.unique(pictures)) == 256
-    means = pictures.mean((0, 1, 2))
+def test_all_levels_and_colours_occur(images: np.ndarray) -> None:
+    assert len(np.unique(images)) == 256
+    means = images.mean((0, 1, 2))
     assert (means > 70).all() and (means < 185).all()
     assert np.ptp(means) < 40, "no colour is preferred"
-    assert np.median(pictures.std((1, 2, 3))) > 25, "no flat pictures"
+    assert np.median(images.std((1, 2, 3))) > 25, "no flat images"
 
 
-def test_the_spectrum_falls_as_that_of_photographs(pictures: np.ndarray) -> None:
+def test_the_spectrum_falls_as_that_of_photographs(images: np.ndarray) -> None:
     """Power falls about as frequency to -2 (Ruderman, 1997); white noise would not fall at all."""
-    grey = pictures.mean(-1)
+    grey = images.mean(-1)
     power = np.abs(np.fft.fft2(grey - grey.mean((1, 2), keepdims=True))).__pow__(2).mean(0)
     frequency = np.hypot(np.fft.fftfreq(32)[:, None], np.fft.fftfreq(32)[None]) * 32
     rings = [power[(frequency >= low) & (frequency < low + 1)].mean() for low in range(1, 13)]

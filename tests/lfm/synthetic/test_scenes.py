@@ -86,11 +86,11 @@ def test_nothing_is_read_into_noise() -> None:
     noise = [random.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8) for _ in range(40)]
     waves = [np.kron(random.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8) for _ in range(40)]
     flat = [np.full((SIZE, SIZE, 3), colour, np.uint8) for colour in ((0, 0, 0), (255, 255, 255), (200, 10, 10))]
-    assert np.mean([recognise(picture) is None for picture in noise]) >= 0.9
-    assert np.mean([recognise(picture) is None for picture in waves]) >= 0.8
-    assert all(recognise(picture) is None for picture in flat)
-    for picture in (*noise[:3], *flat):
-        assert segment(picture).shape == (SIZE, SIZE) and segment(picture).max() < len(SEGMENT_NAMES)
+    assert np.mean([recognise(image) is None for image in noise]) >= 0.9
+    assert np.mean([recognise(image) is None for image in waves]) >= 0.8
+    assert all(recognise(image) is None for image in flat)
+    for image in (*noise[:3], *flat):
+        assert segment(image).shape == (SIZE, SIZE) and segment(image).max() < len(SEGMENT_NAMES)
 
 
 def test_a_scene_without_its_shape_has_no_class(scenes: list[Scene]) -> None:
@@ -103,7 +103,7 @@ def test_a_scene_without_its_shape_has_no_class(scenes: list[Scene]) -> None:
 
 
 def test_a_mild_blur_or_noise_does_not_hide_the_class(scenes: list[Scene]) -> None:
-    """What a decoder does to a picture."""
+    """What a decoder does to an image."""
     random = np.random.default_rng(0)
     noisy = [np.clip(s.image + random.normal(0, 5, s.image.shape), 0, 255).astype(np.uint8) for s in scenes[:100]]
     right = [recognise(image) == s.class_index for image, s in zip(noisy, scenes, strict=False)]

@@ -24,14 +24,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_elsewhere_it_is_one_line_a_minute_with_rate_and_time_left(clock: list[float]) -> None:
     stream = io.StringIO()
-    with Progress("encode", 600, "pictures", stream=stream) as bar:
+    with Progress("encode", 600, "images", stream=stream) as bar:
         for _ in range(600):
             clock[0] += 1
             bar.advance(1, psnr="20 dB")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 11  # ten minutes, and the end
-    assert lines[0] == "encode: 60 of 600 pictures, 1.0/s, 9:00 left, psnr 20 dB"
-    assert lines[-1] == "encode: 600 of 600 pictures, 1.0/s, took 10:00, psnr 20 dB"
+    assert lines[0] == "encode: 60 of 600 images, 1.0/s, 9:00 left, psnr 20 dB"
+    assert lines[-1] == "encode: 600 of 600 images, 1.0/s, took 10:00, psnr 20 dB"
 
 
 def test_on_a_terminal_it_stays_on_its_line(clock: list[float]) -> None:

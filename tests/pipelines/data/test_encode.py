@@ -23,14 +23,14 @@ from tests.pipelines.test_stages import tree
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm
 
 
-def test_latents_are_those_of_the_pictures_and_mirrors_those_of_the_mirrored_pictures(small_set: SmallSet) -> None:
+def test_latents_are_those_of_the_images_and_mirrors_those_of_the_mirrored_images(small_set: SmallSet) -> None:
     model = autoencoders.load(str(small_set.autoencoder))
     raw = webdataset.WebDataset(str(small_set.raw / "000001.tar"), shardshuffle=False).decode("rgb8")
     latents = webdataset.WebDataset(str(small_set.latents / "000001.tar"), shardshuffle=False).decode()
     count = 0
-    for picture, latent in zip(raw, latents, strict=True):
-        assert picture["__key__"] == latent["__key__"] and picture["cls"] == latent["cls"]
-        image = torch.from_numpy(picture["webp"].copy()).permute(2, 0, 1)[None]
+    for sample, latent in zip(raw, latents, strict=True):
+        assert sample["__key__"] == latent["__key__"] and sample["cls"] == latent["cls"]
+        image = torch.from_numpy(sample["webp"].copy()).permute(2, 0, 1)[None]
         for name, pixels in (("latent.npy", image), ("latent_flip.npy", image.flip(3))):
             posterior = model.encode(pixels)
             expected = torch.cat([posterior.mean, posterior.std], 1)[0].numpy()
@@ -148,7 +148,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_masks_and_maps_lie_beside_the_latents(scenes: Path, tmp_path: Path) -> None:
-    """Of the masked picture the posterior's mean, of its mirror too; the mask at latent size; the map as it is."""
+    """Of the masked image the posterior's mean, of its mirror too; the mask at latent size; the map as it is."""
     assert lfm("encode", scenes, tmp_path / "latents", "--flips").exit_code == 0
     manifest, model = manifests.load(str(tmp_path / "latents"), "latents"), autoencoders.load("embedded")
     assert manifest.fields == ("mask", "segmentation")

@@ -28,8 +28,8 @@ def test_it_describes_shards_and_makes_a_sheet(small_set: SmallSet, tmp_path: Pa
     assert result.exit_code == 0, result.stderr
     assert f"{kind} shards: 40 samples of 16 x 16 pixels in 3 shards" in result.stdout
     assert all(name in result.stdout for name in CLASS_NAMES) and "every shard is what" in result.stdout
-    with Image.open(sheet) as picture:
-        assert picture.size == ((3 * 18 - 2) * 8,) * 2
+    with Image.open(sheet) as image:
+        assert image.size == ((3 * 18 - 2) * 8,) * 2
 
 
 def test_every_damaged_shard_is_named(small_set: SmallSet, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_latents_are_compared_with_their_own_raw_shards_alone(small_set: SmallSe
     second = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     assert f"PSNR {psnr(first, second).mean():.3f}" in result.stdout and "SSIM 0." in result.stdout
     assert_one_line(lfm("inspect", small_set.raw, "--raw", small_set.raw, "--out", sheet), "--raw")
-    lfm("shard", small_set.pictures, tmp_path / "other", "--image-size", 16, "--seed", 1)
+    lfm("shard", small_set.images, tmp_path / "other", "--image-size", 16, "--seed", 1)
     wrong = lfm("inspect", small_set.latents, "--raw", tmp_path / "other", "--out", sheet)
     assert_one_line(wrong, tmp_path / "other", "encoded from other shards")
 

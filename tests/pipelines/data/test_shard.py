@@ -23,7 +23,7 @@ from lfm.data.sources.source import Source
 from lfm.types import SourceItem
 from pipelines.data.shard import ShardConfig, plan, run, write_shard
 from tests.lfm.data.sources.test_layouts import encoded, noise, samples, save
-from tests.pipelines.test_stages import picture_folder, tree
+from tests.pipelines.test_stages import image_folder, tree
 from tests.support.commands import REPOSITORY, assert_one_line, lfm
 
 # --- bad files ---------------------------------------------------------------------------------------------------
@@ -43,22 +43,22 @@ def bomb(side: int) -> bytes:
 
 PIXELS = noise(40, 30, 3)
 JPEG, PNG, IDS = encoded(PIXELS, format="JPEG"), encoded(PIXELS), encoded(noise(40, 30, high=5))
-# the picture, its map, its mask, and the reason for the reject
+# the image, its map, its mask, and the reason for the reject
 BAD: dict[str, tuple[bytes | None, bytes | None, bytes | None, str]] = {
     "empty": (b"", IDS, IDS, "empty file"),
     "cut": (JPEG[:300], IDS, IDS, "cannot be decoded"),
-    "header-only": (JPEG[:2], IDS, IDS, "not a picture"),
+    "header-only": (JPEG[:2], IDS, IDS, "not an image"),
     "cut-png": (PNG[:-500], IDS, IDS, "cannot be decoded"),
     "bad-crc": (PNG[:60] + b"\0\0\0\0" + PNG[64:], IDS, IDS, "cannot be decoded"),
     "cut-webp": (encoded(PIXELS, format="WEBP")[:200], IDS, IDS, "cannot be decoded"),
     "cut-tiff": (encoded(PIXELS, format="TIFF")[:900], IDS, IDS, "cannot be decoded"),
     "cut-bmp": (encoded(PIXELS, format="BMP")[:900], IDS, IDS, "cannot be decoded"),
-    "text": (b"this is no picture", IDS, IDS, "not a picture"),
-    "page": (b"<html><body>404</body></html>", IDS, IDS, "not a picture"),
-    "pdf": (b"%PDF-1.7\n" + bytes(100), IDS, IDS, "not a picture"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", IDS, IDS, "not a picture"),
-    "zip": (b"PK\3\4" + bytes(100), IDS, IDS, "not a picture"),
-    "zeros": (bytes(5000), IDS, IDS, "not a picture"),
+    "text": (b"this is no image", IDS, IDS, "not an image"),
+    "page": (b"<html><body>404</body></html>", IDS, IDS, "not an image"),
+    "pdf": (b"%PDF-1.7\n" + bytes(100), IDS, IDS, "not an image"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", IDS, IDS, "not an image"),
+    "zip": (b"PK\3\4" + bytes(100), IDS, IDS, "not an image"),
+    "zeros": (bytes(5000), IDS, IDS, "not an image"),
     "bomb": (bomb(30_000), IDS, IDS, "too large"),
     "narrow": (encoded(np.zeros((60_000, 1, 3), np.uint8)), encoded(np.zeros((60_000, 1), np.uint8)),
                encoded(np.zeros((60_000, 1), np.uint8)), "too narrow"),
@@ -66,7 +66,7 @@ BAD: dict[str, tuple[bytes | None, bytes | None, bytes | None, str]] = {
     "no-map": (JPEG, None, IDS, "map unreadable"),
     "empty-map": (JPEG, b"", IDS, "map empty file"),
     "cut-map": (JPEG, IDS[:-300], IDS, "map cannot be decoded"),
-    "text-map": (JPEG, b"0 0 1", IDS, "map not a picture"),
+    "text-map": (JPEG, b"0 0 1", IDS, "map not an image"),
     "colour-map": (JPEG, PNG, IDS, "map not a map"),
     "jpeg-map": (JPEG, encoded(noise(40, 30), format="JPEG"), IDS, "map not a map"),
     "small-map": (JPEG, encoded(noise(20, 15, high=5)), IDS, "map of another size"),
@@ -74,7 +74,7 @@ BAD: dict[str, tuple[bytes | None, bytes | None, bytes | None, str]] = {
     "id-beyond": (JPEG, encoded(noise(40, 30, high=9)), IDS, "map with unknown ids"),
     "no-mask": (JPEG, IDS, None, "mask unreadable"),
     "small-mask": (JPEG, IDS, encoded(noise(9, 9)), "mask of another size"),
-    "text-mask": (JPEG, IDS, b"hole", "mask not a picture"),
+    "text-mask": (JPEG, IDS, b"hole", "mask not an image"),
 }  # fmt: skip
 
 
@@ -107,9 +107,7 @@ def test_every_bad_file_is_a_named_reject(bad_files: Path, tmp_path: Path) -> No
 def test_too_many_bad_files_end_the_stage_with_their_reasons(bad_files: Path, tmp_path: Path) -> None:
     result = lfm("shard", bad_files, tmp_path / "raw", "--image-size", 256, "--max-rejected", 0.5)
     counts = Counter(reason for *_, reason in BAD.values())
-    assert_one_line(
-        result, f"of {len(BAD) + 3} pictures rejected", f"{counts['not a picture']} not a picture", "images/"
-    )
+    assert_one_line(result, f"of {len(BAD) + 3} images rejected", f"{counts['not an image']} not an image", "images/")
     assert not (tmp_path / "raw" / manifests.MANIFEST).exists()
 
 
@@ -141,7 +139,7 @@ def test_killed_in_the_middle_and_run_again_every_byte_is_the_same(tmp_path: Pat
 
 
 def test_two_parts_in_any_order_are_one_run(tmp_path: Path) -> None:
-    source = picture_folder(tmp_path / "p", 30)
+    source = image_folder(tmp_path / "p", 30)
     run(ShardConfig(str(source), str(tmp_path / "whole"), image_size=16, samples_per_shard=8))
     for part, says in (("2/2", "the last part writes the manifest"), ("1/2", "30 samples")):
         result = lfm("shard", source, tmp_path / "raw", "--image-size", 16, "--samples-per-shard", 8, "--part", part)
@@ -151,18 +149,18 @@ def test_two_parts_in_any_order_are_one_run(tmp_path: Path) -> None:
 
 
 def test_the_rejects_of_all_parts_count_together(tmp_path: Path) -> None:
-    source = picture_folder(tmp_path / "p", 30)
+    source = image_folder(tmp_path / "p", 30)
     for index in range(4):
         (source / "cat" / f"bad{index}.jpg").write_bytes(b"")
     common = ("--image-size", 16, "--samples-per-shard", 8, "--max-rejected", 0.1)
     results = [lfm("shard", source, tmp_path / "raw", *common, "--part", part) for part in ("1/2", "2/2")]
-    assert_one_line(results[-1], "4 of 34 pictures rejected")
+    assert_one_line(results[-1], "4 of 34 images rejected")
     assert not (tmp_path / "raw" / manifests.MANIFEST).exists()
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2"])
 def test_a_part_that_is_none_is_named(tmp_path: Path, part: str) -> None:
-    assert_one_line(lfm("shard", picture_folder(tmp_path / "p", 2), tmp_path / "raw", "--part", part), f"--part {part}")
+    assert_one_line(lfm("shard", image_folder(tmp_path / "p", 2), tmp_path / "raw", "--part", part), f"--part {part}")
 
 
 # --- masks -------------------------------------------------------------------------------------------------------
@@ -182,7 +180,7 @@ def test_drawn_masks_are_large_holes_of_their_key_and_seed_alone() -> None:
 
 
 def test_masks_are_drawn_where_there_are_none_and_recorded(tmp_path: Path) -> None:
-    source = picture_folder(tmp_path / "p", 10)
+    source = image_folder(tmp_path / "p", 10)
     command = ("shard", source, tmp_path / "raw", "--image-size", 16)
     assert lfm(*command, "--masks", "free-form", "--seed", 5).exit_code == 0
     for sample in samples(tmp_path / "raw").values():
@@ -210,8 +208,8 @@ def test_a_soft_mask_is_thresholded_at_one_half_after_the_crop(tmp_path: Path) -
 
 @pytest.mark.parametrize("rule", ["centre", "pad", "squash"])
 @pytest.mark.parametrize("shape", [(48, 80), (81, 50), (16, 16), (7, 9)])
-def test_map_mask_and_picture_get_the_same_crop(tmp_path: Path, rule: str, shape: tuple[int, int]) -> None:
-    """The picture shows its own map in grey levels: what is far from an edge must agree."""
+def test_map_mask_and_image_get_the_same_crop(tmp_path: Path, rule: str, shape: tuple[int, int]) -> None:
+    """The image shows its own map in grey levels: what is far from an edge must agree."""
     ids = np.zeros(shape, np.uint8)
     ids[shape[0] // 2 :, : shape[1] // 3] = 1
     save(tmp_path / "p" / "images" / "a.png", np.stack([ids * 200] * 3, -1))

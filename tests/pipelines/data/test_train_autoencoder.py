@@ -45,8 +45,8 @@ def test_it_learns_and_its_latents_have_unit_deviation(small_set: SmallSet, tmp_
     many = run(config(small_set, tmp_path / "many", num_steps=60, learning_rate=3e-3), ALONE).psnr
     assert few is not None and many is not None and many > few + 3
     model = autoencoders.load(str(tmp_path / "many"))
-    pictures = train_autoencoder.Pictures(str(small_set.raw), 0, train_autoencoder.factory.cache(None)).at(0, 40)
-    assert (model.encode(pictures).mean * model.scale_factor).std() == pytest.approx(1, abs=0.1)
+    images = train_autoencoder.ShardImages(str(small_set.raw), 0, train_autoencoder.factory.cache(None)).at(0, 40)
+    assert (model.encode(images).mean * model.scale_factor).std() == pytest.approx(1, abs=0.1)
 
 
 def test_a_finished_one_is_kept_and_another_is_refused(small_set: SmallSet, tmp_path: Path) -> None:
@@ -94,5 +94,5 @@ def test_mistakes_are_one_line(small_set: SmallSet, tmp_path: Path) -> None:
     assert_one_line(lfm("autoencoder", small_set.latents, out), "holds latents shards")
     assert_one_line(lfm("autoencoder", small_set.raw, out, "--kl-weight", "nan"), "--kl-weight")
     assert_one_line(lfm("autoencoder", small_set.raw, out, "--initialize-from", tmp_path / "no"), tmp_path / "no")
-    assert_one_line(lfm("autoencoder", small_set.raw, small_set.raw, small_set.pictures), "something else")
+    assert_one_line(lfm("autoencoder", small_set.raw, small_set.raw, small_set.images), "something else")
     assert not out.exists()

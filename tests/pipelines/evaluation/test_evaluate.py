@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lfm.data.random_draws import picture_noise
+from lfm.data.random_draws import image_noise
 from lfm.errors import ConfigError
 from lfm.metrics import features
 from lfm.metrics import reference as references
@@ -44,7 +44,7 @@ def reference(small_set: SmallSet, network: Path, tmp_path_factory: pytest.TempP
     return reference_of(small_set, network, tmp_path_factory.mktemp("reference"))
 
 
-def picture_folder(folder: Path, count: int = 30, size: int = 16, seed: int = 0) -> Path:
+def image_folder(folder: Path, count: int = 30, size: int = 16, seed: int = 0) -> Path:
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for index in range(count):
@@ -64,7 +64,7 @@ def metrics(out: Path) -> dict[str, float]:
 # --- the reference -----------------------------------------------------------------------------------------------
 
 
-def test_a_reference_holds_the_features_of_every_picture_and_says_of_what(
+def test_a_reference_holds_the_features_of_every_image_and_says_of_what(
     small_set: SmallSet, reference: Path, network: Path
 ) -> None:
     found = references.load(str(reference))
@@ -86,7 +86,7 @@ def test_another_reference_is_not_written_over(small_set: SmallSet, reference: P
 
 
 def test_a_folder_is_cropped_by_the_rule_and_a_wrong_size_refused(network: Path, tmp_path: Path) -> None:
-    folder, out = picture_folder(tmp_path / "pictures", 8, 24), tmp_path / "r.safetensors"
+    folder, out = image_folder(tmp_path / "pictures", 8, 24), tmp_path / "r.safetensors"
     assert lfm("reference", folder, out, "--network", network, "--image-size", 16).exit_code == 0
     assert references.load(str(out)).header.resized
     Image.new("RGB", (16, 16)).save(folder / "zzz.png")
@@ -112,7 +112,7 @@ def test_published_statistics_are_imported(tmp_path: Path) -> None:
     assert_one_line(broken, "broken.npz", "download it again")
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------
 
 
 def test_a_set_against_itself_is_at_zero(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
@@ -122,12 +122,12 @@ def test_a_set_against_itself_is_at_zero(small_set: SmallSet, reference: Path, t
     assert found["fd-small"] == pytest.approx(0, abs=1e-9)
     assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
     assert "fd-small" in (tmp_path / "report.txt").read_text()
-    with Image.open(tmp_path / "report.png") as picture:
-        assert picture.height > 2 * 16
+    with Image.open(tmp_path / "report.png") as image:
+        assert image.height > 2 * 16
 
 
 def test_the_report_names_all_that_made_it(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "pictures")
+    folder = image_folder(tmp_path / "pictures")
     lfm("evaluate", folder, "--reference", reference, "--out", tmp_path / "out")
     found = report(tmp_path / "out")
     header = references.load(str(reference)).header
@@ -135,13 +135,13 @@ def test_the_report_names_all_that_made_it(small_set: SmallSet, reference: Path,
     assert found["settings"]["networks"][0]["content_hash"] == header.network_hash
     assert found["rows"][0]["data_digest"]
     assert {"lfm", "torch", "torchmetrics"} <= set(found["versions"])
-    assert any("30 pictures against 40 real ones" in warning for warning in found["rows"][0]["warnings"])
+    assert any("30 images against 40 real ones" in warning for warning in found["rows"][0]["warnings"])
 
 
 def test_a_reference_of_another_size_or_rule_is_refused(
     small_set: SmallSet, reference: Path, network: Path, tmp_path: Path
 ) -> None:
-    folder = picture_folder(tmp_path / "large", 4, 24)
+    folder = image_folder(tmp_path / "large", 4, 24)
     result = lfm("evaluate", folder, "--reference", reference, "--out", tmp_path / "out")
     assert_one_line(result, reference, "16 pixels", "24")
     other = tmp_path / "squash.safetensors"
@@ -176,8 +176,8 @@ def test_a_changed_network_is_refused(small_set: SmallSet, reference: Path, tmp_
     assert_one_line(result, reference, "--network")
 
 
-def test_pictures_that_changed_are_measured_again(reference: Path, tmp_path: Path) -> None:
-    folder, out = picture_folder(tmp_path / "pictures"), tmp_path / "out"
+def test_images_that_changed_are_measured_again(reference: Path, tmp_path: Path) -> None:
+    folder, out = image_folder(tmp_path / "pictures"), tmp_path / "out"
     lfm("evaluate", folder, "--reference", reference, "--out", out)
     before = metrics(out)
     Image.new("RGB", (16, 16)).save(folder / "000.png")
@@ -197,7 +197,7 @@ def test_published_statistics_and_weights_make_a_fid(
     arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "adm.npz", **arrays)
     lfm("reference", tmp_path / "adm.npz", statistics, "--image-size", 16)
-    folder = picture_folder(tmp_path / "pictures", 4)
+    folder = image_folder(tmp_path / "pictures", 4)
     command = ("evaluate", folder, "--reference", statistics, "--reference", reference, "--out", tmp_path / "out")
     assert_one_line(lfm(*command), "--network inception:WEIGHTS.pth")
     command = (*command, "--network", f"inception:{weights}")
@@ -207,7 +207,7 @@ def test_published_statistics_and_weights_make_a_fid(
     found = metrics(tmp_path / "out")
     assert {"inception: fid", "inception: sfid", "inception: is", "small: fd-small", "small: kid"} <= set(found)
     assert found["inception: is"] >= 1
-    assert any("4 pictures in 2,048 dimensions" in line for line in report(tmp_path / "out")["rows"][0]["warnings"])
+    assert any("4 images in 2,048 dimensions" in line for line in report(tmp_path / "out")["rows"][0]["warnings"])
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def test_pairs_go_by_key_and_all_of_them_count(
     assert 0 <= found["p-ids"] <= 1
 
     (fake / "7.bmp").rename(fake / "missing.bmp")
-    assert_one_line(lfm(*command, "--out", tmp_path / "two"), "no picture of the key 7")
+    assert_one_line(lfm(*command, "--out", tmp_path / "two"), "no image of the key 7")
     (fake / "missing.bmp").unlink()
-    assert_one_line(lfm(*command, "--out", tmp_path / "two"), "119 pictures", "120")
+    assert_one_line(lfm(*command, "--out", tmp_path / "two"), "119 images", "120")
 
 
 class Brightness(nn.Module):
@@ -248,7 +248,7 @@ class Brightness(nn.Module):
 
 
 def test_maps_are_compared_with_what_a_segmenter_finds(reference: Path, tmp_path: Path) -> None:
-    """Pictures that show their map but for one row of each."""
+    """Images that show their map but for one row of each."""
     (tmp_path / "source" / "images").mkdir(parents=True)
     (tmp_path / "source" / "annotations").mkdir()
     (tmp_path / "fake").mkdir()
@@ -269,7 +269,7 @@ def test_maps_are_compared_with_what_a_segmenter_finds(reference: Path, tmp_path
 
 
 def test_a_run_that_fills_in_is_judged_by_its_pairs(tasks: Tasks, reference: Path, tmp_path: Path) -> None:
-    """Each picture of the shards is filled in once, under its own mask, in batches of any size."""
+    """Each image of the shards is filled in once, under its own mask, in batches of any size."""
     options = ("--pairs", tasks.raw, "--num-steps", 1, "--autoencoder", tasks.autoencoder, "--reference", reference)
     for name, size in (("one", 32), ("two", 3)):
         command = ("evaluate", tasks.runs / "both", *options, "--out", tmp_path / name, "--batch-size", size)
@@ -292,7 +292,7 @@ def config(run: Path, reference: Path, small_set: SmallSet, out: Path, **changes
     return EvaluateConfig((str(run),), (str(reference),), str(out), **settings)
 
 
-def test_exactly_as_many_pictures_whatever_the_ranks_and_batches(
+def test_exactly_as_many_images_whatever_the_ranks_and_batches(
     weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lfm.data.image_sets.FILES_PER_BLOCK", 4)
@@ -346,8 +346,8 @@ def test_a_killed_evaluation_goes_on(
     shutil.copy(next((tmp_path / "whole").glob("blocks-*")) / "000001.safetensors", blocks)
     made: list[int] = []
     monkeypatch.setattr(
-        "lfm.inference.trained_model.picture_noise",
-        lambda seeds, *rest: made.extend(seeds) or picture_noise(seeds, *rest),
+        "lfm.inference.trained_model.image_noise",
+        lambda seeds, *rest: made.extend(seeds) or image_noise(seeds, *rest),
     )
     stage.run(killed, ALONE)
     assert made == [*range(8), *range(16, 21)]
@@ -385,10 +385,10 @@ def test_a_dry_run_does_nothing(weights: Path, reference: Path, small_set: Small
     out = tmp_path / "out"
     options = ("--autoencoder", small_set.autoencoder, "--num", 1000)
     result = lfm("evaluate", weights, "--reference", reference, "--out", out, "--dry-run", *options)
-    assert "1,000 pictures of 16 x 16 pixels" in result.output
+    assert "1,000 images of 16 x 16 pixels" in result.output
     assert not out.exists()
 
 
-def test_runs_and_pictures_are_not_mixed(weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path) -> None:
+def test_runs_and_images_are_not_mixed(weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one kind at a time"):
         stage.run(EvaluateConfig((str(weights), str(small_set.raw)), (str(reference),), str(tmp_path / "o")), ALONE)

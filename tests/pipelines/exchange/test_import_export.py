@@ -152,7 +152,7 @@ def test_import_then_export_then_import_is_the_identity(run: Path, small_set: Sm
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("papers", [False, True])
 @torch.no_grad()
-def test_diffusers_alone_makes_our_pictures(
+def test_diffusers_alone_makes_our_images(
     run: Path, small_set: SmallSet, tmp_path: Path, guidance_scale: float, papers: bool
 ) -> None:
     if papers:  # time is not scaled, and its frequencies are not those of diffusers

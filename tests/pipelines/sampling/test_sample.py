@@ -20,13 +20,13 @@ from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line, lfm
 STEPS = ("--num-steps", 2)
 
 
-def picture(path: Path) -> np.ndarray:
+def pixels_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
 
 
 def files(tasks: Tasks, number: int = 0) -> tuple[Path, Path, Path]:
-    """Picture, mask and map of one row of the shards."""
+    """Image, mask and map of one row of the shards."""
     with (tasks.raw / f"{number // 8:06d}.tar").open("rb") as stream:
         sample = list(read_raw(stream, ""))[number % 8]
     name = Path(sample.metadata["source"]).relative_to("images")
@@ -34,7 +34,7 @@ def files(tasks: Tasks, number: int = 0) -> tuple[Path, Path, Path]:
 
 
 @pytest.mark.parametrize("task", ["none", "class", "inpaint", "semantic", "both"])
-def test_pictures_are_the_same_for_every_batch_size_and_number_of_processes(
+def test_images_are_the_same_for_every_batch_size_and_number_of_processes(
     tasks: Tasks, tmp_path: Path, task: str
 ) -> None:
     common: tuple[object, ...] = ("sample", tasks.runs / task, "--seeds", "0-63", *STEPS)
@@ -46,7 +46,7 @@ def test_pictures_are_the_same_for_every_batch_size_and_number_of_processes(
         assert lfm(*common, "--out", tmp_path / "ranks", env=env).exit_code == 0
         assert (tmp_path / "ranks" / "samples.json").exists() == (rank == "1")
     names = [f"{seed:06d}.png" for seed in range(64)]
-    expected = {name: picture(tmp_path / "64" / name).astype(int) for name in names}
+    expected = {name: pixels_of(tmp_path / "64" / name).astype(int) for name in names}
     for other in ("1", "7", "ranks"):
         assert {path.name for path in (tmp_path / other).iterdir()} == {
             *names,
@@ -55,7 +55,7 @@ def test_pictures_are_the_same_for_every_batch_size_and_number_of_processes(
             "samples.json",
         }
         for name in names:  # kernels for other batch sizes may round a level the other way
-            assert abs(picture(tmp_path / other / name) - expected[name]).max() <= 1
+            assert abs(pixels_of(tmp_path / other / name) - expected[name]).max() <= 1
             assert image_files.note(str(tmp_path / other / name)) == image_files.note(str(tmp_path / "64" / name))
         for name in ("samples.json", "recipe.json"):
             assert (tmp_path / other / name).read_bytes() == (tmp_path / "64" / name).read_bytes()
@@ -63,7 +63,7 @@ def test_pictures_are_the_same_for_every_batch_size_and_number_of_processes(
 
 
 @pytest.mark.slow
-def test_processes_of_its_own_make_the_same_pictures(tasks: Tasks, tmp_path: Path) -> None:
+def test_processes_of_its_own_make_the_same_images(tasks: Tasks, tmp_path: Path) -> None:
     common = ("sample", tasks.runs / "class", "--seeds", "0-5", *STEPS)
     for count in (1, 2):
         result = lfm(*common, "--out", tmp_path / str(count), "--num-gpus", count)
@@ -77,11 +77,11 @@ def test_one_mask_is_filled_in_many_ways_and_what_is_known_stays(tasks: Tasks, t
     common = ("sample", tasks.runs / "inpaint", "--image", image, "--mask", mask, "--seeds", "0-3", *STEPS)
     assert lfm(*common, "--out", tmp_path / "a").exit_code == 0
     assert lfm(*common, "--out", tmp_path / "b", "--no-composite").exit_code == 0
-    known, original = picture(mask) < 128, picture(image)
-    made = [picture(tmp_path / "a" / f"00000{seed}.png") for seed in range(4)]
+    known, original = pixels_of(mask) < 128, pixels_of(image)
+    made = [pixels_of(tmp_path / "a" / f"00000{seed}.png") for seed in range(4)]
     for number, one in enumerate(made):
         assert np.array_equal(one[known], original[known])
-        plain = picture(tmp_path / "b" / f"00000{number}.png")
+        plain = pixels_of(tmp_path / "b" / f"00000{number}.png")
         assert np.array_equal(one[~known], plain[~known]) and not np.array_equal(plain[known], original[known])
         assert not any(np.array_equal(one, other) for other in made[:number])
     records = {name: json.loads((tmp_path / name / "samples.json").read_text()) for name in "ab"}
@@ -91,7 +91,7 @@ def test_one_mask_is_filled_in_many_ways_and_what_is_known_stays(tasks: Tasks, t
 
 def test_only_what_the_mask_leaves_is_looked_at(tasks: Tasks) -> None:
     model = library.load(str(tasks.runs / "inpaint"))
-    image, mask, _ = (picture(path) for path in files(tasks))
+    image, mask, _ = (pixels_of(path) for path in files(tasks))
     changed = np.where(mask[..., None] > 0, 255 - image, image)
     one, other = (
         model.sample([0], images=given, masks=mask, num_steps=2, composite=False).images for given in (image, changed)
@@ -109,7 +109,7 @@ def test_files_of_any_size_are_cropped_as_shards_are(tasks: Tasks, tmp_path: Pat
 
     paths = tuple(tmp_path / f"{name}.png" for name in ("image", "mask", "ids"))
     for path, source in zip(paths, files(tasks), strict=True):
-        wide = np.pad(picture(source), ((0, 0), (8, 8), (0, 0))[: picture(source).ndim], mode="edge")
+        wide = np.pad(pixels_of(source), ((0, 0), (8, 8), (0, 0))[: pixels_of(source).ndim], mode="edge")
         Image.fromarray(wide.repeat(3, 0).repeat(3, 1)).save(path)
     image, mask, ids = map(str, paths)
     told = SampleConfig("", "", image=(image,), mask=(mask,), crop=rule)
@@ -120,8 +120,8 @@ def test_files_of_any_size_are_cropped_as_shards_are(tasks: Tasks, tmp_path: Pat
     told = SampleConfig("", "", segmentation=(ids,), crop=rule)
     semantic, _ = read_conditions(told, library.load(str(tasks.runs / "semantic")), 1)
     assert semantic.segmentation is not None
-    assert np.array_equal(semantic.segmentation[0], picture(files(tasks)[2])) == (rule == "centre")
-    assert np.array_equal(semantic.segmentation[0], crop_ids(picture(paths[2]), (96, 48), 16, rule, 255))
+    assert np.array_equal(semantic.segmentation[0], pixels_of(files(tasks)[2])) == (rule == "centre")
+    assert np.array_equal(semantic.segmentation[0], crop_ids(pixels_of(paths[2]), (96, 48), 16, rule, 255))
 
 
 @pytest.mark.parametrize("task", ["inpaint", "semantic", "both"])
@@ -137,15 +137,15 @@ def test_shards_and_files_tell_the_same(tasks: Tasks, tmp_path: Path, task: str)
         result = lfm(*common, "--shards", kind, "--rows", 0, "--out", out)
         assert result.exit_code == 0, result.stderr
         for seed in range(2):
-            one, other = (picture(folder / f"00000{seed}.png").astype(int) for folder in (out, tmp_path / "files"))
+            one, other = (pixels_of(folder / f"00000{seed}.png").astype(int) for folder in (out, tmp_path / "files"))
             assert abs(one - other).max() <= (1 if kind == tasks.latents else 0)  # latents are stored as float16
 
 
 def test_each_row_that_is_named_is_told_once_where_no_seeds_are(tasks: Tasks, tmp_path: Path) -> None:
     common = ("sample", tasks.runs / "semantic", "--out", tmp_path / "out", "--shards", tasks.raw, "--dry-run")
-    assert "4 pictures of 16 x 16" in lfm(*common, "--rows", "17,3,8-9").stdout
-    assert "16 pictures of 16 x 16" in lfm(*common).stdout
-    assert "2 pictures of 16 x 16" in lfm(*common, "--rows", "17,3,8-9", "--seeds", "5,7").stdout
+    assert "4 images of 16 x 16" in lfm(*common, "--rows", "17,3,8-9").stdout
+    assert "16 images of 16 x 16" in lfm(*common).stdout
+    assert "2 images of 16 x 16" in lfm(*common, "--rows", "17,3,8-9", "--seeds", "5,7").stdout
     assert_one_line(lfm(*common, "--seeds", ""), "--seeds")
 
 
@@ -154,7 +154,7 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
     from pipelines.sampling.sample_job import SampleConfig
 
     model = library.load(str(tasks.runs / "semantic"))
-    everything = [picture(files(tasks, row)[2]) for row in range(20)]
+    everything = [pixels_of(files(tasks, row)[2]) for row in range(20)]
     for folder in (tasks.raw, tasks.latents):
         config = SampleConfig("", "", shards=str(folder), rows="17,3,8-9")
         found, names = read_conditions(config, model, 1)
@@ -178,7 +178,7 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
         (
             "inpaint",
             ("--image", "{image}", "--mask", "{large}", "--crop", "pad"),
-            "large.png: is 24 x 20 pixels, the picture it belongs to 16 x 16",
+            "large.png: is 24 x 20 pixels, the image it belongs to 16 x 16",
         ),
         ("semantic", ("--segmentation", "{large}"), "large.png: is 24 x 20 pixels, the model makes 16 x 16"),
         ("inpaint", ("--image", "{image}", "--mask", "{image}", "--crop", "middle"), "--crop middle: unknown"),
@@ -214,7 +214,7 @@ def test_what_a_model_does_not_take_is_one_clear_line(
 ) -> None:
     places = {"raw": tasks.raw, "latents": tasks.latents, "runs": tasks.runs, "flat": small_set.raw}
     for name, pixels in {
-        "scene": picture(files(tasks)[0]),
+        "scene": pixels_of(files(tasks)[0]),
         "black": np.zeros((16, 16), np.uint8),
         "white": np.full((16, 16), 255, np.uint8),
         "grey": np.full((16, 16), 200, np.uint8),
@@ -244,7 +244,7 @@ def test_several_scales_make_a_sheet(tasks: Tasks, tmp_path: Path) -> None:
     for seed in (4, 6):
         names = tmp_path / "sheet" / f"00000{seed}-2.5.png", tmp_path / "one" / f"00000{seed}.png"
         assert names[0].read_bytes() == names[1].read_bytes()
-    assert picture(tmp_path / "sheet" / "grid.png").shape == (8 * 34, 8 * 52, 3)  # two seeds, three scales
+    assert pixels_of(tmp_path / "sheet" / "grid.png").shape == (8 * 34, 8 * 52, 3)  # two seeds, three scales
     record = json.loads((tmp_path / "sheet" / "samples.json").read_text())
     assert [entry["nfe"] for entry in record["pictures"]] == [4, 8, 8] * 2
     assert record["nfe"] == {"mean": 20 / 3, "min": 4, "max": 8}
@@ -263,26 +263,26 @@ def test_a_weaker_model_and_an_interval_guide(tasks: Tasks, tmp_path: Path) -> N
         assert lfm(*common, *flags, "--out", tmp_path / name).exit_code == 0
         nfe[name] = json.loads((tmp_path / name / "samples.json").read_text())["nfe"]["mean"]
     assert nfe == {"plain": 4, "self": 8, "null": 8, "interval": 6}  # times 1, 0.75, 0.5, 0.25
-    first = {name: picture(tmp_path / name / "000000.png") for name in variants}
+    first = {name: pixels_of(tmp_path / name / "000000.png") for name in variants}
     assert np.array_equal(first["self"], first["plain"])  # led away from itself
     assert not np.array_equal(first["null"], first["plain"])
     assert not np.array_equal(first["interval"], first["null"])
 
 
 @pytest.mark.parametrize("solver", ["heun", "sde", "bosh3"])
-def test_the_way_from_noise_ends_in_the_pictures(tasks: Tasks, tmp_path: Path, solver: str) -> None:
+def test_the_way_from_noise_ends_in_the_images(tasks: Tasks, tmp_path: Path, solver: str) -> None:
     steps = ("--atol", 0.1, "--rtol", 0.1) if solver == "bosh3" else STEPS
     common = ("sample", tasks.runs / "class", "--seeds", "0-2", "--solver", solver, "--time", *steps)
     result = lfm(*common, "--trajectory", "png", "--out", tmp_path / "png")
     assert result.exit_code == 0, result.stderr
-    strip = picture(tmp_path / "png" / "trajectory.png")
+    strip = pixels_of(tmp_path / "png" / "trajectory.png")
     assert strip.shape == (4 * 52, 4 * (10 * 18 - 2), 3)
     for row in range(3):
         last = strip[row * 72 : row * 72 + 64 : 4, -64::4]
-        assert np.array_equal(last, picture(tmp_path / "png" / f"00000{row}.png"))
+        assert np.array_equal(last, pixels_of(tmp_path / "png" / f"00000{row}.png"))
     timing = json.loads((tmp_path / "png" / "timing.json").read_text())
     assert {"solver, batch 1", "decoder, batch 1", "solver, batch 3", "decoder, batch 3"} < timing.keys()
-    assert "pictures/s" in result.stdout
+    assert "images/s" in result.stdout
     assert lfm(*common, "--trajectory", "gif", "--out", tmp_path / "png").exit_code == 0
     with Image.open(tmp_path / "png" / "trajectory.gif") as film:
         assert film.n_frames > 1 and film.size == (4 * 52, 64)
@@ -297,22 +297,22 @@ def test_a_killed_run_goes_on_and_makes_nothing_twice(tasks: Tasks, tmp_path: Pa
     kept = (out / "000001.png").stat().st_mtime_ns
     (out / "samples.json").unlink()
     (out / "000000.png").unlink()
-    (out / "000002.png").write_bytes((out / "000003.png").read_bytes())  # a picture that is another
+    (out / "000002.png").write_bytes((out / "000003.png").read_bytes())  # an image that is another
     (out / "000003.png").write_bytes(before["000003.png"][:50])
     assert lfm(*command).exit_code == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert (out / "000001.png").stat().st_mtime_ns == kept
 
 
-def test_a_notebook_gets_arrays_and_pictures(tasks: Tasks, tmp_path: Path) -> None:
+def test_a_notebook_gets_arrays_and_images(tasks: Tasks, tmp_path: Path) -> None:
     model = library.load(str(tasks.runs / "both"))
     image, mask, _ = files(tasks)
     with Image.open(image) as one, Image.open(mask) as hole:
         samples = model.sample(range(3), class_index=[2, 5], images=one, masks=hole, num_steps=2, guidance_scale=2)
     assert samples.images.shape == (3, 16, 16, 3) and samples.images.dtype == np.uint8
     assert samples.latents.shape == (3, 4, 8, 8) and samples.nfe.tolist() == [8] * 3
-    assert samples.pictures[1].size == (16, 16) and samples.seeds == (0, 1, 2)
+    assert samples.pil_images[1].size == (16, 16) and samples.seeds == (0, 1, 2)
     told = ("--image", image, "--mask", mask, "--class-index", "2,5", "--guidance-scale", 2)
     assert lfm("sample", tasks.runs / "both", *told, "--seeds", "0-2", *STEPS, "--out", tmp_path).exit_code == 0
     for seed, made in enumerate(samples.images):
-        assert np.array_equal(picture(tmp_path / f"00000{seed}.png"), made)
+        assert np.array_equal(pixels_of(tmp_path / f"00000{seed}.png"), made)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.common.config_schema import EvaluationConfig
-from pipelines.training.best_weights import Selection
+from pipelines.training.best_weights import BestWeights
 
 SETTINGS: dict[str, Any] = {"reference": "r.safetensors", "every": 5}
 
 
-def selection(**changes: Any) -> Selection:
-    found = object.__new__(Selection)
+def selection(**changes: Any) -> BestWeights:
+    found = object.__new__(BestWeights)
     found.evaluation, found.name, found.best = EvaluationConfig(**SETTINGS | changes), "fd-lite", {}
     return found
 

@@ -151,8 +151,8 @@ def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_p
     grids = sorted((looked / "previews").iterdir())
     assert [grid.stem for grid in grids] == [f"samples-{40 * number:012d}" for number in range(1, 5)]
     assert grids[0].read_bytes() != grids[-1].read_bytes()
-    for picture, size in ((grids[0], (8 * (8 * 18 - 2), 8 * (4 * 18 - 2))), (looked / "loss.png", (640, 360))):
-        with Image.open(picture) as image:
+    for path, size in ((grids[0], (8 * (8 * 18 - 2), 8 * (4 * 18 - 2))), (looked / "loss.png", (640, 360))):
+        with Image.open(path) as image:
             assert image.size == size
     assert len(list((tmp_path / "csv").rglob("*validation_loss*.csv"))) == 1
 

@@ -61,7 +61,7 @@ def samples(raw: Path) -> dict[str, RawSample]:
 # --- every real tree by one command ------------------------------------------------------------------------------
 
 REAL = [
-    # tree, split, layout, pictures, classes, members of each sample beside the picture
+    # tree, split, layout, images, classes, members of each sample beside the image
     ("layouts/ILSVRC", "train", "imagenet", 48, 6, "class"),
     ("layouts/ILSVRC", "val", "imagenet", 18, 6, "class"),
     ("layouts/lmdb/celeba-lmdb", "train", "lmdb", 11, 0, ""),
@@ -79,16 +79,16 @@ REAL = [
 
 
 @requires_data
-@pytest.mark.parametrize(("name", "split", "layout", "pictures", "classes", "members"), REAL)
+@pytest.mark.parametrize(("name", "split", "layout", "images", "classes", "members"), REAL)
 def test_a_real_tree_shards_by_one_command(
-    trees: Path, tmp_path: Path, name: str, split: str | None, layout: str, pictures: int, classes: int, members: str
+    trees: Path, tmp_path: Path, name: str, split: str | None, layout: str, images: int, classes: int, members: str
 ) -> None:
     arguments = ("--split", split) if split else ()
     result = lfm("shard", trees / name, tmp_path / "raw", "--image-size", 32, *arguments)
     assert result.exit_code == 0, result.stderr
-    assert f"{layout}: {pictures} pictures of {classes} classes" in result.stdout
+    assert f"{layout}: {images} images of {classes} classes" in result.stdout
     manifest = manifests.load(str(tmp_path / "raw"), "raw")
-    assert (manifest.num_samples, len(manifest.classes), manifest.rejects) == (pictures, classes, [])
+    assert (manifest.num_samples, len(manifest.classes), manifest.rejects) == (images, classes, [])
     assert manifest.recipe["layout"] == layout
     for sample in samples(tmp_path / "raw").values():
         assert sample.image.shape == (32, 32, 3)
@@ -134,7 +134,7 @@ def test_every_part_of_a_face_has_its_id_and_later_ones_lie_above(tmp_path: Path
         part[index:] = 255
         save(tmp_path / "CelebAMask-HQ-mask-anno" / "1" / f"02000_{name}.png", part)
     source = read(str(tmp_path), layout)
-    ids = source.pictures(source.items[0]).segmentation
+    ids = source.decode_item(source.items[0]).segmentation
     assert ids is not None and ids[:, 0].tolist() == list(range(1, 19))
     assert len(names) == 18 and set(names) == set(FACE_PARTS["celebamask-hq"].split())
 
@@ -191,16 +191,16 @@ def encoded(pixels: np.ndarray, **options: object) -> bytes:
 
 
 def test_raw_and_encoded_values_are_told_apart_by_content_in_cursor_order(tmp_path: Path) -> None:
-    raw, picture = noise(16, 16, 3), noise(9, 7, 3)
+    raw, image = noise(16, 16, 3), noise(9, 7, 3)
     jpeg_like = raw.copy()
     jpeg_like[0, 0] = (0xFF, 0xD8, 0xFF)
-    png = encoded(picture)
-    png += bytes(3 * 20 * 20 - len(png))  # as long as a raw picture of 20 x 20
-    values = {"0": raw.tobytes(), "1": png, "2": jpeg_like.tobytes(), "10": encoded(picture)}
+    png = encoded(image)
+    png += bytes(3 * 20 * 20 - len(png))  # as long as a raw image of 20 x 20
+    values = {"0": raw.tobytes(), "1": png, "2": jpeg_like.tobytes(), "10": encoded(image)}
     source = read(str(write_lmdb(tmp_path / "train.lmdb", values)))
     assert [item.image for item in source.items] == ["0", "1", "10", "2"]
-    found = [np.asarray(source.pictures(item).image) for item in source.items]
-    for ours, wanted in zip(found, (raw, picture, picture, jpeg_like), strict=True):
+    found = [np.asarray(source.decode_item(item).image) for item in source.items]
+    for ours, wanted in zip(found, (raw, image, image, jpeg_like), strict=True):
         assert np.array_equal(ours, wanted)
     assert pickle.loads(pickle.dumps(source)) == source
 
@@ -222,12 +222,12 @@ def test_a_pickled_cache_beside_an_lmdb_is_never_opened(tmp_path: Path) -> None:
     (root / "_cache_church").write_bytes(pickle.dumps(Trap()))
     source = read(str(tmp_path))
     assert (source.layout, len(source.items)) == ("lsun", 1)
-    source.pictures(source.items[0])
+    source.decode_item(source.items[0])
 
 
 def test_torchtoolboxs_lmdb_and_the_full_ade20k_are_refused_in_a_sentence(tmp_path: Path) -> None:
     toolbox = write_lmdb(tmp_path / "imagenet.lmdb", {"0": b"x", "__len__": b"1", "__keys__": b"0"})
-    with pytest.raises(DataError, match=r"imagenet.lmdb: is an LMDB of torchtoolbox, .*; give lfm the pictures"):
+    with pytest.raises(DataError, match=r"imagenet.lmdb: is an LMDB of torchtoolbox, .*; give lfm the images"):
         read(str(toolbox))
     save(tmp_path / "ade" / "images" / "training" / "a" / "abbey" / "ADE_train_00000001_seg.png", noise(8, 8, 3))
     with pytest.raises(DataError, match=r"is the full ADE20K, .*; download ADEChallengeData2016"):
@@ -251,7 +251,7 @@ def test_tars_of_others_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     write_tar(tmp_path / "val-000.tar", {"0.jpg": encoded(image, format="JPEG")})
     source = read(str(tmp_path), split="train")
     assert (source.layout, len(source.items), source.class_names) == ("webdataset", 2, ("0", "1", "2"))
-    found = source.pictures(source.items[1])
+    found = source.decode_item(source.items[1])
     assert np.array_equal(found.image, image) and np.array_equal(found.segmentation, ids)
     assert [item.class_index for item in source.items] == [None, 2]
 
@@ -262,18 +262,18 @@ def test_a_class_that_is_no_number_is_named(tmp_path: Path) -> None:
         read(str(tmp_path))
 
 
-def test_a_sample_without_a_picture_is_a_reject_and_not_left_out(tmp_path: Path) -> None:
+def test_a_sample_without_a_image_is_a_reject_and_not_left_out(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.png": encoded(noise(9, 9, 3)), "1.txt": b"x", "2.input.jpg": b"x"})
     assert lfm("shard", tmp_path, tmp_path / "raw", "--image-size", 8, "--max-rejected", 1).exit_code == 0
     rejects = manifests.load(str(tmp_path / "raw"), "raw").rejects
     assert sorted(reject.source for reject in rejects) == ["a.tar#-#1", "a.tar#-#2"]
-    assert all("the sample has no picture" in reject.detail for reject in rejects)
+    assert all("the sample has no image" in reject.detail for reject in rejects)
 
 
-@pytest.mark.parametrize("damage", ["cut between samples", "cut in a picture", "header", "twice", "gzip"])
+@pytest.mark.parametrize("damage", ["cut between samples", "cut in an image", "header", "twice", "gzip"])
 def test_a_damaged_tar_is_refused_and_never_a_short_one(tmp_path: Path, damage: str) -> None:
-    pictures = {f"{n}.png": encoded(noise(20, 20, 3)) for n in range(4)}
-    path = write_tar(tmp_path / "a.tar", pictures)
+    images = {f"{n}.png": encoded(noise(20, 20, 3)) for n in range(4)}
+    path = write_tar(tmp_path / "a.tar", images)
     with tarfile.open(path) as tar:
         third = tar.getmembers()[2].offset
     content = bytearray(path.read_bytes())
@@ -314,7 +314,7 @@ def test_parquet_files_and_a_saved_data_set(tmp_path: Path) -> None:
         assert (source.layout, source.class_names) == ("hf", ("cat", "dog"))
         assert [item.class_index for item in source.items] == [0, 1, 1, 0, 1]
         for item, image in zip(source.items, images, strict=True):
-            assert np.array_equal(source.pictures(item).image, image)
+            assert np.array_equal(source.decode_item(item).image, image)
     assert len(read(str(tmp_path / "p"), split="test").items) == 1
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.parquet").write_bytes(b"PAR1 and then nothing")
@@ -347,7 +347,7 @@ def test_worker_processes_open_the_source_anew_and_write_the_same_bytes(tmp_path
     for workers in (1, 2):
         result = lfm("shard", tmp_path / "source", tmp_path / str(workers), "--image-size", 16, "--workers", workers,
                      "--samples-per-shard", 4)  # fmt: skip
-        assert result.exit_code == 0 and f"{kind}: 12 pictures" in result.stdout, result.stderr
+        assert result.exit_code == 0 and f"{kind}: 12 images" in result.stdout, result.stderr
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
@@ -366,42 +366,41 @@ def test_tars_and_pairs_are_read_from_a_url() -> None:
     for folder, layout, count in (("pairs", "paired", 2), ("tars", "webdataset", 1)):
         source = read(f"{root}/{folder}")
         assert (source.layout, len(source.items)) == (layout, count)
-        found = source.pictures(source.items[0])
+        found = source.decode_item(source.items[0])
         assert np.array_equal(found.image, noise(9, 9, 3)) and np.array_equal(found.segmentation, noise(9, 9))
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
 
 
-def pairs(root: Path, pictures: str, maps: str, count: int = 3) -> None:
+def pairs(root: Path, images: str, maps: str, count: int = 3) -> None:
     for index in range(count):
-        save(root / pictures / f"{index}.jpg", noise(12, 10, 3))
+        save(root / images / f"{index}.jpg", noise(12, 10, 3))
         save(root / maps / f"{index}.png", noise(12, 10, high=5))
 
 
-@pytest.mark.parametrize(
-    ("pictures", "maps", "split"),
+@pytest.mark.parametrize(("images", "maps", "split"),
     [("images", "labels", None), ("images/val", "annotations/val", "val"), ("train", "trainannot", "train"),
      ("train2017", "stuffthingmaps/train2017", "train2017")],
 )  # fmt: skip
 def test_pairs_are_found_by_name_in_folders_of_known_names(
-    tmp_path: Path, pictures: str, maps: str, split: str | None
+    tmp_path: Path, images: str, maps: str, split: str | None
 ) -> None:
-    pairs(tmp_path, pictures, maps)
+    pairs(tmp_path, images, maps)
     source = read(str(tmp_path), "paired", split)
     assert [(item.image, item.segmentation) for item in source.items] == [
-        (f"{pictures}/{index}.jpg", f"{maps}/{index}.png") for index in range(3)
+        (f"{images}/{index}.jpg", f"{maps}/{index}.png") for index in range(3)
     ]
     assert source.class_names == ()
-    found = source.pictures(source.items[1])
+    found = source.decode_item(source.items[1])
     assert np.array_equal(found.segmentation, noise(12, 10, high=5))
 
 
-@pytest.mark.parametrize(("pictures", "maps"), [("train", "trainannot"), ("images/train", "annotations/train")])
-def test_the_only_split_of_pairs_needs_no_choosing(tmp_path: Path, pictures: str, maps: str) -> None:
-    pairs(tmp_path, pictures, maps)
+@pytest.mark.parametrize(("images", "maps"), [("train", "trainannot"), ("images/train", "annotations/train")])
+def test_the_only_split_of_pairs_needs_no_choosing(tmp_path: Path, images: str, maps: str) -> None:
+    pairs(tmp_path, images, maps)
     source = read(str(tmp_path), "paired")
-    assert [item.image for item in source.items] == [f"{pictures}/{index}.jpg" for index in range(3)]
+    assert [item.image for item in source.items] == [f"{images}/{index}.jpg" for index in range(3)]
     assert source.class_names == ()
 
 
@@ -424,7 +423,7 @@ def test_pascal_vocs_palettes_are_indices_and_its_lists_are_the_splits(tmp_path:
         "paired",
         ["JPEGImages/1.jpg", "JPEGImages/gone.jpg"],
     )
-    assert np.array_equal(source.pictures(source.items[0]).segmentation, ids)
+    assert np.array_equal(source.decode_item(source.items[0]).segmentation, ids)
     (lists / "val.txt").unlink()
     assert read(str(tmp_path)).items == source.items
     with pytest.raises(ConfigError, match="holds the splits train; choose one"):
@@ -436,7 +435,7 @@ def test_drawn_scenes_have_classes_maps_and_masks(tmp_path: Path) -> None:
     source = read(str(tmp_path / "scenes"))
     assert source.layout == "paired" and len(source.class_names) > 1
     for item in source.items:
-        found = source.pictures(item)
+        found = source.decode_item(item)
         assert item.class_index is not None and found.mask is not None and found.segmentation is not None
 
 

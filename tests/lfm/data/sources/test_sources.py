@@ -1,4 +1,4 @@
-"""Layouts of picture collections as people have them, and each mistake's one line."""
+"""Layouts of image collections as people have them, and each mistake's one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def make(root: str, *names: str) -> None:
     for name in names:
-        storage.write_bytes(f"{root}/{name}", b"picture")
+        storage.write_bytes(f"{root}/{name}", b"image")
 
 
 def test_class_folders_become_classes_in_sorted_order(root: str) -> None:
@@ -74,7 +74,7 @@ def test_a_flat_split_has_no_classes(root: str) -> None:
     assert folder(root, "train").items == (SourceItem("1.png"),)
 
 
-def test_the_only_split_needs_no_choosing_and_a_picture_beside_it_is_not_lost(root: str) -> None:
+def test_the_only_split_needs_no_choosing_and_a_image_beside_it_is_not_lost(root: str) -> None:
     make(root, "train/cat/1.png", "train/dog/1.png")
     assert folder(root) == folder(root, "train")
     make(root, "2.png")
@@ -95,7 +95,7 @@ def test_a_class_may_be_called_like_a_split_beside_others(root: str) -> None:
     assert folder(root).class_names == ("exam", "test")
 
 
-def test_loose_pictures_beside_class_folders_are_refused_by_name(root: str) -> None:
+def test_loose_images_beside_class_folders_are_refused_by_name(root: str) -> None:
     make(root, "cat/1.png", "dog/2.png", "stray.png")
     with pytest.raises(DataError) as error:
         folder(root)
@@ -103,11 +103,11 @@ def test_loose_pictures_beside_class_folders_are_refused_by_name(root: str) -> N
 
 
 @pytest.mark.parametrize("names", [["a.txt"], [".git/x.png"], ["sub/.x.png", "b.csv"]])
-def test_no_pictures_is_one_line(root: str, names: list[str]) -> None:
+def test_no_images_is_one_line(root: str, names: list[str]) -> None:
     make(root, *names)
     with pytest.raises(DataError) as error:
         folder(root)
-    assert str(error.value).startswith(f"{root}: no pictures there") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{root}: no images there") and "\n" not in str(error.value)
 
 
 def test_a_missing_folder_or_split_is_named(root: str) -> None:
@@ -120,9 +120,9 @@ def test_a_missing_folder_or_split_is_named(root: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(classes=st.dictionaries(NAMES, st.sets(NAMES, min_size=1, max_size=3), min_size=1, max_size=4))
-def test_every_picture_is_there_once_under_its_class(classes: dict[str, set[str]]) -> None:
+def test_every_image_is_there_once_under_its_class(classes: dict[str, set[str]]) -> None:
     root = f"memory://{uuid.uuid4()}"
-    paths = [f"{name}/{picture}.png" for name, pictures in classes.items() for picture in pictures]
+    paths = [f"{name}/{image}.png" for name, images in classes.items() for image in images]
     make(root, *paths)
     source = folder(root)
     assert [item.image for item in source.items] == sorted(paths)

@@ -139,7 +139,7 @@ def test_a_latent_is_mean_plus_std_times_noise_shifted_and_scaled(
 
 
 def test_without_spread_a_latent_is_one_of_two_means(tmp_path: Path) -> None:
-    """The picture's or its mirror's, in about half of the epochs each."""
+    """The image's or its mirror's, in about half of the epochs each."""
     latents = Latents(str(tmp_path), std=0.0)
     stream, seen = latents.stream(), []
     for start in range(0, 40 * TOTAL, 8):
