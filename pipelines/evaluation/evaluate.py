@@ -18,7 +18,6 @@ from lfm import storage
 from lfm.data.image_sets import FolderImages, open_images, pick
 from lfm.errors import ConfigError, LfmError
 from lfm.metrics import features as networks
-from lfm.metrics import reference as references
 from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.precision_recall import nearest
 from lfm.metrics.reference import Reference
@@ -26,7 +25,8 @@ from lfm.solvers import Solving
 from lfm.training.run_folder import WEIGHTS
 from lfm.world import World
 from pipelines.common import factory
-from pipelines.evaluation import feature_files, metric_table, report
+from pipelines.common.reference_features import ReferenceSet
+from pipelines.evaluation import metric_table, report
 from pipelines.evaluation.candidates import PairedImages, Run, StoredImages, Target
 from pipelines.evaluation.metric_table import EvaluationInputs
 from pipelines.evaluation.per_image_pass import SHOWN, Scorer
@@ -76,18 +76,15 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
     Raises:
         ConfigError, DataError, CheckpointError: before anything is generated, wherever it can be known before.
     """
-    found = [references.load(path) for path in config.reference]
-    used = [
-        feature_files.matching_network(path, reference.header, config.network, factory.device(world))
-        for path, reference in zip(config.reference, found, strict=True)
-    ]
+    sets = [ReferenceSet.load(path, factory.device(world), config.network) for path in config.reference]
+    found, used = [each.reference for each in sets], [each.network for each in sets]
     for name in config.network:
         if networks.short_name(name) not in [network.name for network in used]:
             raise ConfigError(f"--network {name}: no reference was made by it; leave it out, or name its reference")
     targets = _targets(config, world)
     for target in targets:
-        for path, reference in zip(config.reference, found, strict=True):
-            feature_files.check_comparable(path, reference.header, target.name, target.image_size, target.rule)
+        for each in sets:
+            each.check_comparable(target.name, target.image_size, target.rule)
         if sum(target.counts) < 2:
             raise ConfigError(f"{target.name}: a single image has no distribution; two are the least")
     modules = {"lpips": config.lpips, "segmenter": config.segmenter}

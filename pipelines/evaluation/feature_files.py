@@ -7,7 +7,7 @@ that decides them, so what is found there is never of something else; memory hol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lfm import storage
-from lfm.errors import ConfigError, DataError
-from lfm.metrics import features as networks
+from lfm.errors import DataError
 from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.frechet import FeatureSums, Gaussian
-from lfm.metrics.reference import ReferenceHeader, kept_rows
+from lfm.metrics.reference import kept_rows
 from lfm.types import RawSample
 from lfm.world import World
 from pipelines.common.progress import Progress
@@ -115,39 +114,3 @@ def as_batch(samples: list[RawSample]) -> Tensor:
 
 def _file(block: int) -> str:
     return f"{block:06d}.safetensors"
-
-
-def matching_network(
-    path: str, header: ReferenceHeader, named: Sequence[str], device: torch.device | str
-) -> FeatureNetwork:
-    """The network that made the reference at `path`, and no other; from where one of `named` says, if it has moved.
-
-    Raises:
-        ConfigError: it is not to be found.
-    """
-    moved = [name for name in named if networks.short_name(name) == header.network_name]
-    found = networks.load(moved[0] if moved else header.network, device)
-    if header.network_hash not in (None, found.content_hash) or header.network_name != found.name:
-        raise ConfigError(
-            f"{path}: was made by {header.network_name} ({str(header.network_hash)[:12]}), not by {found.name} "
-            f"({found.content_hash[:12]}); name that one with --network"
-        )
-    return found
-
-
-def check_comparable(path: str, header: ReferenceHeader, name: str, image_size: int, rule: str | None) -> None:
-    """Refuse to hold the images of `name`, of this size and cropped by this rule, against a reference of others.
-
-    Raises:
-        ConfigError: names the reference and the repair.
-    """
-    if image_size != header.image_size:
-        raise ConfigError(
-            f"{path}: is of images of {header.image_size} pixels, {name} has {image_size}; make a reference of that "
-            f"size with `lfm reference {header.source} OUT --image-size {image_size}`"
-        )
-    if rule and header.rule and rule != header.rule:
-        raise ConfigError(
-            f"{path}: is of images cropped by the rule {header.rule}, {name} by {rule}; make a reference of that rule "
-            "with `lfm reference`"
-        )

@@ -8,7 +8,7 @@ is as the model makes it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,7 @@ from lfm.data.random_draws import image_noise
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import ConfigError
 from lfm.inference.trained_model import Guidance, guided_velocity
-from lfm.metrics import reference as references
-from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.frechet import FeatureSums, frechet_distance
-from lfm.metrics.reference import Reference
 from lfm.models.dit import DiTConfig
 from lfm.training import run_folder
 from lfm.training.engine import Engine
@@ -34,39 +31,27 @@ from lfm.types import Condition
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig
-from pipelines.evaluation import feature_files
+from pipelines.common.reference_features import ReferenceSet
 
 SOLVER, NUM_STEPS = "heun", 25
 BEST, RECORD = "best.safetensors", "best.json"
 
 
-@dataclass(frozen=True)
-class ReferenceSet:
-    """What images are held against."""
+def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: World) -> ReferenceSet:
+    """Load the reference of an experiment and its feature network.
 
-    reference: Reference
-    network: FeatureNetwork
-
-    @staticmethod
-    def load(config: ExperimentConfig, manifest: Manifest, world: World) -> ReferenceSet:
-        """The reference of an experiment and its network.
-
-        Raises:
-            ConfigError, DataError: they are not to be had, or are of other images than the latents; names the key.
-        """
-        assert config.evaluation, "the experiment is evaluated while it trains"
-        path = config.evaluation.reference
-        reference = references.load(path)
-        feature_files.check_comparable(
-            path, reference.header, "the latents", manifest.image_size, manifest.recipe.get("crop")
+    Raises:
+        ConfigError: If the reference is of another image size or crop rule than the latents, or its network is missing.
+        DataError: If it is not a reference.
+    """
+    assert config.evaluation, "the experiment is evaluated during training"
+    if config.evaluation.guidance_scale != 1 and not config.condition_dropout:
+        raise ConfigError(
+            "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
         )
-        if config.evaluation.guidance_scale != 1 and not config.condition_dropout:
-            raise ConfigError(
-                "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
-            )
-        return ReferenceSet(
-            reference, feature_files.matching_network(path, reference.header, (), factory.device(world))
-        )
+    reference_set = ReferenceSet.load(config.evaluation.reference, factory.device(world))
+    reference_set.check_comparable("the latents", manifest.image_size, manifest.recipe.get("crop"))
+    return reference_set
 
 
 class BestWeights:

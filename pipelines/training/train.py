@@ -31,7 +31,8 @@ from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig, TrainConfig
 from pipelines.common.progress import Progress
-from pipelines.training.best_weights import BestWeights, ReferenceSet
+from pipelines.common.reference_features import ReferenceSet
+from pipelines.training.best_weights import BestWeights, load_reference_set
 from pipelines.training.resume_checks import check_continues, describe, initial_weights
 from pipelines.training.stop_signals import StopRequest
 from pipelines.training.training_log import Log
@@ -76,7 +77,7 @@ def run(
     settings = factory.deepspeed_settings(config, world)
     folder = RunFolder(config.run)
     newest = folder.newest()
-    standard = ReferenceSet.load(config, manifest, world) if config.evaluation else None
+    standard = load_reference_set(config, manifest, world) if config.evaluation else None
     torch.manual_seed(config.train.seed)  # of the initial weights alone
     model = DiT(model_config)
     if newest:
