@@ -16,9 +16,8 @@ from lfm.flow.likelihood import ESTIMATORS, log_likelihood
 from lfm.inference import trained_model
 from lfm.solvers import Solving
 from lfm.world import World
-from pipelines.common import factory
+from pipelines.common import factory, read_samples
 from pipelines.common.progress import Progress
-from pipelines.sampling import read_conditions
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
     solving = Solving(config.solver, config.num_steps, atol=config.atol, rtol=config.rtol)
     model = trained_model.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
     manifest = manifests.load(config.latents, "latents")
-    rows = read_conditions.sample_rows(config.rows, config.latents, manifest, 64)
-    record, shape = read_conditions.check_latents(config.latents, manifest, model), model.header.model
+    rows = read_samples.sample_rows(config.rows, config.latents, manifest, 64)
+    record, shape = read_samples.check_latents(config.latents, manifest, model), model.header.model
     if storage.is_local(config.out) and Path(config.out).is_dir():
         raise ConfigError(f"--out {config.out}: is a folder; name a file, such as likelihood.json")
     plan = f"{len(rows)} latents of {config.latents} under {config.run}, {solving}, {config.estimator} -> {config.out}"
@@ -72,7 +71,7 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
     with Progress("likelihood", len(rows), "latents") as bar:
         for first in range(0, len(rows), config.batch_size):
             part = rows[first : first + config.batch_size]
-            columns = read_conditions.gathered(config.latents, manifest, part, config.cache)
+            columns = read_samples.read_columns(config.latents, manifest, part, config.cache)
             mean, std = torch.from_numpy(np.stack(columns["posterior"])).float().chunk(2, 1)
             drawn = mean + std * torch.from_numpy(image_noise(part, model.latent_shape))
             latents = (drawn - record.shift) * record.scale_factor
@@ -80,7 +79,7 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
             if config.estimator == "hutchinson":
                 signs = torch.from_numpy(image_noise(part, model.latent_shape, 1)).sign().to(model.device)
             classes = [int(index) for index in columns["class_index"]] if shape.num_classes else None
-            conditions = read_conditions.conditions_of_latents(model, columns, classes)
+            conditions = read_samples.conditions_of_latents(model, columns, classes)
             condition = conditions.condition(range(len(part))).to(model.device)
             found = log_likelihood(model.network, latents.to(model.device), condition, solving=solving, signs=signs)
             bits += found.bits_per_dim.tolist()

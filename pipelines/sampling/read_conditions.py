@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import LatentShard, read_raw
-from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.sources.source import unlabelled
 from lfm.data.transforms import CROPS, Rejected, binary, crop, crop_ids, decode, decode_ids, decode_mask
 from lfm.errors import ConfigError, DataError
-from lfm.inference.condition_inputs import Conditions, encode_conditions, spatial_condition, with_classes
+from lfm.inference.condition_inputs import Conditions, encode_conditions
 from lfm.inference.trained_model import TrainedModel
 from lfm.training.run_folder import WeightsHeader
-from pipelines.common import factory
+from pipelines.common.number_lists import parse_indices
+from pipelines.common.read_samples import check_latents, conditions_of_latents, read_columns, sample_rows
 
 if TYPE_CHECKING:
     from pipelines.sampling.sample_job import SampleConfig
-
-MOST_NUMBERS = 1_000_000
-MEMBERS = {
-    "cls": "class_index",
-    "latent.npy": "posterior",
-    "masked.npy": "masked",
-    "mask.npy": "mask",
-    "seg.npy": "segmentation",
-}
-
-
-def numbers(flag: str, text: str) -> list[int]:
-    """The numbers of a list such as 0-15 or 3,5,8-9.
-
-    Raises:
-        ConfigError: it is no such list, or names a number twice.
-    """
-    result: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"{flag} {text}: must be numbers and ranges, as in 0-15 or 3,5,8-9, below {10**18:.0e}")
-        named = range(int(match[1]), int(match[2] or match[1]) + 1)
-        if len(result) + len(named) > MOST_NUMBERS:
-            raise ConfigError(f"{flag} {text}: more than {MOST_NUMBERS:,} at once; give them in parts")
-        result += named
-    if len(set(result)) != len(result):
-        raise ConfigError(f"{flag} {text}: names a number twice")
-    return result
 
 
 def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -> tuple[Conditions, list[str]]:
@@ -61,7 +28,7 @@ def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -
     Raises:
         ConfigError, DataError: one line that names the flag, file or shard.
     """
-    classes = None if config.class_index is None else numbers("--class-index", config.class_index)
+    classes = None if config.class_index is None else parse_indices("--class-index", config.class_index)
     by_file = [f"--{kind}" for kind in ("image", "mask", "segmentation", "crop") if getattr(config, kind)]
     if config.shards is None:
         if config.rows is not None:
@@ -120,7 +87,7 @@ def _from_shards(
         raise ConfigError(f"--shards {folder}: {model.name} takes no masks or maps; leave it out")
     if missing := [name for name in wanted if name not in manifest.fields]:
         raise DataError(f"{folder}: its samples have no {missing[0]}; name other shards")
-    columns = gathered(folder, manifest, rows, config.cache)
+    columns = read_columns(folder, manifest, rows, config.cache)
     if classes is None and shape.num_classes and "class_index" in columns:
         if [entry.name for entry in manifest.classes] != [entry.name for entry in model.header.classes]:
             raise DataError(f"{folder}: its classes are not those of {model.name}; choose with --class-index")
@@ -136,70 +103,3 @@ def _from_shards(
             f"--shards {folder}: latents have no pixels to put back; name the raw shards, or add --no-composite"
         )
     return conditions_of_latents(model, columns, classes), names
-
-
-def check_latents(folder: str, manifest: Manifest, model: TrainedModel) -> AutoencoderRecord:
-    """The record of the autoencoder of some latents, which must be the model's, and hold all that it is told.
-
-    Raises:
-        DataError: it is another, or they do not.
-    """
-    record, shape = manifest.autoencoder, model.header.model
-    if record is None or record.content_hash != model.autoencoder.content_hash:
-        raise DataError(f"{folder}: its latents are of another autoencoder than those of {model.name}")
-    members = {member.suffix for member in manifest.members}
-    for takes, suffix, what in (
-        (shape.condition_channels, "masked.npy", "masks"),
-        (shape.num_labels, "seg.npy", "segmentations"),
-    ):
-        if takes and suffix not in members:
-            raise DataError(f"{folder}: its latents have no {what}, which {model.name} takes; name others")
-    return record
-
-
-def conditions_of_latents(model: TrainedModel, columns: dict[str, list[Any]], classes: list[int] | None) -> Conditions:
-    """What the samples of latent shards tell the model, one of each part for each of them."""
-    shape, spatial = model.header.model, None
-    if shape.condition_channels:
-        masked, mask = (torch.from_numpy(np.stack(columns[name])) for name in ("masked", "mask"))
-        spatial = spatial_condition(model.autoencoder, masked, mask[:, None])
-    maps = np.stack(columns["segmentation"]) if shape.num_labels is not None else None
-    return with_classes(Conditions(spatial=spatial, segmentation=maps), classes, shape.num_classes)
-
-
-def sample_rows(text: str | None, folder: str, manifest: Manifest, most: int) -> list[int]:
-    """The samples of some shards that `--rows` names; without it the first, `most` if there are as many.
-
-    Raises:
-        ConfigError: there are not so many.
-    """
-    if text is None:
-        return list(range(min(most, manifest.num_samples)))
-    rows = numbers("--rows", text)
-    if max(rows) >= manifest.num_samples:
-        raise ConfigError(
-            f"--rows: {folder} holds {manifest.num_samples:,} samples, 0 is the first, there is no {max(rows)}"
-        )
-    return rows
-
-
-def gathered(folder: str, manifest: Manifest, rows: list[int], cache_folder: str | None) -> dict[str, list[Any]]:
-    """The samples of these numbers, in this order, by the names of their fields."""
-    ends = np.cumsum([shard.samples for shard in manifest.shards])
-    cache, found = factory.cache(cache_folder), {}
-    for index, group in groupby(sorted(rows), key=lambda row: int(np.searchsorted(ends, row, side="right"))):
-        shard, first = manifest.shards[index], int(ends[index]) - manifest.shards[index].samples
-        inside = {row - first: row for row in group}
-        path = storage.join(folder, shard.name)
-        local = cache.fetch(path, shard.bytes, shard.crc32)
-        if manifest.kind == "raw":
-            with local.open("rb") as stream:
-                for place, sample in enumerate(read_raw(stream, path)):
-                    if place in inside:
-                        found[inside[place]] = vars(sample)
-        else:
-            columns = LatentShard(local, shard.samples, manifest.members, manifest.stride).columns
-            values = {MEMBERS[name]: columns[name][np.array(list(inside))] for name in MEMBERS if name in columns}
-            for place, row in enumerate(inside.values()):
-                found[row] = {name: value[place] for name, value in values.items()}
-    return {name: [found[row][name] for row in rows] for name in found[rows[0]]}

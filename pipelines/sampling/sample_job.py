@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -19,6 +18,7 @@ from lfm.inference.trained_model import Guidance
 from lfm.solvers import SOLVERS, Solving
 from lfm.world import World
 from pipelines.common import factory, image_files
+from pipelines.common.number_lists import parse_indices, parse_numbers
 from pipelines.sampling import read_conditions
 
 NUM_IMAGES = 16
@@ -92,15 +92,20 @@ class SampleJob:
 
     def __init__(self, config: SampleConfig, world: World) -> None:
         if config.seeds is None:
-            num = len(read_conditions.numbers("--rows", config.rows)) if config.rows else NUM_IMAGES
+            num = len(parse_indices("--rows", config.rows)) if config.rows else NUM_IMAGES
             config = replace(config, seeds=f"0-{num - 1}")
         self.config, device = config, factory.device(world)
         self.solving = Solving(
-            *(config.solver, config.num_steps, config.time_shift, _floats("--times", config.times)),
+            *(
+                config.solver,
+                config.num_steps,
+                config.time_shift,
+                None if config.times is None else parse_numbers("--times", config.times),
+            ),
             *(config.atol, config.rtol),
         )
-        seeds = read_conditions.numbers("--seeds", str(config.seeds))
-        scales = _floats("--guidance-scale", config.guidance_scale) or ()
+        seeds = parse_indices("--seeds", str(config.seeds))
+        scales = parse_numbers("--guidance-scale", config.guidance_scale)
         if len({f"{scale:g}" for scale in scales}) != len(scales):
             raise ConfigError(f"--guidance-scale {config.guidance_scale}: names a scale twice")
         if config.trajectory not in (None, "png", "gif"):
@@ -136,7 +141,7 @@ class SampleJob:
 
     def _interval(self, scales: tuple[float, ...]) -> tuple[float, float]:
         text = self.config.guidance_interval
-        low, *high = _floats("--guidance-interval", text) or (0.0, 1.0)
+        low, *high = (0.0, 1.0) if text is None else parse_numbers("--guidance-interval", text)
         if len(high) != 1 or not 0 <= low < high[0] <= 1:
             raise ConfigError(f"--guidance-interval {text}: must be two times between 0 and 1, as in 0.2,0.8")
         if text and scales == (1,):
@@ -210,26 +215,12 @@ class SampleJob:
         return self.conditions.masks is not None and self.config.composite
 
 
-def _floats(flag: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"{flag} {text}: must be numbers with commas between them, as in 1,1.5") from error
-    if not all(math.isfinite(value) and abs(value) <= 1000 for value in values):
-        raise ConfigError(f"{flag} {text}: must be finite, and at most 1000")
-    return values
-
-
 def _files(recipe: dict[str, Any]) -> set[str]:
     """The names of the images that a recipe of samples makes."""
     if "seeds" not in recipe:
         return set()
-    scales = _floats("--guidance-scale", recipe["guidance_scale"]) or ()
-    return {
-        _file(seed, scale, scales) for seed in read_conditions.numbers("--seeds", recipe["seeds"]) for scale in scales
-    }
+    scales = parse_numbers("--guidance-scale", recipe["guidance_scale"])
+    return {_file(seed, scale, scales) for seed in parse_indices("--seeds", recipe["seeds"]) for scale in scales}
 
 
 def _file(seed: int, scale: float, scales: tuple[float, ...]) -> str:
