@@ -176,7 +176,7 @@ def test_a_image_depends_on_its_seed_and_class_alone(small_set: SmallSet, weight
         (("--atol", 1e-3), "--atol"),
         (("--num-steps", 0), "'--num-steps'"),
         (("--guidance-scale", "inf"), "--guidance-scale inf: must be finite"),
-        (("--seeds", "0-99999999999"), "give them in parts"),
+        (("--seeds", "0-99999999999"), "more than 1,000,000 numbers"),
         (("--seeds", 10**30), "--seeds"),
         (("--rtol", -1), "'--rtol'"),
     ],

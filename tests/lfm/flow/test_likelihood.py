@@ -97,8 +97,8 @@ def test_the_command_measures_a_data_set(small_set: SmallSet, tasks: Tasks, tmp_
     assert len({round(value, 6) for value in found[1].values()}) == 6
     assert lfm(*common, "--dry-run").exit_code == 0
     assert_one_line(lfm(*common, "--estimator", "x"), "--estimator x: unknown; one of hutchinson, exact")
-    assert_one_line(lfm("likelihood", tmp_path, small_set.latents, "--rows", 40), "holds 40 samples")
-    assert_one_line(lfm("likelihood", tmp_path, small_set.latents, "--rows", 40, "--dry-run"), "holds 40 samples")
+    assert_one_line(lfm("likelihood", tmp_path, small_set.latents, "--rows", 40), "--rows 40: out of range")
+    assert_one_line(lfm("likelihood", tmp_path, small_set.latents, "--rows", 40, "--dry-run"), "--rows 40: out of range")
     assert_one_line(lfm("likelihood", tmp_path, small_set.raw), "holds raw shards")
     assert_one_line(lfm(*common, "--out", tmp_path), "--out", "is a folder")
     assert_one_line(lfm("likelihood", tasks.runs / "inpaint", small_set.latents), "no masks")
