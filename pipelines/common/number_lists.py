@@ -9,6 +9,12 @@ from lfm.errors import ConfigError
 
 MAX_INDICES = 1_000_000
 MAX_MAGNITUDE = 1000.0
+INDEX_RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?")
+
+
+def is_index_range(text: str) -> bool:
+    """Return whether the text is a number such as `3` or a range such as `0-15`."""
+    return INDEX_RANGE.fullmatch(text) is not None
 
 
 def parse_indices(option: str, text: str) -> list[int]:
@@ -23,7 +29,7 @@ def parse_indices(option: str, text: str) -> list[int]:
     """
     indices: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
+        match = INDEX_RANGE.fullmatch(part.strip())
         if match is None:
             raise ConfigError(f"{option} {text}: must be numbers and ranges below 1e18, as in 0-15 or 3,5,8-9")
         first, last = int(match[1]), int(match[2] or match[1])

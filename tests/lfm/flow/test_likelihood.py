@@ -98,7 +98,9 @@ def test_the_command_measures_a_data_set(small_set: SmallSet, tasks: Tasks, tmp_
     assert lfm(*common, "--dry-run").exit_code == 0
     assert_one_line(lfm(*common, "--estimator", "x"), "--estimator x: unknown; one of hutchinson, exact")
     assert_one_line(lfm("likelihood", tmp_path, small_set.latents, "--rows", 40), "--rows 40: out of range")
-    assert_one_line(lfm("likelihood", tmp_path, small_set.latents, "--rows", 40, "--dry-run"), "--rows 40: out of range")
+    assert_one_line(
+        lfm("likelihood", tmp_path, small_set.latents, "--rows", 40, "--dry-run"), "--rows 40: out of range"
+    )
     assert_one_line(lfm("likelihood", tmp_path, small_set.raw), "holds raw shards")
     assert_one_line(lfm(*common, "--out", tmp_path), "--out", "is a folder")
     assert_one_line(lfm("likelihood", tasks.runs / "inpaint", small_set.latents), "no masks")
