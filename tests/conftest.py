@@ -13,7 +13,8 @@ from lfm.training import run_folder
 from lfm.training.run_folder import WeightsHeader, save_weights
 from pipelines.data import encode, shard
 from pipelines.demo import draw_scenes
-from tests.support.commands import ALONE, REPOSITORY, SmallSet, Tasks, make_autoencoder, opened
+from tests.support.commands import ALONE, REPOSITORY, SmallSet, Tasks, make_autoencoder
+from tests.support.models import randomized_dit
 from tests.support.training_runs import YAML
 
 
@@ -62,7 +63,7 @@ def tasks(small_set: SmallSet, tmp_path_factory: pytest.TempPathFactory) -> Task
         "undropped": {"condition_channels": 5, "condition_dropout": 0.0},
     }.items():
         dropout = {"condition_dropout": 0.1} if shape else {}
-        model = opened(DiTConfig(4, 8, 2, 32, 1, 2, **dropout | shape))
+        model = randomized_dit(DiTConfig(4, 8, 2, 32, 1, 2, **dropout | shape))
         header = WeightsHeader(
             *(model.config, manifest.autoencoder, 16, manifest.classes if "num_classes" in shape else ()),
             *(64, manifest.digest, "test"),

@@ -8,7 +8,6 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,22 +15,7 @@ from lfm.data import manifest as manifests
 from lfm.training import run_folder
 from pipelines.data.shard import ShardConfig, run
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm, make_autoencoder
-
-
-def image_folder(root: Path, count: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    """Random JPEGs in class folders."""
-    random = np.random.default_rng(0)
-    for index in range(count):
-        path = root / classes[index % len(classes)] / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
-    return root
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file and its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
+from tests.support.images import folder_contents, image_folder
 
 # --- shard ------------------------------------------------------------------------------------------------------
 
@@ -40,7 +24,7 @@ def test_equal_input_gives_equal_bytes_whatever_the_workers(tmp_path: Path) -> N
     source = image_folder(tmp_path / "pictures", 30)
     for name, workers in (("one", 1), ("two", 2)):
         run(ShardConfig(str(source), str(tmp_path / name), image_size=16, samples_per_shard=8, workers=workers))
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert folder_contents(tmp_path / "one") == folder_contents(tmp_path / "two")
 
 
 def test_a_finished_shard_is_not_written_again_and_a_lost_one_is(tmp_path: Path) -> None:
@@ -48,13 +32,13 @@ def test_a_finished_shard_is_not_written_again_and_a_lost_one_is(tmp_path: Path)
         str(image_folder(tmp_path / "p", 30)), str(tmp_path / "raw"), image_size=16, samples_per_shard=8
     )
     run(config)
-    before = tree(tmp_path / "raw")
+    before = folder_contents(tmp_path / "raw")
     kept, lost = tmp_path / "raw" / "000000.tar", tmp_path / "raw" / "000002.tar"
     time_before = kept.stat().st_mtime_ns
     lost.unlink()
     (tmp_path / "raw" / manifests.MANIFEST).unlink()
     run(config)
-    assert tree(tmp_path / "raw") == before
+    assert folder_contents(tmp_path / "raw") == before
     assert kept.stat().st_mtime_ns == time_before
 
 
@@ -81,9 +65,9 @@ def test_a_folder_without_images_is_refused_and_nothing_is_written(tmp_path: Pat
 
 def test_the_destination_of_other_shards_is_refused(small_set: SmallSet, tmp_path: Path) -> None:
     shutil.copytree(small_set.raw, tmp_path / "raw")
-    before = tree(tmp_path / "raw")
+    before = folder_contents(tmp_path / "raw")
     assert_one_line(lfm("shard", small_set.images, tmp_path / "raw", "--image-size", 8), "image_size", "--overwrite")
-    assert tree(tmp_path / "raw") == before
+    assert folder_contents(tmp_path / "raw") == before
 
 
 @pytest.mark.parametrize(
@@ -112,14 +96,14 @@ def test_a_damaged_shard_is_named_and_overwrite_or_removing_it_repairs(
     source = image_folder(tmp_path / "pictures", 20)
     command = ("shard", source, tmp_path / "raw", "--image-size", 8, "--samples-per-shard", 8)
     assert lfm(*command).exit_code == 0
-    before = tree(tmp_path / "raw")
+    before = folder_contents(tmp_path / "raw")
     for repair in ((), ("--overwrite",)):
         (tmp_path / "raw" / name).write_bytes(damage)
         assert_one_line(lfm(*command), tmp_path / "raw" / name, "emove it")
         if not repair:
             (tmp_path / "raw" / name).unlink()
         assert lfm(*command, *repair).exit_code == 0
-        assert tree(tmp_path / "raw") == before
+        assert folder_contents(tmp_path / "raw") == before
 
 
 def test_overwrite_leaves_what_is_not_ours(small_set: SmallSet, tmp_path: Path) -> None:
@@ -190,23 +174,30 @@ def test_only_overwrite_loses_samples_and_the_same_command_repeats_them(weights:
     out = tmp_path / "out"
     command = ("sample", weights, "--out", out, "--num-steps", 1, "--seeds", "0-2")
     assert lfm(*command).exit_code == 0
-    before = tree(out)
+    before = folder_contents(out)
     (out / "000001.png").unlink()
     record = json.loads(before["samples.json"])
     (out / "samples.json").write_text(json.dumps({key: record[key] for key in ("settings", "files")}))  # as if killed
-    assert lfm(*command).exit_code == 0 and tree(out) == before
+    assert lfm(*command).exit_code == 0 and folder_contents(out) == before
     other = (*command[:-1], "3-4")
     assert_one_line(lfm(*other), out, "seeds", "--overwrite")
-    assert tree(out) == before
+    assert folder_contents(out) == before
     (out / "000007.png").write_text("mine")
     assert lfm(*other, "--overwrite").exit_code == 0
-    assert sorted(tree(out)) == ["000003.png", "000004.png", "000007.png", "grid.png", "recipe.json", "samples.json"]
+    assert sorted(folder_contents(out)) == [
+        "000003.png",
+        "000004.png",
+        "000007.png",
+        "grid.png",
+        "recipe.json",
+        "samples.json",
+    ]
 
 
 def test_sample_refuses_a_folder_of_other_things(weights: Path, small_set: SmallSet) -> None:
-    before = tree(small_set.raw)
+    before = folder_contents(small_set.raw)
     assert_one_line(lfm("sample", weights, "--out", small_set.raw, "--overwrite"), small_set.raw, "something else")
-    assert tree(small_set.raw) == before
+    assert folder_contents(small_set.raw) == before
 
 
 def test_sample_refuses_another_autoencoder_naming_both(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import torch
 from click.testing import CliRunner, Result
 
 from lfm.autoencoder import import_diffusers
-from lfm.models.dit import DiT, DiTConfig
 from lfm.world import World
 from pipelines.cli.main import main
 
@@ -57,16 +56,6 @@ class Tasks:
     latents: Path
     runs: Path
     autoencoder: Path
-
-
-def opened(config: DiTConfig) -> DiT:
-    """A model that hears every part of its input."""
-    torch.manual_seed(0)
-    model = DiT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def lfm(*arguments: object, env: dict[str, str] | None = None, command: click.Command = main) -> Result:

@@ -1,21 +1,18 @@
-"""The values recorded from the paper's own classes (shared/reference/README.md), and their names in ours."""
+"""Values recorded from the paper's own classes (tests/data/reference/README.md), and their names in this library."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lfm.conversion.published_checkpoints import our_name
 from lfm.models.dit import DiT, DiTConfig
+from tests.support.commands import REPOSITORY
 
-FOLDER = Path(os.environ.get("LFM_SHARED", Path(__file__).parents[3] / "shared")) / "reference"
-
-requires_reference = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference values in {FOLDER} (LFM_SHARED)")
+FOLDER = REPOSITORY / "tests" / "data" / "reference"
+# Of a recorded gradient with two or more dimensions, every eighth row is stored.
+GRADIENT_STRIDE = 8
 
 CONFIG = DiTConfig(
     latent_channels=4,
@@ -31,12 +28,12 @@ CONFIG = DiTConfig(
 
 
 def recorded(name: str) -> dict[str, Tensor]:
-    """One of the recorded files, without its suffix."""
+    """Return the tensors of a recorded file, named without its suffix."""
     return load_file(FOLDER / f"{name}.safetensors")
 
 
 def recorded_model() -> DiT:
-    """Our DiT with the recorded weights."""
+    """Return a DiT with the recorded weights."""
     theirs = torch.load(FOLDER / "dit_class_model.pth", weights_only=True)
     model = DiT(CONFIG)
     model.load_state_dict({our_name(name): value for name, value in theirs.items() if "pos_embed" not in name})

@@ -14,7 +14,7 @@ from PIL import EpsImagePlugin, Image
 
 from lfm.data.transforms import BACKGROUND, CROPS, Rejected, crop, decode
 from lfm.errors import DataError
-from tests.support.recorded_values import recorded, requires_reference
+from tests.support.recorded_values import recorded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 17, 3)).astype(np.uint8)
 # a smooth one, which JPEG keeps nearly as it is
@@ -246,7 +246,6 @@ def test_no_other_program_is_started_for_a_file(monkeypatch: pytest.MonkeyPatch)
 # --- the crop ----------------------------------------------------------------------------------------------------
 
 
-@requires_reference
 @pytest.mark.parametrize("size", [48, 64])
 def test_the_crop_is_adms_bit_for_bit(size: int) -> None:
     values = recorded("metrics")

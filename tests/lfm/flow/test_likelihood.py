@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from lfm.data import manifest as manifests
 from lfm.errors import ConfigError
 from lfm.flow.likelihood import log_likelihood
-from lfm.models.dit import DiT, DiTConfig
+from lfm.models.dit import DiTConfig
 from lfm.solvers import Solving
 from lfm.training import run_folder
 from lfm.training.run_folder import WeightsHeader, save_weights
 from lfm.types import Condition
 from tests.support.commands import SmallSet, Tasks, assert_one_line, lfm
+from tests.support.models import randomized_dit
 
 MEAN, STD = 0.4, torch.linspace(0.3, 1.8, 8, dtype=torch.float64).view(2, 2, 2)
 
@@ -51,17 +52,8 @@ def test_the_density_of_normal_values_is_found(estimator: str, solving: Solving)
     assert (found.nfe == 240).all() if solving.solver == "rk4" else (found.nfe > 10).all()
 
 
-def opened(config: DiTConfig) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.requires_grad_(False)
-
-
 def test_hutchinsons_estimate_has_the_exact_mean_and_no_row_depends_on_another() -> None:
-    model = opened(DiTConfig(2, 4, 2, 16, 1, 2, num_classes=3)).double()
+    model = randomized_dit(DiTConfig(2, 4, 2, 16, 1, 2, num_classes=3)).double()
     latents = torch.randn(2, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     condition, solving = Condition(torch.tensor([0, 2])), Solving("rk4", num_steps=6)
     exact = log_likelihood(model, latents, condition, solving=solving).bits_per_dim
@@ -82,7 +74,7 @@ def test_a_stochastic_solver_is_refused() -> None:
 def test_the_command_measures_a_data_set(small_set: SmallSet, tasks: Tasks, tmp_path: Path) -> None:
     manifest = manifests.load(str(small_set.latents), "latents")
     assert manifest.autoencoder is not None
-    model = opened(DiTConfig(4, 8, 4, 16, 1, 2, num_classes=8, condition_dropout=0.1))
+    model = randomized_dit(DiTConfig(4, 8, 4, 16, 1, 2, num_classes=8, condition_dropout=0.1))
     header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
     save_weights(str(tmp_path / run_folder.WEIGHTS), model.state_dict(), header)
     common = ("likelihood", tmp_path, small_set.latents, "--solver", "heun", "--num-steps", 3, "--rows", "0-4,30")

@@ -18,7 +18,7 @@ from lfm.flow.path import (
     uniform_time,
     velocity_loss,
 )
-from tests.support.recorded_values import recorded, requires_reference
+from tests.support.recorded_values import recorded
 
 SMALL = settings(max_examples=30, deadline=None)
 SAMPLERS = {
@@ -156,7 +156,6 @@ def test_coupling_deals_noise_out_within_each_group_where_it_is_nearest(seed: in
     assert torch.equal(couple(data, noise, order, 1), noise)
 
 
-@requires_reference
 def test_state_target_and_loss_are_those_of_the_paper() -> None:
     theirs = recorded("loss")
     sample = path_sample(theirs["z0"], theirs["z1"], theirs["t"])

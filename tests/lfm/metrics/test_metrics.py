@@ -17,7 +17,7 @@ from lfm.metrics.kid import kid, squared_discrepancy
 from lfm.metrics.paired import discrimination_scores, linear_svm, psnr, ssim
 from lfm.metrics.precision_recall import density_coverage, nearest, precision_recall
 from lfm.metrics.segmentation import Confusion
-from tests.support.recorded_values import recorded, requires_reference
+from tests.support.recorded_values import recorded
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -31,7 +31,6 @@ def gaussian(features: Tensor) -> Gaussian:
 # --- the recorded values -----------------------------------------------------------------------------------------
 
 
-@requires_reference
 def test_the_recorded_frechet_distance() -> None:
     values = recorded("metrics")
     real, fake = gaussian(values["real"]), gaussian(values["fake"])
@@ -42,7 +41,6 @@ def test_the_recorded_frechet_distance() -> None:
     assert few == pytest.approx(19.6292, rel=1e-4)
 
 
-@requires_reference
 def test_the_recorded_inception_score() -> None:
     blocks = recorded("metrics")["is_probs"].split(77)
     ten, one = inception_score(blocks, 500), inception_score(blocks, 500, num_splits=1)
@@ -50,7 +48,6 @@ def test_the_recorded_inception_score() -> None:
     assert one.mean == pytest.approx(4.375443, rel=1e-6)
 
 
-@requires_reference
 def test_the_recorded_discrimination_scores() -> None:
     values = recorded("metrics")
     scores = discrimination_scores(values["real"], values["fake"])
@@ -58,7 +55,6 @@ def test_the_recorded_discrimination_scores() -> None:
     assert scores.unpaired == pytest.approx(0.298, abs=0.002)
 
 
-@requires_reference
 def test_kid_of_the_recorded_features_is_torchmetrics_own() -> None:
     from torchmetrics.image.kid import poly_mmd
 
@@ -67,7 +63,6 @@ def test_kid_of_the_recorded_features_is_torchmetrics_own() -> None:
     assert kid(real, fake).mean == pytest.approx(float(poly_mmd(real, fake)), rel=1e-9)
 
 
-@requires_reference
 @pytest.mark.parametrize("k", [3, 5])
 def test_neighbours_of_the_recorded_features_are_those_of_brute_force(k: int) -> None:
     values = recorded("metrics")

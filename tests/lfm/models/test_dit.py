@@ -14,39 +14,13 @@ from lfm.flow.path import path_sample, velocity_loss
 from lfm.models.dit import DIT_SIZES, DiT, DiTConfig, flops_per_sample
 from lfm.models.embeddings import ClassEmbedding, TimeEmbedding, sincos_position_embedding
 from lfm.types import Condition
-from tests.support.recorded_values import recorded, recorded_model, requires_reference
-
-SMALL = DiTConfig(
-    latent_channels=4,
-    latent_size=8,
-    patch_size=2,
-    hidden_size=32,
-    depth=2,
-    num_heads=2,
-    num_classes=10,
-    condition_dropout=0.1,
-)
-
-
-def opened(config: DiTConfig, seed: int = 0) -> DiT:
-    """A model whose weights are all away from their zeros, so that every part is heard."""
-    torch.manual_seed(seed)
-    model = DiT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def inputs(channels: int = 4, size: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """State, time and classes (the last one null) of 3 rows."""
-    torch.manual_seed(1)
-    return torch.randn(3, channels, size, size), torch.rand(3), torch.tensor([0, 9, 10])
+from tests.support.models import SMALL_DIT, dit_inputs, randomized_dit
+from tests.support.recorded_values import GRADIENT_STRIDE, recorded, recorded_model
 
 
 def test_the_first_velocity_is_zero_and_every_block_the_identity() -> None:
-    model = DiT(SMALL)
-    state, time, classes = inputs()
+    model = DiT(SMALL_DIT)
+    state, time, classes = dit_inputs()
     assert not model(state, time, Condition(classes)).any()
     tokens, signal = torch.randn(3, 16, 32), torch.randn(3, 32)
     assert all(torch.equal(block(tokens, signal), tokens) for block in model.blocks)
@@ -54,7 +28,7 @@ def test_the_first_velocity_is_zero_and_every_block_the_identity() -> None:
 
 def test_weights_begin_with_the_published_spreads() -> None:
     torch.manual_seed(0)
-    model = DiT(dataclasses.replace(SMALL, hidden_size=192, num_heads=3, num_classes=1000))
+    model = DiT(dataclasses.replace(SMALL_DIT, hidden_size=192, num_heads=3, num_classes=1000))
     spread = {name: float(parameter.detach().std()) for name, parameter in model.named_parameters()}
     for name in ("time_embedding.mlp.0.weight", "time_embedding.mlp.2.weight", "class_embedding.table.weight"):
         assert spread[name] == pytest.approx(0.02, rel=0.02)
@@ -66,8 +40,8 @@ def test_weights_begin_with_the_published_spreads() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_every_parameter(checkpointing: bool) -> None:
     tasks = {"condition_channels": 1, "num_labels": 3, "downsample_factor": 2}
-    model = opened(dataclasses.replace(SMALL, activation_checkpointing=checkpointing, **tasks))
-    state, time, classes = inputs()
+    model = randomized_dit(dataclasses.replace(SMALL_DIT, activation_checkpointing=checkpointing, **tasks))
+    state, time, classes = dit_inputs()
     condition = Condition(classes, torch.rand(3, 1, 8, 8), torch.arange(3 * 256).view(3, 16, 16) % 4)
     model(state, time, condition).square().mean().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -77,8 +51,8 @@ def test_gradients_reach_every_parameter(checkpointing: bool) -> None:
 def test_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = opened(dataclasses.replace(SMALL, activation_checkpointing=checkpointing))
-        state, time, classes = inputs()
+        model = randomized_dit(dataclasses.replace(SMALL_DIT, activation_checkpointing=checkpointing))
+        state, time, classes = dit_inputs()
         model(state, time, Condition(classes)).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
@@ -86,39 +60,39 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 
 def test_a_row_depends_on_its_own_input_alone() -> None:
-    model = opened(SMALL)
-    state, time, classes = inputs()
+    model = randomized_dit(SMALL_DIT)
+    state, time, classes = dit_inputs()
     whole = model(state, time, Condition(classes))
     alone = model(state[1:2], time[1:2], Condition(classes[1:2]))
     torch.testing.assert_close(whole[1:2], alone)
 
 
 def test_train_and_eval_mode_agree() -> None:
-    model = opened(SMALL)
-    state, time, classes = inputs()
+    model = randomized_dit(SMALL_DIT)
+    state, time, classes = dit_inputs()
     assert torch.equal(model.train()(state, time, Condition(classes)), model.eval()(state, time, Condition(classes)))
 
 
 def test_bfloat16_gives_float32_close_to_a_float32_model() -> None:
-    state, time, classes = inputs()
-    exact = opened(SMALL)(state, time, Condition(classes))
+    state, time, classes = dit_inputs()
+    exact = randomized_dit(SMALL_DIT)(state, time, Condition(classes))
     with torch.autocast("cpu", torch.bfloat16):
-        cast = opened(SMALL)(state, time, Condition(classes))
-    for rough in (cast, opened(SMALL).bfloat16()(state, time, Condition(classes))):
+        cast = randomized_dit(SMALL_DIT)(state, time, Condition(classes))
+    for rough in (cast, randomized_dit(SMALL_DIT).bfloat16()(state, time, Condition(classes))):
         assert exact.dtype == rough.dtype == torch.float32
         assert (exact - rough).norm() < 0.03 * exact.norm()
 
 
 def test_statistics_of_a_bfloat16_norm_are_float32() -> None:
-    norm = DiT(SMALL).bfloat16().blocks[0].norm
+    norm = DiT(SMALL_DIT).bfloat16().blocks[0].norm
     tokens = (100 + torch.randn(4, 32)).bfloat16()
     torch.testing.assert_close(norm(tokens).float(), norm(tokens.float()), atol=1e-2, rtol=1e-2)
 
 
 def test_the_backend_of_the_configuration_is_the_one_that_is_used() -> None:
-    state, time, classes = inputs()
+    state, time, classes = dit_inputs()
     with pytest.raises(ConfigError, match="attention xformers cannot be used"):
-        DiT(dataclasses.replace(SMALL, attention="xformers"))(state, time, Condition(classes))
+        DiT(dataclasses.replace(SMALL_DIT, attention="xformers"))(state, time, Condition(classes))
 
 
 def test_time_is_float32_until_after_the_frequencies() -> None:
@@ -140,8 +114,8 @@ def test_a_scale_of_1000_makes_most_frequencies_vary() -> None:
 
 def test_the_null_class_has_a_row_only_where_labels_are_dropped() -> None:
     assert ClassEmbedding(10, 8, with_null=True).table.num_embeddings == 11
-    assert DiT(SMALL).state_dict()["class_embedding.table.weight"].shape[0] == 11
-    plain = DiT(dataclasses.replace(SMALL, condition_dropout=0.0))
+    assert DiT(SMALL_DIT).state_dict()["class_embedding.table.weight"].shape[0] == 11
+    plain = DiT(dataclasses.replace(SMALL_DIT, condition_dropout=0.0))
     assert plain.state_dict()["class_embedding.table.weight"].shape[0] == 10
 
 
@@ -150,33 +124,35 @@ def test_position_embeddings_tell_rows_from_columns() -> None:
     assert torch.equal(grid[0, :, :8], grid[2, :, :8])  # the first half is the column's
     assert torch.equal(grid[:, 0, 8:], grid[:, 4, 8:])  # the second half is the row's
     assert grid.view(15, 16).unique(dim=0).shape[0] == 15
-    assert "position" not in DiT(SMALL).state_dict()
+    assert "position" not in DiT(SMALL_DIT).state_dict()
 
 
 def test_a_condition_that_the_model_does_not_take_is_refused() -> None:
-    state, time, classes = inputs()
+    state, time, classes = dit_inputs()
     with pytest.raises(ConfigError, match="give a class index"):
-        DiT(SMALL)(state, time, Condition())
-    unconditional = DiT(dataclasses.replace(SMALL, num_classes=None, condition_dropout=0.0))
+        DiT(SMALL_DIT)(state, time, Condition())
+    unconditional = DiT(dataclasses.replace(SMALL_DIT, num_classes=None, condition_dropout=0.0))
     with pytest.raises(ConfigError, match="give no class index"):
         unconditional(state, time, Condition(classes))
     with pytest.raises(ConfigError, match="takes 0 channels"):
         unconditional(state, time, Condition(spatial=torch.rand(3, 5, 8, 8)))
-    inpainting = DiT(dataclasses.replace(SMALL, num_classes=None, condition_dropout=0.0, condition_channels=5))
+    inpainting = DiT(dataclasses.replace(SMALL_DIT, num_classes=None, condition_dropout=0.0, condition_channels=5))
     with pytest.raises(ConfigError, match=r"takes 5 channels .* not 0"):
         inpainting(state, time, Condition())
 
 
 def test_the_spatial_condition_is_heard() -> None:
-    model = opened(dataclasses.replace(SMALL, num_classes=None, condition_dropout=0.0, condition_channels=5))
-    state, time, _ = inputs()
+    model = randomized_dit(
+        dataclasses.replace(SMALL_DIT, num_classes=None, condition_dropout=0.0, condition_channels=5)
+    )
+    state, time, _ = dit_inputs()
     empty, full = (model(state, time, Condition(spatial=torch.full((3, 5, 8, 8), fill))) for fill in (0.0, 1.0))
     assert (empty - full).abs().max() > 1e-3
 
 
 def test_every_pixel_of_a_segmentation_is_heard_where_it_lies() -> None:
-    config = dataclasses.replace(SMALL, num_classes=None, depth=1, num_labels=3, downsample_factor=4)
-    model = opened(config)
+    config = dataclasses.replace(SMALL_DIT, num_classes=None, depth=1, num_labels=3, downsample_factor=4)
+    model = randomized_dit(config)
     segmentation = torch.zeros(1, 32, 32, dtype=torch.int64)
     embedded = model.segmentation_embedding(segmentation)
     for row, column in ((0, 0), (5, 30), (31, 31)):
@@ -187,8 +163,8 @@ def test_every_pixel_of_a_segmentation_is_heard_where_it_lies() -> None:
 
 
 def test_a_segmentation_of_another_size_is_refused() -> None:
-    model = opened(dataclasses.replace(SMALL, num_classes=None, num_labels=3, downsample_factor=4))
-    state, time, _ = inputs()
+    model = randomized_dit(dataclasses.replace(SMALL_DIT, num_classes=None, num_labels=3, downsample_factor=4))
+    state, time, _ = dit_inputs()
     with pytest.raises(ConfigError, match=r"takes segmentations of 32 pixels .*, not 16"):
         model(state, time, Condition(segmentation=torch.zeros(3, 16, 16, dtype=torch.int64)))
     with pytest.raises(ConfigError, match=r"takes segmentations of 32 pixels .*, not 0"):
@@ -211,7 +187,7 @@ def test_a_segmentation_of_another_size_is_refused() -> None:
 )
 def test_a_configuration_that_does_not_fit_names_its_keys(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        dataclasses.replace(SMALL, **change)  # type: ignore[arg-type]
+        dataclasses.replace(SMALL_DIT, **change)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -228,14 +204,12 @@ def test_sizes_are_the_published_ones(size: str, millions: int, gigaflops: float
     assert flops_per_sample(config) / 2e9 == pytest.approx(gigaflops, rel=0.001)
 
 
-@requires_reference
 def test_position_and_frequencies_are_those_of_the_paper() -> None:
     theirs, model = recorded("dit_class_io"), recorded_model()
     torch.testing.assert_close(model.position, theirs["act.pos_embed"][0], atol=1e-7, rtol=0)
     torch.testing.assert_close(model.time_embedding.frequencies(theirs["t"]), theirs["act.t_freq"], atol=1e-6, rtol=0)
 
 
-@requires_reference
 @torch.no_grad()
 def test_the_output_is_that_of_the_paper() -> None:
     theirs, model = recorded("dit_class_io"), recorded_model()
@@ -249,7 +223,6 @@ def test_the_output_is_that_of_the_paper() -> None:
         torch.testing.assert_close(out, theirs[name], atol=1e-5, rtol=0)
 
 
-@requires_reference
 def test_loss_and_gradients_are_those_of_the_paper() -> None:
     theirs, model = recorded("loss"), recorded_model()
     sample = path_sample(theirs["z0"], theirs["z1"], theirs["t"])
@@ -260,4 +233,5 @@ def test_loss_and_gradients_are_those_of_the_paper() -> None:
     expected = {our_name(name[5:]): value for name, value in theirs.items() if name.startswith("grad.")}
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=0)
+        rows = slice(None, None, GRADIENT_STRIDE if gradient.ndim > 1 else 1)
+        torch.testing.assert_close(ours[name][rows], gradient, atol=1e-6, rtol=0)

@@ -20,8 +20,7 @@ from lfm.models.dit_blocks import SwiGLU
 from lfm.models.embeddings import grid_coordinates, rotate, rotation_of
 from lfm.training.run_folder import load_weights, save_weights
 from lfm.types import Condition
-from tests.lfm.models.test_dit import SMALL, inputs, opened
-from tests.lfm.training.test_run_folder import HEADER
+from tests.support.models import SMALL_DIT, WEIGHTS_HEADER, dit_inputs, randomized_dit
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
@@ -36,7 +35,7 @@ each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
 def configured(option: str, **changes: Any) -> DiTConfig:
-    return dataclasses.replace(SMALL, **OPTIONS[option] | changes)
+    return dataclasses.replace(SMALL_DIT, **OPTIONS[option] | changes)
 
 
 def kept_tokens(config: DiTConfig) -> torch.Tensor | None:
@@ -48,13 +47,13 @@ def kept_tokens(config: DiTConfig) -> torch.Tensor | None:
 
 
 def velocity(model: DiT, kept: torch.Tensor | None = None) -> torch.Tensor:
-    state, time, classes = inputs()
+    state, time, classes = dit_inputs()
     return model(state, time, Condition(classes), kept)
 
 
 @each_option
 def test_gradients_reach_every_parameter(option: str) -> None:
-    model = opened(configured(option, depth=5))
+    model = randomized_dit(configured(option, depth=5))
     velocity(model, kept_tokens(model.config)).square().mean().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
@@ -68,10 +67,10 @@ def test_the_first_velocity_is_zero(option: str) -> None:
 @each_option
 def test_bfloat16_stays_close_to_float32(option: str) -> None:
     config = configured(option, latent_size=32)  # far positions: as bfloat16, coordinates would be rough
-    state, time, classes = inputs(size=32)
+    state, time, classes = dit_inputs(size=32)
     kept = kept_tokens(config)
-    exact = opened(config)(state, time, Condition(classes), kept)
-    rough = opened(config).bfloat16()(state, time, Condition(classes), kept)
+    exact = randomized_dit(config)(state, time, Condition(classes), kept)
+    rough = randomized_dit(config).bfloat16()(state, time, Condition(classes), kept)
     assert rough.dtype == torch.float32
     assert (exact - rough).norm() < 0.03 * exact.norm()
 
@@ -83,7 +82,7 @@ def test_the_cost_is_the_one_that_torch_counts(option: str, monkeypatch: pytest.
 
     monkeypatch.setattr("lfm.models.attention.scaled_dot_product_attention", attention)  # the CPU's own is not counted
     config = configured(option, hidden_size=96, depth=5, condition_channels=2)  # 2/3 of 384 is a multiple of 8
-    state, time, classes = inputs()
+    state, time, classes = dit_inputs()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         DiT(config)(state, time, Condition(classes, torch.rand(3, 2, 8, 8)), kept_tokens(config))
     assert counter.get_total_flops() == 3 * flops_per_sample(config)
@@ -91,8 +90,8 @@ def test_the_cost_is_the_one_that_torch_counts(option: str, monkeypatch: pytest.
 
 @each_option
 def test_options_survive_saving_and_loading(option: str, tmp_path: Path) -> None:
-    model, path = opened(configured(option)), str(tmp_path / "weights.safetensors")
-    save_weights(path, model.state_dict(), dataclasses.replace(HEADER, model=model.config))
+    model, path = randomized_dit(configured(option)), str(tmp_path / "weights.safetensors")
+    save_weights(path, model.state_dict(), dataclasses.replace(WEIGHTS_HEADER, model=model.config))
     tensors, header = load_weights(path)
     again = DiT(header.model)
     again.load_state_dict(tensors)
@@ -133,8 +132,8 @@ def test_rotations_tell_rows_from_columns_and_stay_exact_in_bfloat16() -> None:
 
 def test_order_is_heard_with_rope_alone() -> None:
     """Without any position, permuted patches give permuted velocities."""
-    model = opened(configured("rope"))
-    state, time, classes = inputs()
+    model = randomized_dit(configured("rope"))
+    state, time, classes = dit_inputs()
     mirrored = model(state.flip(-1), time, Condition(classes)).flip(-1)
     assert (mirrored - velocity(model)).abs().max() > 1e-3
 
@@ -177,15 +176,15 @@ def test_swiglu_is_its_formula_and_has_as_many_parameters() -> None:
 
 @pytest.mark.parametrize("position", ["sincos", "rope"])
 def test_keeping_every_token_in_any_order_changes_nothing(position: str) -> None:
-    model = opened(configured("dropping", position=position, depth=5))
+    model = randomized_dit(configured("dropping", position=position, depth=5))
     order = torch.rand(3, 16).argsort(1)
     torch.testing.assert_close(velocity(model, order), velocity(model))
 
 
 @pytest.mark.parametrize("position", ["sincos", "rope"])
 def test_a_dropped_token_bypasses_the_middle_and_is_not_heard_there(position: str) -> None:
-    model = opened(configured("dropping", position=position))  # of 2 blocks: both are in the middle
-    state, time, classes = inputs()
+    model = randomized_dit(configured("dropping", position=position))  # of 2 blocks: both are in the middle
+    state, time, classes = dit_inputs()
     kept = torch.arange(16)[None].repeat(3, 1)[:, 4:]  # all but the first row of patches
     changed = state.clone()
     changed[:, :, :2] += 1
@@ -201,7 +200,7 @@ def test_a_dropped_token_bypasses_the_middle_and_is_not_heard_there(position: st
 
 def test_the_first_and_last_blocks_see_every_token() -> None:
     seen: list[int] = []
-    model = opened(configured("dropping", depth=8))
+    model = randomized_dit(configured("dropping", depth=8))
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     velocity(model, kept_tokens(model.config))
@@ -223,7 +222,7 @@ def test_every_nth_block_is_checkpointed_without_a_changed_gradient(
     monkeypatch.setattr(dit, "checkpoint", counted)
     gradients = []
     for checkpointing in (0, every):
-        model = opened(configured("all", depth=5, activation_checkpointing=checkpointing))
+        model = randomized_dit(configured("all", depth=5, activation_checkpointing=checkpointing))
         velocity(model, kept_tokens(model.config)).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert seen == blocks
@@ -241,7 +240,7 @@ def test_compiled_blocks_share_their_graphs_and_keep_names_and_velocity(
     torch._dynamo.reset()
     graphs, compiled = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend=graphs))
-    model = opened(configured(option, depth=12, activation_checkpointing=0))
+    model = randomized_dit(configured(option, depth=12, activation_checkpointing=0))
     names, expected = list(model.state_dict()), velocity(model, kept_tokens(model.config))
     model.compile_blocks()
     torch.testing.assert_close(velocity(model, kept_tokens(model.config)), expected)
@@ -254,7 +253,7 @@ def test_compiled_blocks_share_their_graphs_and_keep_names_and_velocity(
 def test_blocks_compiled_by_inductor_have_the_same_gradients() -> None:
     gradients = []
     for compiled in (False, True):
-        model = opened(configured("all", depth=1, activation_checkpointing=0))
+        model = randomized_dit(configured("all", depth=1, activation_checkpointing=0))
         if compiled:
             model.compile_blocks()
         velocity(model, kept_tokens(model.config)).square().mean().backward()
@@ -275,4 +274,4 @@ def test_blocks_compiled_by_inductor_have_the_same_gradients() -> None:
 )
 def test_an_option_that_does_not_fit_names_its_key(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(SMALL, **change)
+        dataclasses.replace(SMALL_DIT, **change)

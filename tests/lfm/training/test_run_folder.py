@@ -17,28 +17,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lfm import storage
-from lfm.data.manifest import AutoencoderRecord, ClassRecord
 from lfm.errors import CheckpointError, LfmError
 from lfm.models.dit import DiTConfig
 from lfm.training import run_folder
 from lfm.training.run_folder import STATE, WEIGHTS, RunFolder, RunState, WeightsHeader, load_weights, save_weights
+from tests.support.models import WEIGHTS_HEADER
 
-HEADER = WeightsHeader(
-    model=DiTConfig(latent_channels=4, latent_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=2),
-    autoencoder=AutoencoderRecord(
-        name="embedded", content_hash="abc", downsample_factor=8, latent_channels=4, scale_factor=0.18215, shift=0.1
-    ),
-    image_size=64,
-    classes=(ClassRecord(index=0, name="Käse", count=3), ClassRecord(index=1, name="b\nc", count=4)),
-    samples_seen=64_000,
-    manifest_digest="d" * 64,
-    code_version="0.1.0 (abc)",
-    config={"train": {"learning_rate": 1e-4, "betas": [0.9, 0.95]}, "run": None},
-)
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(float("nan")), "t": torch.ones(4, 3).t()}
 
 
-def saved(folder: Path, header: WeightsHeader = HEADER) -> Path:
+def saved(folder: Path, header: WeightsHeader = WEIGHTS_HEADER) -> Path:
     save_weights(str(folder / WEIGHTS), TENSORS, header)
     return folder / WEIGHTS
 
@@ -49,7 +37,7 @@ def write_checkpoint(run: RunFolder, samples_seen: int, keep: int = 2) -> Path:
     (folder / "rank_0").mkdir()
     (folder / "rank_0" / "optimizer.pt").write_bytes(b"state")
     tensors = {"a": torch.full((2,), float(samples_seen))}
-    save_weights(str(folder / WEIGHTS), tensors, dataclasses.replace(HEADER, samples_seen=samples_seen))
+    save_weights(str(folder / WEIGHTS), tensors, dataclasses.replace(WEIGHTS_HEADER, samples_seen=samples_seen))
     state = RunState(samples_seen=samples_seen, world_size=1, manifest_digest="d", code_version="1", config={})
     return run.publish(samples_seen, state, keep)
 
@@ -65,9 +53,9 @@ def write_checkpoint(run: RunFolder, samples_seen: int, keep: int = 2) -> Path:
     dropout=st.floats(0, 0.9),
 )
 def test_a_header_survives_its_json(samples_seen: int, scale: float, name: str, dropout: float) -> None:
-    record = HEADER.autoencoder.model_copy(update={"scale_factor": scale, "name": name})
+    record = WEIGHTS_HEADER.autoencoder.model_copy(update={"scale_factor": scale, "name": name})
     model = DiTConfig(4, 8, 2, 32, 1, 2, num_classes=3, condition_dropout=dropout)
-    header = dataclasses.replace(HEADER, samples_seen=samples_seen, autoencoder=record, model=model)
+    header = dataclasses.replace(WEIGHTS_HEADER, samples_seen=samples_seen, autoencoder=record, model=model)
     assert "\n" not in header.to_json()
     assert WeightsHeader.from_json(header.to_json()) == header
 
@@ -76,7 +64,7 @@ def test_weights_survive_the_file(tmp_path: Path) -> None:
     path = saved(tmp_path)
     for place in (path, tmp_path):
         tensors, header = load_weights(str(place))
-        assert header == HEADER
+        assert header == WEIGHTS_HEADER
         assert tensors.keys() == TENSORS.keys()
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, TENSORS[name], equal_nan=True, atol=0, rtol=0)
@@ -128,7 +116,7 @@ def test_weights_that_are_missing_or_not_ours_are_one_line(tmp_path: Path) -> No
 def test_a_header_of_another_version_is_one_line_naming_the_file(
     tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    content = json.loads(HEADER.to_json())
+    content = json.loads(WEIGHTS_HEADER.to_json())
     change(content)
     path = tmp_path / WEIGHTS
     save_file({"a": torch.ones(1)}, path, {"lfm": json.dumps(content)})

@@ -19,8 +19,8 @@ from lfm import autoencoder as autoencoders
 from lfm.data import manifest as manifests
 from lfm.data.latent_shards import LatentShard, read_raw
 from lfm.synthetic.scenes import SEGMENT_NAMES
-from tests.pipelines.test_stages import tree
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm
+from tests.support.images import folder_contents
 
 
 def test_latents_are_those_of_the_images_and_mirrors_those_of_the_mirrored_images(small_set: SmallSet) -> None:
@@ -51,7 +51,7 @@ def test_tar_and_vanilla_webdataset_read_both_kinds_of_shard(small_set: SmallSet
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:
-    return {name: content for name, content in tree(folder).items() if name.endswith(".tar")}
+    return {name: content for name, content in folder_contents(folder).items() if name.endswith(".tar")}
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_one_rank_finishes_what_the_others_leave(small_set: SmallSet, tmp_path: 
     result = lfm("encode", small_set.raw, tmp_path / "latents", "--autoencoder", small_set.autoencoder, "--flips",
                  env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert tree(tmp_path / "latents") == tree(small_set.latents)
+    assert folder_contents(tmp_path / "latents") == folder_contents(small_set.latents)
 
 
 def digest(folder: Path) -> str:
@@ -88,7 +88,7 @@ def test_a_shard_whose_tar_or_record_is_gone_is_made_again(small_set: SmallSet, 
     for name in ("000001.tar", "000002.json"):
         (tmp_path / "latents" / name).unlink()
         assert lfm(*command).exit_code == 0
-        assert tree(tmp_path / "latents") == tree(small_set.latents)
+        assert folder_contents(tmp_path / "latents") == folder_contents(small_set.latents)
 
 
 @pytest.mark.parametrize("stage", ["shard", "encode"])
@@ -98,7 +98,7 @@ def test_what_is_read_is_never_overwritten_by_the_result(small_set: SmallSet, tm
     for dest in ("raw", "link"):
         result = lfm(stage, tmp_path / "raw", tmp_path / dest, "--overwrite")
         assert_one_line(result, tmp_path / dest, "choose another folder")
-    assert tree(tmp_path / "raw") == tree(small_set.raw)
+    assert folder_contents(tmp_path / "raw") == folder_contents(small_set.raw)
 
 
 def test_a_location_may_be_a_file_url_and_is_never_empty(small_set: SmallSet, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_truncated_raw_shard_is_named(small_set: SmallSet, tmp_path: Path) -> 
     result = lfm("encode", tmp_path / "raw", tmp_path / "latents", "--autoencoder", small_set.autoencoder)
     assert_one_line(result, path)
     assert not (tmp_path / "latents" / manifests.MANIFEST).exists()
-    assert sorted(name for name in tree(tmp_path / "latents") if name.startswith(".")) == []
+    assert sorted(name for name in folder_contents(tmp_path / "latents") if name.startswith(".")) == []
 
 
 def test_raw_shards_with_a_flipped_bit_are_named(small_set: SmallSet, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_killed_process_is_replaced_by_the_others(scenes: Path, tmp_path: Path
         said = process.communicate()[1]
     assert process.returncode == 0, said
     assert "1 of 2 processes died" in said
-    assert tree(tmp_path / "latents") == tree(tmp_path / "whole")
+    assert folder_contents(tmp_path / "latents") == folder_contents(tmp_path / "whole")
 
 
 MOUNT = ["unshare", "-rm", "sh", "-c"]
@@ -223,6 +223,6 @@ def test_on_a_full_disk_nothing_is_half_there_and_with_room_the_same_command_goe
     assert result.returncode == 0 and "ended with 2" in result.stdout, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "no space left" in errors[0] and "run the same command" in errors[0]
-    whole = tree(small_set.latents)
-    assert tree(tmp_path / "full").items() < whole.items(), "whole shards and their records alone"
-    assert tree(tmp_path / "latents") == whole
+    whole = folder_contents(small_set.latents)
+    assert folder_contents(tmp_path / "full").items() < whole.items(), "whole shards and their records alone"
+    assert folder_contents(tmp_path / "latents") == whole

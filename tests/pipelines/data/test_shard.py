@@ -22,9 +22,8 @@ from lfm.data.masks import free_form
 from lfm.data.sources.source import Source
 from lfm.types import SourceItem
 from pipelines.data.shard import ShardConfig, plan, run, write_shard
-from tests.lfm.data.sources.test_layouts import encoded, noise, samples, save
-from tests.pipelines.test_stages import image_folder, tree
 from tests.support.commands import REPOSITORY, assert_one_line, lfm
+from tests.support.images import folder_contents, image_bytes, image_folder, random_pixels, raw_samples, save_image
 
 # --- bad files ---------------------------------------------------------------------------------------------------
 
@@ -41,8 +40,8 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-PIXELS = noise(40, 30, 3)
-JPEG, PNG, IDS = encoded(PIXELS, format="JPEG"), encoded(PIXELS), encoded(noise(40, 30, high=5))
+PIXELS = random_pixels(40, 30, 3)
+JPEG, PNG, IDS = image_bytes(PIXELS, format="JPEG"), image_bytes(PIXELS), image_bytes(random_pixels(40, 30, high=5))
 # the image, its map, its mask, and the reason for the reject
 BAD: dict[str, tuple[bytes | None, bytes | None, bytes | None, str]] = {
     "empty": (b"", IDS, IDS, "empty file"),
@@ -50,9 +49,9 @@ BAD: dict[str, tuple[bytes | None, bytes | None, bytes | None, str]] = {
     "header-only": (JPEG[:2], IDS, IDS, "not an image"),
     "cut-png": (PNG[:-500], IDS, IDS, "cannot be decoded"),
     "bad-crc": (PNG[:60] + b"\0\0\0\0" + PNG[64:], IDS, IDS, "cannot be decoded"),
-    "cut-webp": (encoded(PIXELS, format="WEBP")[:200], IDS, IDS, "cannot be decoded"),
-    "cut-tiff": (encoded(PIXELS, format="TIFF")[:900], IDS, IDS, "cannot be decoded"),
-    "cut-bmp": (encoded(PIXELS, format="BMP")[:900], IDS, IDS, "cannot be decoded"),
+    "cut-webp": (image_bytes(PIXELS, format="WEBP")[:200], IDS, IDS, "cannot be decoded"),
+    "cut-tiff": (image_bytes(PIXELS, format="TIFF")[:900], IDS, IDS, "cannot be decoded"),
+    "cut-bmp": (image_bytes(PIXELS, format="BMP")[:900], IDS, IDS, "cannot be decoded"),
     "text": (b"this is no image", IDS, IDS, "not an image"),
     "page": (b"<html><body>404</body></html>", IDS, IDS, "not an image"),
     "pdf": (b"%PDF-1.7\n" + bytes(100), IDS, IDS, "not an image"),
@@ -60,20 +59,20 @@ BAD: dict[str, tuple[bytes | None, bytes | None, bytes | None, str]] = {
     "zip": (b"PK\3\4" + bytes(100), IDS, IDS, "not an image"),
     "zeros": (bytes(5000), IDS, IDS, "not an image"),
     "bomb": (bomb(30_000), IDS, IDS, "too large"),
-    "narrow": (encoded(np.zeros((60_000, 1, 3), np.uint8)), encoded(np.zeros((60_000, 1), np.uint8)),
-               encoded(np.zeros((60_000, 1), np.uint8)), "too narrow"),
+    "narrow": (image_bytes(np.zeros((60_000, 1, 3), np.uint8)), image_bytes(np.zeros((60_000, 1), np.uint8)),
+               image_bytes(np.zeros((60_000, 1), np.uint8)), "too narrow"),
     "link": (None, IDS, IDS, "unreadable"),
     "no-map": (JPEG, None, IDS, "map unreadable"),
     "empty-map": (JPEG, b"", IDS, "map empty file"),
     "cut-map": (JPEG, IDS[:-300], IDS, "map cannot be decoded"),
     "text-map": (JPEG, b"0 0 1", IDS, "map not an image"),
     "colour-map": (JPEG, PNG, IDS, "map not a map"),
-    "jpeg-map": (JPEG, encoded(noise(40, 30), format="JPEG"), IDS, "map not a map"),
-    "small-map": (JPEG, encoded(noise(20, 15, high=5)), IDS, "map of another size"),
-    "turned-map": (JPEG, encoded(noise(30, 40, high=5)), IDS, "map of another size"),
-    "id-beyond": (JPEG, encoded(noise(40, 30, high=9)), IDS, "map with unknown ids"),
+    "jpeg-map": (JPEG, image_bytes(random_pixels(40, 30), format="JPEG"), IDS, "map not a map"),
+    "small-map": (JPEG, image_bytes(random_pixels(20, 15, high=5)), IDS, "map of another size"),
+    "turned-map": (JPEG, image_bytes(random_pixels(30, 40, high=5)), IDS, "map of another size"),
+    "id-beyond": (JPEG, image_bytes(random_pixels(40, 30, high=9)), IDS, "map with unknown ids"),
     "no-mask": (JPEG, IDS, None, "mask unreadable"),
-    "small-mask": (JPEG, IDS, encoded(noise(9, 9)), "mask of another size"),
+    "small-mask": (JPEG, IDS, image_bytes(random_pixels(9, 9)), "mask of another size"),
     "text-mask": (JPEG, IDS, b"hole", "mask not an image"),
 }  # fmt: skip
 
@@ -101,7 +100,7 @@ def test_every_bad_file_is_a_named_reject(bad_files: Path, tmp_path: Path) -> No
         f"images/{name}.jpg": reason for name, (*_, reason) in BAD.items()
     }
     assert all(reject.detail for reject in manifest.rejects) and manifest.num_samples == 3
-    assert {Path(source).stem for source in samples(tmp_path / "raw")} == {"good-0", "good-1", "good-2"}
+    assert {Path(source).stem for source in raw_samples(tmp_path / "raw")} == {"good-0", "good-1", "good-2"}
 
 
 def test_too_many_bad_files_end_the_stage_with_their_reasons(bad_files: Path, tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_too_many_bad_files_end_the_stage_with_their_reasons(bad_files: Path, tm
 @pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_every_byte_is_the_same(tmp_path: Path) -> None:
     for index in range(48):
-        save(tmp_path / "pictures" / f"{index}.png", Image.fromarray(noise(300, 300 + index, 3)))
+        save_image(tmp_path / "pictures" / f"{index}.png", Image.fromarray(random_pixels(300, 300 + index, 3)))
     arguments = ("--image-size", "256", "--samples-per-shard", "4", "--workers", "2", "--format", "png")
     assert lfm("shard", tmp_path / "pictures", tmp_path / "whole", *arguments[:-4], "--format", "png").exit_code == 0
     raw = tmp_path / "raw"
@@ -135,7 +134,7 @@ def test_killed_in_the_middle_and_run_again_every_byte_is_the_same(tmp_path: Pat
     assert not [child for child in children if Path(f"/proc/{child}").exists()], "workers outlive the killed command"
     (raw / ".writing-000011.tar.left.by.another").write_bytes(b"half")
     assert lfm("shard", tmp_path / "pictures", raw, *arguments).exit_code == 0
-    assert tree(raw) == tree(tmp_path / "whole")
+    assert folder_contents(raw) == folder_contents(tmp_path / "whole")
 
 
 def test_two_parts_in_any_order_are_one_run(tmp_path: Path) -> None:
@@ -145,7 +144,7 @@ def test_two_parts_in_any_order_are_one_run(tmp_path: Path) -> None:
         result = lfm("shard", source, tmp_path / "raw", "--image-size", 16, "--samples-per-shard", 8, "--part", part)
         assert result.exit_code == 0 and says in result.stdout and f"2 of them by part {part}" in result.stdout
         assert (tmp_path / "raw" / manifests.MANIFEST).exists() == (part == "1/2")
-    assert tree(tmp_path / "raw") == tree(tmp_path / "whole")
+    assert folder_contents(tmp_path / "raw") == folder_contents(tmp_path / "whole")
 
 
 def test_the_rejects_of_all_parts_count_together(tmp_path: Path) -> None:
@@ -183,7 +182,7 @@ def test_masks_are_drawn_where_there_are_none_and_recorded(tmp_path: Path) -> No
     source = image_folder(tmp_path / "p", 10)
     command = ("shard", source, tmp_path / "raw", "--image-size", 16)
     assert lfm(*command, "--masks", "free-form", "--seed", 5).exit_code == 0
-    for sample in samples(tmp_path / "raw").values():
+    for sample in raw_samples(tmp_path / "raw").values():
         assert np.array_equal(sample.mask, free_form(5, sample.key, 16))
     assert manifests.load(str(tmp_path / "raw"), "raw").recipe["masks"] == "free-form"
     assert_one_line(lfm(*command, "--seed", 5), "masks", "--overwrite")
@@ -196,10 +195,10 @@ def test_masks_are_not_drawn_over_a_sources_own(bad_files: Path, tmp_path: Path)
 
 def test_a_soft_mask_is_thresholded_at_one_half_after_the_crop(tmp_path: Path) -> None:
     levels = np.repeat(np.arange(256, dtype=np.uint8)[None], 256, 0)
-    save(tmp_path / "p" / "a.png", noise(256, 256, 3))
-    save(tmp_path / "p" / "a_mask.png", np.stack([levels] * 3, -1))
+    save_image(tmp_path / "p" / "a.png", random_pixels(256, 256, 3))
+    save_image(tmp_path / "p" / "a_mask.png", np.stack([levels] * 3, -1))
     assert lfm("shard", tmp_path / "p", tmp_path / "raw", "--image-size", 256).exit_code == 0
-    mask = samples(tmp_path / "raw")["a.png"].mask
+    mask = raw_samples(tmp_path / "raw")["a.png"].mask
     assert np.array_equal(mask, (levels >= 128).astype(np.uint8))
 
 
@@ -212,13 +211,13 @@ def test_map_mask_and_image_get_the_same_crop(tmp_path: Path, rule: str, shape: 
     """The image shows its own map in grey levels: what is far from an edge must agree."""
     ids = np.zeros(shape, np.uint8)
     ids[shape[0] // 2 :, : shape[1] // 3] = 1
-    save(tmp_path / "p" / "images" / "a.png", np.stack([ids * 200] * 3, -1))
-    save(tmp_path / "p" / "labels" / "a.png", ids)
-    save(tmp_path / "p" / "masks" / "a.png", ids * 255)
+    save_image(tmp_path / "p" / "images" / "a.png", np.stack([ids * 200] * 3, -1))
+    save_image(tmp_path / "p" / "labels" / "a.png", ids)
+    save_image(tmp_path / "p" / "masks" / "a.png", ids * 255)
     (tmp_path / "p" / "labels.txt").write_text("sky\nearth\n")
     result = lfm("shard", tmp_path / "p", tmp_path / "raw", "--image-size", 16, "--crop", rule)
     assert result.exit_code == 0, result.stderr
-    sample = samples(tmp_path / "raw")["images/a.png"]
+    sample = raw_samples(tmp_path / "raw")["images/a.png"]
     assert sample.segmentation is not None and sample.mask is not None
     inside = sample.segmentation != 255
     assert inside.all() == (rule != "pad" or shape[0] == shape[1])
@@ -228,14 +227,14 @@ def test_map_mask_and_image_get_the_same_crop(tmp_path: Path, rule: str, shape: 
 
 
 def test_jpeg_on_request_is_of_quality_95_without_chroma_subsampling(tmp_path: Path) -> None:
-    save(tmp_path / "p" / "a.png", np.kron(noise(8, 8, 3), np.ones((8, 8, 1), np.uint8)))
+    save_image(tmp_path / "p" / "a.png", np.kron(random_pixels(8, 8, 3), np.ones((8, 8, 1), np.uint8)))
     assert lfm("shard", tmp_path / "p", tmp_path / "raw", "--image-size", 64, "--format", "jpg").exit_code == 0
     recipe = manifests.load(str(tmp_path / "raw"), "raw").recipe
     assert recipe["encoding"] == {"format": "JPEG", "quality": 95, "subsampling": 0}
     original = np.asarray(Image.open(tmp_path / "p" / "a.png"), np.float32)
     buffer = io.BytesIO()
     Image.fromarray(original.astype(np.uint8)).save(buffer, "JPEG", quality=95, subsampling=0)
-    assert np.array_equal(samples(tmp_path / "raw")["a.png"].image, np.asarray(Image.open(buffer)))
+    assert np.array_equal(raw_samples(tmp_path / "raw")["a.png"].image, np.asarray(Image.open(buffer)))
 
 
 def test_a_sample_without_the_mask_that_others_have_is_a_reject(tmp_path: Path) -> None:

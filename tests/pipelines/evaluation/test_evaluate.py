@@ -25,7 +25,7 @@ from lfm.world import World
 from pipelines.evaluation import evaluate as stage
 from pipelines.evaluation.evaluate import EvaluateConfig
 from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line, lfm
-from tests.support.networks import Small, exported, reference_of
+from tests.support.feature_networks import PooledPixels, export_network, make_small_reference
 
 
 class Distance(nn.Module):
@@ -35,13 +35,13 @@ class Distance(nn.Module):
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(Small(), tmp_path_factory.mktemp("network") / "small.pt2")
+    return export_network(PooledPixels(), tmp_path_factory.mktemp("network") / "small.pt2")
 
 
 @pytest.fixture(scope="module")
 def reference(small_set: SmallSet, network: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the 40 scenes of the small set."""
-    return reference_of(small_set, network, tmp_path_factory.mktemp("reference"))
+    return make_small_reference(small_set, network, tmp_path_factory.mktemp("reference"))
 
 
 def image_folder(folder: Path, count: int = 30, size: int = 16, seed: int = 0) -> Path:
@@ -171,7 +171,7 @@ def test_what_cannot_be_had_is_said_before_anything_is_done(
 
 
 def test_a_changed_network_is_refused(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
-    other = exported(nn.Sequential(Small(), nn.ReLU()), tmp_path / "small.pt2")
+    other = export_network(nn.Sequential(PooledPixels(), nn.ReLU()), tmp_path / "small.pt2")
     result = lfm("evaluate", small_set.raw, "--reference", reference, "--out", tmp_path / "out", "--network", other)
     assert_one_line(result, reference, "--network")
 
@@ -223,7 +223,7 @@ def test_pairs_go_by_key_and_all_of_them_count(
         for index in range(120):
             pixels = np.random.default_rng(index).integers(40, 200, (16, 16, 3), np.uint8)
             Image.fromarray(pixels + (5 if suffix == "bmp" else 0)).save(folder / f"{index}.{suffix}")
-    distance = exported(Distance(), tmp_path / "distance.pt2", inputs=2)
+    distance = export_network(Distance(), tmp_path / "distance.pt2", inputs=2)
     command = ("evaluate", fake, "--reference", reference, "--pairs", real, "--lpips", distance)
     assert lfm(*command, "--out", tmp_path / "out").exit_code == 0
     found = metrics(tmp_path / "out")
@@ -260,7 +260,7 @@ def test_maps_are_compared_with_what_a_segmenter_finds(reference: Path, tmp_path
         Image.fromarray(np.full((16, 16, 3), 40 * index, np.uint8)).save(tmp_path / "source/images" / f"{index}.png")
         Image.fromarray(ids).save(tmp_path / "source/annotations" / f"{index}.png")
         Image.fromarray(np.repeat(shown[..., None] * 255, 3, 2)).save(tmp_path / "fake" / f"{index:012d}.png")
-    raw, segmenter = tmp_path / "raw", exported(Brightness(), tmp_path / "brightness.pt2")
+    raw, segmenter = tmp_path / "raw", export_network(Brightness(), tmp_path / "brightness.pt2")
     assert lfm("shard", tmp_path / "source", raw, "--layout", "paired", "--image-size", 16).exit_code == 0
     command = ("evaluate", tmp_path / "fake", "--reference", reference, "--segmenter", segmenter)
     assert_one_line(lfm(*command, "--out", tmp_path / "out"), "--segmenter", "--pairs with maps")

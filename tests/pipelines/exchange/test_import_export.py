@@ -22,8 +22,9 @@ from lfm.solvers import Solving
 from lfm.training import run_folder
 from lfm.training.run_folder import WeightsHeader, save_weights
 from lfm.types import Condition
-from tests.support.commands import SmallSet, assert_one_line, lfm, opened
-from tests.support.recorded_values import CONFIG, FOLDER, recorded, requires_reference
+from tests.support.commands import SmallSet, assert_one_line, lfm
+from tests.support.models import randomized_dit
+from tests.support.recorded_values import CONFIG, FOLDER, recorded
 
 PAPERS = FOLDER / "dit_class_model.pth"
 SHAPE = DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, condition_dropout=0.1, time_scale=1.0)
@@ -52,14 +53,13 @@ def run(small_set: SmallSet, tmp_path: Path) -> Path:
     """A run whose model diffusers can express."""
     manifest = manifests.load(str(small_set.latents), "latents")
     assert manifest.autoencoder is not None
-    model = opened(DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, condition_dropout=0.1, frequency_shift=1)).eval()
+    model = randomized_dit(DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, condition_dropout=0.1, frequency_shift=1)).eval()
     header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
     (tmp_path / "run").mkdir()
     save_weights(str(tmp_path / "run" / run_folder.WEIGHTS), model.state_dict(), header)
     return tmp_path / "run"
 
 
-@requires_reference
 @pytest.mark.parametrize("prefix", ["module.", ""])
 @torch.no_grad()
 def test_the_papers_checkpoint_gives_the_papers_outputs(small_set: SmallSet, tmp_path: Path, prefix: str) -> None:
@@ -76,7 +76,6 @@ def test_the_papers_checkpoint_gives_the_papers_outputs(small_set: SmallSet, tmp
     assert lfm("sample", tmp_path / "run", "--out", tmp_path / "out", "--seeds", "0-1", "--num-steps", 1).exit_code == 0
 
 
-@requires_reference
 @torch.no_grad()
 def test_without_classes_the_null_class_becomes_part_of_the_time() -> None:
     state, theirs = torch.load(PAPERS, weights_only=True), recorded("dit_class_io")
@@ -89,7 +88,7 @@ def test_without_classes_the_null_class_becomes_part_of_the_time() -> None:
 
 @torch.no_grad()
 def test_sit_is_turned_exactly() -> None:
-    theirs, (state, time, condition) = opened(SHAPE).eval(), inputs()
+    theirs, (state, time, condition) = randomized_dit(SHAPE).eval(), inputs()
     weights, config = published_checkpoints.from_state_dict(their_state(theirs, variance=True), "sit", num_heads=2)
     assert config == SHAPE
     ours = DiT(config).eval()
@@ -99,7 +98,7 @@ def test_sit_is_turned_exactly() -> None:
 
 @torch.no_grad()
 def test_dit_predicts_noise_and_is_converted_as_it_samples(small_set: SmallSet, tmp_path: Path) -> None:
-    theirs = opened(SHAPE).eval()
+    theirs = randomized_dit(SHAPE).eval()
     torch.save({"ema": their_state(theirs, variance=True), "model": {}}, tmp_path / "DiT.pt")
     flags = ("--from", "dit", "--num-heads", 2, "--autoencoder", small_set.autoencoder)
     result = lfm("import", tmp_path / "DiT.pt", tmp_path / "run", *flags)
@@ -139,7 +138,7 @@ def test_a_prediction_of_noise_leads_where_the_velocity_does(spread: float) -> N
 
 
 def test_import_then_export_then_import_is_the_identity(run: Path, small_set: SmallSet, tmp_path: Path) -> None:
-    torch.save(their_state(opened(SHAPE).eval(), variance=False), tmp_path / "theirs.pt")
+    torch.save(their_state(randomized_dit(SHAPE).eval(), variance=False), tmp_path / "theirs.pt")
     flags = ("--from", "lfm", "--num-heads", 2, "--autoencoder", small_set.autoencoder)
     assert lfm("import", tmp_path / "theirs.pt", tmp_path / "one", *flags).exit_code == 0
     for source, again in ((tmp_path / "one", tmp_path / "two"), (run, tmp_path / "three")):
@@ -156,7 +155,7 @@ def test_diffusers_alone_makes_our_images(
     run: Path, small_set: SmallSet, tmp_path: Path, guidance_scale: float, papers: bool
 ) -> None:
     if papers:  # time is not scaled, and its frequencies are not those of diffusers
-        torch.save(their_state(opened(SHAPE).eval(), variance=False), tmp_path / "theirs.pt")
+        torch.save(their_state(randomized_dit(SHAPE).eval(), variance=False), tmp_path / "theirs.pt")
         flags = ("--from", "lfm", "--num-heads", 2, "--autoencoder", small_set.autoencoder)
         run = tmp_path / "imported"
         assert lfm("import", tmp_path / "theirs.pt", run, *flags).exit_code == 0
@@ -195,7 +194,7 @@ def test_what_diffusers_cannot_express_is_refused(change: dict, said: str) -> No
 
 
 def test_mistakes_are_one_line_and_write_nothing(run: Path, small_set: SmallSet, tmp_path: Path) -> None:
-    theirs = their_state(opened(SHAPE).eval(), variance=False)
+    theirs = their_state(randomized_dit(SHAPE).eval(), variance=False)
     codec, dest = ("--autoencoder", small_set.autoencoder), tmp_path / "dest"
     for name, content in {
         "ours.pt": theirs,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from lfm.training.run_folder import load_weights
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, finish, free_port, lfm
-from tests.support.networks import Small, exported, reference_of
+from tests.support.feature_networks import PooledPixels, export_network, make_small_reference
 from tests.support.training_runs import SCRIPT, assert_same_weights, losses, plan, start, train, zero
 
 
@@ -173,7 +173,7 @@ def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_p
 @pytest.mark.slow
 def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
     """One rank alone, two at stage 3, and one that goes on from the middle, with a record of what is yet to come."""
-    reference = reference_of(small_set, exported(Small(), tmp_path / "small.pt2"), tmp_path)
+    reference = make_small_reference(small_set, export_network(PooledPixels(), tmp_path / "small.pt2"), tmp_path)
     evaluation = f"evaluation={{reference: {reference}, every: 5, num: 20, guidance_scale: 2}}"
     runs = [tmp_path / name for name in ("alone", "two", "plain", "resumed")]
     shared = ("train.checkpoint_every=10", "train.learning_rate=2.0e-2")
@@ -205,7 +205,7 @@ def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_se
 
 @pytest.mark.slow
 def test_coupled_noise_in_small_parts_is_measured_too(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
-    reference = reference_of(small_set, exported(Small(), tmp_path / "small.pt2"), tmp_path)
+    reference = make_small_reference(small_set, export_network(PooledPixels(), tmp_path / "small.pt2"), tmp_path)
     settings = ("condition=none", "condition_dropout=0", "flow.coupling_group=4", "train.micro_batch=2")
     measured = (
         f"evaluation={{reference: {reference}, every: 5, num: 7}}",

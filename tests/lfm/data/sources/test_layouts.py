@@ -15,47 +15,20 @@ from PIL import Image
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import read_raw
 from lfm.data.sources.layouts import FACE_PARTS, LAYOUTS, read
 from lfm.data.sources.source import Source
 from lfm.errors import ConfigError, DataError
-from lfm.types import RawSample
-from tests.pipelines.test_stages import tree
 from tests.support.commands import assert_one_line, lfm
-from tests.support.recorded_values import FOLDER
-
-DATA = FOLDER.parent / "data"
-TARS = ("layouts", "ccp_seg", "coco_mini")
-requires_data = pytest.mark.skipif(
-    not all((DATA / f"{name}.tar").is_file() for name in TARS), reason=f"no layouts.tar in {DATA} (LFM_SHARED)"
-)
+from tests.support.images import folder_contents, image_bytes, random_pixels, raw_samples, save_image
+from tests.support.real_data import unpack
 
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trees")
-    for name in TARS:
-        with tarfile.open(DATA / f"{name}.tar") as tar:
-            tar.extractall(root, filter="data")
+    for name in ("layouts", "ccp_seg", "coco_mini"):
+        unpack(name, root)
     return root
-
-
-def save(path: Path, pixels: np.ndarray | Image.Image, **options: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
-
-
-def noise(*shape: int, high: int = 256) -> np.ndarray:
-    return np.random.default_rng(sum(shape)).integers(0, high, shape).astype(np.uint8)
-
-
-def samples(raw: Path) -> dict[str, RawSample]:
-    """The samples of all shards by their source."""
-    found = {}
-    for shard in sorted(raw.glob("*.tar")):
-        with shard.open("rb") as stream:
-            found |= {sample.metadata["source"]: sample for sample in read_raw(stream, str(shard))}
-    return found
 
 
 # --- every real tree by one command ------------------------------------------------------------------------------
@@ -78,7 +51,7 @@ REAL = [
 ]
 
 
-@requires_data
+@pytest.mark.real_data
 @pytest.mark.parametrize(("name", "split", "layout", "images", "classes", "members"), REAL)
 def test_a_real_tree_shards_by_one_command(
     trees: Path, tmp_path: Path, name: str, split: str | None, layout: str, images: int, classes: int, members: str
@@ -90,14 +63,14 @@ def test_a_real_tree_shards_by_one_command(
     manifest = manifests.load(str(tmp_path / "raw"), "raw")
     assert (manifest.num_samples, len(manifest.classes), manifest.rejects) == (images, classes, [])
     assert manifest.recipe["layout"] == layout
-    for sample in samples(tmp_path / "raw").values():
+    for sample in raw_samples(tmp_path / "raw").values():
         assert sample.image.shape == (32, 32, 3)
         found = (("class", sample.class_index), ("map", sample.segmentation), ("mask", sample.mask))
         assert [name for name, value in found if value is not None] == members.split()
         assert sample.mask is None or set(np.unique(sample.mask)) <= {0, 1}
 
 
-@requires_data
+@pytest.mark.real_data
 def test_detection_says_what_it_cannot_tell_apart(trees: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"layouts: may be imagenet or lmdb or .*; choose one, as in --layout imagenet"
@@ -108,7 +81,7 @@ def test_detection_says_what_it_cannot_tell_apart(trees: Path) -> None:
             read(str(trees / name))
 
 
-@requires_data
+@pytest.mark.real_data
 @pytest.mark.parametrize(("layout", "expected"), list(zip(FACE_PARTS, ("lfm", "official"), strict=True)))
 def test_the_parts_of_a_face_become_the_expected_map_bit_for_bit(
     trees: Path, tmp_path: Path, layout: str, expected: str
@@ -116,7 +89,7 @@ def test_the_parts_of_a_face_become_the_expected_map_bit_for_bit(
     root = trees / "layouts" / "CelebAMask-HQ"
     result = lfm("shard", root, tmp_path / "raw", "--image-size", 512, "--layout", layout)
     assert result.exit_code == 0, result.stderr
-    found = samples(tmp_path / "raw")
+    found = raw_samples(tmp_path / "raw")
     assert len(found) == 6
     for source, sample in found.items():
         wanted = np.asarray(Image.open(root / f"expected_mask_{expected}_order" / f"{Path(source).stem}.png"))
@@ -128,18 +101,18 @@ def test_the_parts_of_a_face_become_the_expected_map_bit_for_bit(
 @pytest.mark.parametrize("layout", FACE_PARTS)
 def test_every_part_of_a_face_has_its_id_and_later_ones_lie_above(tmp_path: Path, layout: str) -> None:
     names = FACE_PARTS[layout].split()
-    save(tmp_path / "CelebA-HQ-img" / "2000.jpg", noise(36, 36, 3))
+    save_image(tmp_path / "CelebA-HQ-img" / "2000.jpg", random_pixels(36, 36, 3))
     for index, name in enumerate(names):
         part = np.zeros((18, 18, 3), np.uint8)
         part[index:] = 255
-        save(tmp_path / "CelebAMask-HQ-mask-anno" / "1" / f"02000_{name}.png", part)
+        save_image(tmp_path / "CelebAMask-HQ-mask-anno" / "1" / f"02000_{name}.png", part)
     source = read(str(tmp_path), layout)
     ids = source.decode_item(source.items[0]).segmentation
     assert ids is not None and ids[:, 0].tolist() == list(range(1, 19))
     assert len(names) == 18 and set(names) == set(FACE_PARTS["celebamask-hq"].split())
 
 
-@requires_data
+@pytest.mark.real_data
 def test_imagenets_two_parts_have_the_same_classes(trees: Path) -> None:
     root = str(trees / "layouts" / "ILSVRC")
     train, val = read(root, split="train"), read(root, split="val")
@@ -155,19 +128,19 @@ def test_imagenets_two_parts_have_the_same_classes(trees: Path) -> None:
 
 def test_imagenet_as_torchvision_unpacks_it_and_without_labels(tmp_path: Path) -> None:
     for name in ("train/n00000002/a.JPEG", "train/n00000001/b.JPEG", "val/n00000002/c.JPEG"):
-        save(tmp_path / name, noise(8, 8, 3), format="JPEG")
+        save_image(tmp_path / name, random_pixels(8, 8, 3), format="JPEG")
     val = read(str(tmp_path), split="val")
     assert (val.layout, val.class_names) == ("imagenet", ("n00000001", "n00000002"))
     assert [item.class_index for item in val.items] == [1]
-    save(tmp_path / "val" / "x.JPEG", noise(8, 8, 3), format="JPEG")
+    save_image(tmp_path / "val" / "x.JPEG", random_pixels(8, 8, 3), format="JPEG")
     with pytest.raises(DataError, match=r"val: has no class folders; put Kaggle's LOC_val_solution.csv"):
         read(str(tmp_path), split="val")
 
 
 def test_imagenets_only_split_needs_no_choosing_but_class_folders_beside_it(tmp_path: Path) -> None:
-    save(tmp_path / "train" / "n00000001" / "a.JPEG", noise(8, 8, 3), format="JPEG")
+    save_image(tmp_path / "train" / "n00000001" / "a.JPEG", random_pixels(8, 8, 3), format="JPEG")
     assert [item.image for item in read(str(tmp_path)).items] == ["n00000001/a.JPEG"]
-    save(tmp_path / "n00000002" / "b.JPEG", noise(8, 8, 3), format="JPEG")
+    save_image(tmp_path / "n00000002" / "b.JPEG", random_pixels(8, 8, 3), format="JPEG")
     with pytest.raises(DataError, match=r"train/n00000001/a.JPEG: its class is not known"):
         read(str(tmp_path))
 
@@ -184,19 +157,13 @@ def write_lmdb(path: Path, values: dict[str, bytes]) -> Path:
     return path
 
 
-def encoded(pixels: np.ndarray, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, **{"format": "PNG", **options})
-    return buffer.getvalue()
-
-
 def test_raw_and_encoded_values_are_told_apart_by_content_in_cursor_order(tmp_path: Path) -> None:
-    raw, image = noise(16, 16, 3), noise(9, 7, 3)
+    raw, image = random_pixels(16, 16, 3), random_pixels(9, 7, 3)
     jpeg_like = raw.copy()
     jpeg_like[0, 0] = (0xFF, 0xD8, 0xFF)
-    png = encoded(image)
+    png = image_bytes(image)
     png += bytes(3 * 20 * 20 - len(png))  # as long as a raw image of 20 x 20
-    values = {"0": raw.tobytes(), "1": png, "2": jpeg_like.tobytes(), "10": encoded(image)}
+    values = {"0": raw.tobytes(), "1": png, "2": jpeg_like.tobytes(), "10": image_bytes(image)}
     source = read(str(write_lmdb(tmp_path / "train.lmdb", values)))
     assert [item.image for item in source.items] == ["0", "1", "10", "2"]
     found = [np.asarray(source.decode_item(item).image) for item in source.items]
@@ -207,7 +174,7 @@ def test_raw_and_encoded_values_are_told_apart_by_content_in_cursor_order(tmp_pa
 
 @pytest.mark.parametrize("keep", [0, 5000, 10_000])
 def test_a_cut_off_lmdb_is_refused_before_it_can_kill_the_process(tmp_path: Path, keep: int) -> None:
-    root = write_lmdb(tmp_path / "a.lmdb", {str(n): encoded(noise(40, 40 + n, 3)) for n in range(30)})
+    root = write_lmdb(tmp_path / "a.lmdb", {str(n): image_bytes(random_pixels(40, 40 + n, 3)) for n in range(30)})
     path = root / "data.mdb"
     path.write_bytes(path.read_bytes()[:keep])
     assert_one_line(lfm("shard", root, tmp_path / "raw"), root, "copy or download it again")
@@ -218,7 +185,7 @@ def test_a_pickled_cache_beside_an_lmdb_is_never_opened(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return (pytest.fail, ("unpickled",))
 
-    root = write_lmdb(tmp_path / "church_train_lmdb", {"ab" * 20: encoded(noise(8, 8, 3), format="WEBP")})
+    root = write_lmdb(tmp_path / "church_train_lmdb", {"ab" * 20: image_bytes(random_pixels(8, 8, 3), format="WEBP")})
     (root / "_cache_church").write_bytes(pickle.dumps(Trap()))
     source = read(str(tmp_path))
     assert (source.layout, len(source.items)) == ("lsun", 1)
@@ -229,7 +196,9 @@ def test_torchtoolboxs_lmdb_and_the_full_ade20k_are_refused_in_a_sentence(tmp_pa
     toolbox = write_lmdb(tmp_path / "imagenet.lmdb", {"0": b"x", "__len__": b"1", "__keys__": b"0"})
     with pytest.raises(DataError, match=r"imagenet.lmdb: is an LMDB of torchtoolbox, .*; give lfm the images"):
         read(str(toolbox))
-    save(tmp_path / "ade" / "images" / "training" / "a" / "abbey" / "ADE_train_00000001_seg.png", noise(8, 8, 3))
+    save_image(
+        tmp_path / "ade" / "images" / "training" / "a" / "abbey" / "ADE_train_00000001_seg.png", random_pixels(8, 8, 3)
+    )
     with pytest.raises(DataError, match=r"is the full ADE20K, .*; download ADEChallengeData2016"):
         read(str(tmp_path / "ade"))
 
@@ -245,10 +214,13 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def test_tars_of_others_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
-    image, ids = noise(9, 9, 3), noise(9, 9)
-    members = {f"cat/{n}.PNG": encoded(image) for n in "ab"} | {"cat/b.cls": b"2\n", "cat/b.seg.png": encoded(ids)}
+    image, ids = random_pixels(9, 9, 3), random_pixels(9, 9)
+    members = {f"cat/{n}.PNG": image_bytes(image) for n in "ab"} | {
+        "cat/b.cls": b"2\n",
+        "cat/b.seg.png": image_bytes(ids),
+    }
     write_tar(tmp_path / "train-000.tar", {"__meta__": b"x", "cat/a.txt": b"a cat", **members})
-    write_tar(tmp_path / "val-000.tar", {"0.jpg": encoded(image, format="JPEG")})
+    write_tar(tmp_path / "val-000.tar", {"0.jpg": image_bytes(image, format="JPEG")})
     source = read(str(tmp_path), split="train")
     assert (source.layout, len(source.items), source.class_names) == ("webdataset", 2, ("0", "1", "2"))
     found = source.decode_item(source.items[1])
@@ -263,7 +235,7 @@ def test_a_class_that_is_no_number_is_named(tmp_path: Path) -> None:
 
 
 def test_a_sample_without_a_image_is_a_reject_and_not_left_out(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"0.png": encoded(noise(9, 9, 3)), "1.txt": b"x", "2.input.jpg": b"x"})
+    write_tar(tmp_path / "a.tar", {"0.png": image_bytes(random_pixels(9, 9, 3)), "1.txt": b"x", "2.input.jpg": b"x"})
     assert lfm("shard", tmp_path, tmp_path / "raw", "--image-size", 8, "--max-rejected", 1).exit_code == 0
     rejects = manifests.load(str(tmp_path / "raw"), "raw").rejects
     assert sorted(reject.source for reject in rejects) == ["a.tar#-#1", "a.tar#-#2"]
@@ -272,7 +244,7 @@ def test_a_sample_without_a_image_is_a_reject_and_not_left_out(tmp_path: Path) -
 
 @pytest.mark.parametrize("damage", ["cut between samples", "cut in an image", "header", "twice", "gzip"])
 def test_a_damaged_tar_is_refused_and_never_a_short_one(tmp_path: Path, damage: str) -> None:
-    images = {f"{n}.png": encoded(noise(20, 20, 3)) for n in range(4)}
+    images = {f"{n}.png": image_bytes(random_pixels(20, 20, 3)) for n in range(4)}
     path = write_tar(tmp_path / "a.tar", images)
     with tarfile.open(path) as tar:
         third = tar.getmembers()[2].offset
@@ -295,10 +267,10 @@ def test_a_damaged_tar_is_refused_and_never_a_short_one(tmp_path: Path, damage: 
 def test_parquet_files_and_a_saved_data_set(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
-    images = [noise(8, 8 + n, 3) for n in range(5)]
+    images = [random_pixels(8, 8 + n, 3) for n in range(5)]
     features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     table = arrow.table(
-        {"image": [{"bytes": encoded(image), "path": "x"} for image in images], "label": [0, 1, 1, 0, 1]}
+        {"image": [{"bytes": image_bytes(image), "path": "x"} for image in images], "label": [0, 1, 1, 0, 1]}
     ).replace_schema_metadata({"huggingface": json.dumps(features)})
     (tmp_path / "p" / "data").mkdir(parents=True)
     parquet.write_table(table, tmp_path / "p" / "data" / "train-00000-of-00001.parquet", row_group_size=2)
@@ -335,7 +307,7 @@ def test_a_missing_library_is_one_line_with_the_repair(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lmdb", "webdataset", "hf"])
 def test_worker_processes_open_the_source_anew_and_write_the_same_bytes(tmp_path: Path, kind: str) -> None:
-    contents = {str(n): encoded(noise(20, 20 + n, 3)) for n in range(12)}
+    contents = {str(n): image_bytes(random_pixels(20, 20 + n, 3)) for n in range(12)}
     if kind == "lmdb":
         write_lmdb(tmp_path / "source", contents)
     elif kind == "webdataset":
@@ -348,11 +320,11 @@ def test_worker_processes_open_the_source_anew_and_write_the_same_bytes(tmp_path
         result = lfm("shard", tmp_path / "source", tmp_path / str(workers), "--image-size", 16, "--workers", workers,
                      "--samples-per-shard", 4)  # fmt: skip
         assert result.exit_code == 0 and f"{kind}: 12 images" in result.stdout, result.stderr
-    assert tree(tmp_path / "1") == tree(tmp_path / "2")
+    assert folder_contents(tmp_path / "1") == folder_contents(tmp_path / "2")
 
 
 def test_tars_and_pairs_are_read_from_a_url() -> None:
-    root, image, ids = f"memory://{uuid.uuid4()}", encoded(noise(9, 9, 3)), encoded(noise(9, 9))
+    root, image, ids = f"memory://{uuid.uuid4()}", image_bytes(random_pixels(9, 9, 3)), image_bytes(random_pixels(9, 9))
     for name in "ab":
         storage.write_bytes(f"{root}/pairs/images/{name}.png", image)
         storage.write_bytes(f"{root}/pairs/annotations/{name}.png", ids)
@@ -367,7 +339,9 @@ def test_tars_and_pairs_are_read_from_a_url() -> None:
         source = read(f"{root}/{folder}")
         assert (source.layout, len(source.items)) == (layout, count)
         found = source.decode_item(source.items[0])
-        assert np.array_equal(found.image, noise(9, 9, 3)) and np.array_equal(found.segmentation, noise(9, 9))
+        assert np.array_equal(found.image, random_pixels(9, 9, 3)) and np.array_equal(
+            found.segmentation, random_pixels(9, 9)
+        )
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
@@ -375,8 +349,8 @@ def test_tars_and_pairs_are_read_from_a_url() -> None:
 
 def pairs(root: Path, images: str, maps: str, count: int = 3) -> None:
     for index in range(count):
-        save(root / images / f"{index}.jpg", noise(12, 10, 3))
-        save(root / maps / f"{index}.png", noise(12, 10, high=5))
+        save_image(root / images / f"{index}.jpg", random_pixels(12, 10, 3))
+        save_image(root / maps / f"{index}.png", random_pixels(12, 10, high=5))
 
 
 @pytest.mark.parametrize(("images", "maps", "split"),
@@ -393,7 +367,7 @@ def test_pairs_are_found_by_name_in_folders_of_known_names(
     ]
     assert source.class_names == ()
     found = source.decode_item(source.items[1])
-    assert np.array_equal(found.segmentation, noise(12, 10, high=5))
+    assert np.array_equal(found.segmentation, random_pixels(12, 10, high=5))
 
 
 @pytest.mark.parametrize(("images", "maps"), [("train", "trainannot"), ("images/train", "annotations/train")])
@@ -406,12 +380,12 @@ def test_the_only_split_of_pairs_needs_no_choosing(tmp_path: Path, images: str, 
 
 def test_pascal_vocs_palettes_are_indices_and_its_lists_are_the_splits(tmp_path: Path) -> None:
     pairs(tmp_path, "JPEGImages", "SegmentationClass", 2)
-    ids = noise(12, 10, high=21)
+    ids = random_pixels(12, 10, high=21)
     ids[0] = 255
     palette = Image.frombytes("P", (10, 12), ids.tobytes())
-    palette.putpalette(noise(256, 3).tobytes())
-    save(tmp_path / "SegmentationClass" / "1.png", palette)
-    save(tmp_path / "JPEGImages" / "unlisted.jpg", noise(12, 10, 3))
+    palette.putpalette(random_pixels(256, 3).tobytes())
+    save_image(tmp_path / "SegmentationClass" / "1.png", palette)
+    save_image(tmp_path / "JPEGImages" / "unlisted.jpg", random_pixels(12, 10, 3))
     lists = tmp_path / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("1\ngone\n")

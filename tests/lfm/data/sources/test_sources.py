@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tarfile
+import shutil
 import uuid
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,7 @@ from lfm.data.sources.layouts import read
 from lfm.data.sources.source import SUFFIXES, Source
 from lfm.errors import ConfigError, DataError, LfmError
 from lfm.types import SourceItem
-from tests.support.recorded_values import FOLDER
-
-DATA = FOLDER.parent / "data"
+from tests.support.real_data import unpack
 
 
 def folder(root: str, split: str | None = None) -> Source:
@@ -138,19 +135,15 @@ def test_a_class_that_is_a_link_is_not_left_out(tmp_path: Path) -> None:
     assert folder(str(tmp_path / "source")).class_names == ("cat", "dog")
 
 
-@pytest.mark.skipif(not (DATA / "clothing10.tar").is_file(), reason=f"no clothing10.tar in {DATA} (LFM_SHARED)")
+@pytest.mark.real_data
 def test_a_real_collection(tmp_path: Path) -> None:
-    with tarfile.open(DATA / "clothing10.tar") as tar:
-        members = [member for member in tar if member.isfile() and "/validation/" in member.name]
-        tar.extractall(tmp_path, members, filter="data")
-        everything = Counter(
-            member.name.split("/")[1:2][0] for member in tar.getmembers() if member.name.endswith(".jpg")
-        )
-    assert everything == {"train": 3068, "validation": 341, "test": 372}
-    source = folder(str(tmp_path / "clothing10"), "validation")
-    assert len(source.items) == 341
-    assert source.class_names == (
-        *("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"),
-    )
+    root = unpack("clothing10", tmp_path) / "clothing10"
+    counts = {split: len(folder(str(root), split).items) for split in ("train", "validation", "test")}
+    assert counts == {"train": 3068, "validation": 341, "test": 372}
+    source = folder(str(root), "validation")
+    classes = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt")
+    assert source.class_names == classes
     assert {item.class_index for item in source.items} == set(range(10))
-    assert folder(str(tmp_path / "clothing10")) == source  # the only split there
+    for split in ("train", "test"):
+        shutil.rmtree(root / split)
+    assert folder(str(root)) == source, "the only split needs no choosing"
