@@ -5,10 +5,27 @@ from __future__ import annotations
 import click
 
 from pipelines.cli import data_commands, evaluation_commands, model_commands
-from pipelines.cli.options import Commands
+from pipelines.cli.stage_command import StageGroup
+
+COMMANDS = (
+    data_commands.shard,
+    data_commands.encode,
+    data_commands.inspect,
+    data_commands.autoencoder,
+    data_commands.scenes,
+    evaluation_commands.reference,
+    evaluation_commands.evaluate,
+    evaluation_commands.likelihood,
+    model_commands.sample,
+    model_commands.import_,
+    model_commands.export,
+    model_commands.ema,
+    model_commands.demo,
+    model_commands.train_hint,
+)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=StageGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="lfm")
 def main() -> None:
     """Flow matching in latent space: images -> shards -> latents -> a model -> images.
@@ -20,28 +37,11 @@ def main() -> None:
     lfm sample RUN --out DIR
     lfm reference RAW REFERENCE.safetensors; lfm evaluate RUN --reference REFERENCE.safetensors --out DIR
 
-    The same command resumes. `lfm demo` does all of it on drawn images.
+    Run the same command to resume it. `lfm demo` runs all stages on synthetic images.
     """
 
 
-for command in (
-    *(
-        data_commands.shard,
-        data_commands.encode,
-        data_commands.inspect,
-        data_commands.autoencoder,
-        data_commands.scenes,
-    ),
-    *(evaluation_commands.reference, evaluation_commands.evaluate, evaluation_commands.likelihood),
-    *(
-        model_commands.sample,
-        model_commands.import_,
-        model_commands.export,
-        model_commands.ema,
-        model_commands.demo,
-        model_commands.train_hint,
-    ),
-):
+for command in COMMANDS:
     main.add_command(command)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lfm import storage
-from lfm.autoencoder import EMBEDDED, Autoencoder, check_storable
+from lfm.autoencoder import Autoencoder, check_storable
 from lfm.data import manifest as manifests
 from lfm.data.latent_shards import latent_layout, latent_members, read_raw, write_tar
 from lfm.data.manifest import Manifest, ShardRecord
@@ -29,24 +29,9 @@ from lfm.types import LatentSample, RawSample
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.progress import Progress
+from pipelines.data.data_options import EncodeConfig
 
 AHEAD = 3  # batches that wait before and behind the network
-
-
-@dataclass(frozen=True)
-class EncodeConfig:
-    """What `lfm encode` is told."""
-
-    raw: str
-    dest: str
-    autoencoder: str = EMBEDDED
-    flips: bool = False
-    batch_size: int = 32
-    precision: str = "fp32"
-    threads: int = 4  # that decode images
-    cache: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,27 +23,10 @@ from lfm.types import RawSample
 from lfm.world import World
 from pipelines.common import factory, image_files
 from pipelines.common.progress import Progress
+from pipelines.data.data_options import InspectConfig
 
 SHEET = "sheet.png"
 HOLE = np.array([255, 0, 0])
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """What `lfm inspect` is told."""
-
-    path: str
-    verify: bool = False
-    out: str = SHEET
-    num: int = 64  # images on the sheet
-    autoencoder: str | None = None  # where the one of the latents is now, if it has moved
-    raw: str | None = None  # what the latents were encoded from, to compare with
-    cache: str | None = None
-    plan: bool = False  # say which samples come, and nothing else
-    at: int = 0  # of training: samples seen
-    seed: int = 0
-    window: int = 8
-    skip_shard: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -27,27 +27,7 @@ from lfm.errors import ConfigError, DataError
 from lfm.types import RawSample, SourceItem
 from pipelines.common.processes import SPAWN, begin_worker
 from pipelines.common.progress import Progress
-
-
-@dataclass(frozen=True)
-class ShardConfig:
-    """What `lfm shard` is told."""
-
-    source: str
-    dest: str
-    layout: str = "auto"
-    image_size: int = 256
-    split: str | None = None
-    samples_per_shard: int = 4096
-    image_format: str = "webp"
-    crop: str = "centre"
-    masks: str | None = None  # free-form, for sources that have none
-    seed: int = 0
-    workers: int = 1
-    part: str = "1/1"  # which of the shards to write, as 3/16: every machine takes another part
-    max_rejected: float = 0.01  # share of the source's images
-    overwrite: bool = False
-    dry_run: bool = False
+from pipelines.data.data_options import ShardConfig
 
 
 @dataclass(frozen=True)

@@ -33,33 +33,12 @@ from lfm.training.ema import Ema, decay_after
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.progress import Progress
+from pipelines.data.data_options import AutoencoderConfig
 
 STATE = "training.pt"
 CONFIG = "config.json"
 FILES = r"training\.pt|config\.json|recipe\.json|diffusion_pytorch_model\.safetensors"
 SCALE_IMAGES = 512  # that the scale factor is measured on
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """What `lfm autoencoder` is told."""
-
-    raws: tuple[str, ...]  # each batch takes the same share of every one
-    dest: str
-    initialize_from: str | None = None  # path, hub id or `embedded`; by default new weights
-    num_steps: int = 20_000
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    kl_weight: float = 1e-3
-    ema_decay: float = 0.999
-    latent_channels: int = 4
-    block_channels: tuple[int, ...] = (32, 32, 64)  # one more halving of the image for each beyond the first
-    precision: str = "fp32"
-    save_every: int = 500
-    seed: int = 0
-    cache: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,12 @@ from lfm import storage
 from lfm.errors import ConfigError, LfmError
 from lfm.synthetic.scenes import recognise
 from pipelines.common.progress import duration
+from pipelines.demo.demo_options import DemoConfig
 
 CHECKOUT = Path(pipelines.__file__).parents[1]
 NUM_SCENES = 4096
 NUM_IMAGES = 64
 IMAGE_SIZE = 64
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """What `lfm demo` is told."""
-
-    out: str = "demo"
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

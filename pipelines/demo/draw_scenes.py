@@ -17,18 +17,7 @@ from lfm.synthetic.dead_leaves import draw_leaves
 from lfm.synthetic.scenes import CLASS_NAMES, SEGMENT_NAMES, draw_scene
 from pipelines.common import image_files
 from pipelines.common.progress import Progress
-
-
-@dataclass(frozen=True)
-class ScenesConfig:
-    """What `lfm scenes` is told."""
-
-    dest: str
-    num: int = 4096
-    image_size: int = 64
-    seed: int = 0
-    kind: str = "scenes"  # scenes, or leaves: what the embedded autoencoder learns photographs from
-    dry_run: bool = False
+from pipelines.demo.demo_options import ScenesConfig
 
 
 @dataclass(frozen=True)

@@ -25,25 +25,10 @@ from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.progress import Progress
 from pipelines.evaluation import feature_files
+from pipelines.evaluation.evaluation_options import BoundConfig
 
 REPORT = "bound.json"
 PARTS = 10  # of [0, 1], in each of which the velocity is looked at
-
-
-@dataclass(frozen=True)
-class BoundConfig:
-    """What `lfm evaluate --bound` is told."""
-
-    run: str
-    raw: str  # raw shards, or a folder, of images that were not trained on
-    out: str
-    num: int = 1000
-    num_steep: int = 16  # images at which Jacobians are looked at, at every time: each costs 80 evaluations
-    seed: int = 0
-    batch_size: int = 32
-    autoencoder: str | None = None
-    cache: str | None = None
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,37 +28,12 @@ from pipelines.common import factory
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.evaluation import metric_table, report
 from pipelines.evaluation.candidates import PairedImages, Run, StoredImages, Target
+from pipelines.evaluation.evaluation_options import EvaluateConfig
 from pipelines.evaluation.metric_table import EvaluationInputs
 from pipelines.evaluation.per_image_pass import SHOWN, Scorer
 
 DEFAULT_NUM = 50_000
 PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "diffusers")
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What `lfm evaluate` is told; those from `num` on concern runs alone."""
-
-    targets: tuple[str, ...]  # runs, checkpoints or weights; folders of images, or raw shards
-    reference: tuple[str, ...]
-    out: str
-    metrics: str | None = None  # by default all that can be had
-    pairs: str | None = None  # real images: those of a folder stand for them by key, a run is told their masks or maps
-    network: tuple[str, ...] = ()  # where the references' networks are now, if they have moved
-    lpips: str | None = None  # a module of torch.export
-    segmenter: str | None = None  # a module of torch.export
-    batch_size: int = 32
-    cache: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
-    num: int | None = None
-    first_seed: int | None = None
-    guidance_scale: tuple[float, ...] = ()
-    solver: str | None = None
-    num_steps: int | None = None
-    atol: float | None = None
-    rtol: float | None = None
-    autoencoder: str | None = None
 
 
 @dataclass(frozen=True)

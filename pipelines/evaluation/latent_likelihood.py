@@ -18,25 +18,7 @@ from lfm.solvers import Solving
 from lfm.world import World
 from pipelines.common import factory, read_samples
 from pipelines.common.progress import Progress
-
-
-@dataclass(frozen=True)
-class LikelihoodConfig:
-    """What `lfm likelihood` is told."""
-
-    run: str
-    latents: str
-    out: str = "likelihood.json"
-    rows: str | None = None  # such as 0-63; the first 64 by default
-    estimator: str = "hutchinson"
-    solver: str = "dopri5"
-    num_steps: int | None = None
-    atol: float | None = None
-    rtol: float | None = None
-    batch_size: int = 32
-    autoencoder: str | None = None
-    cache: str | None = None
-    dry_run: bool = False
+from pipelines.evaluation.evaluation_options import LikelihoodConfig
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,7 @@ from lfm.metrics.reference import Reference, ReferenceHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.evaluation import feature_files
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    """What `lfm reference` is told."""
-
-    source: str
-    out: str
-    image_size: int | None = None  # of a folder's images, which are then resized and cropped, or of imported ones
-    crop: str | None = None  # by this rule; ADM's centre crop if not told
-    network: str = networks.FD_LITE
-    batch_size: int = 32
-    cache: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
+from pipelines.evaluation.evaluation_options import ReferenceConfig
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from lfm import autoencoder as autoencoders
 from lfm import storage
-from lfm.autoencoder import EMBEDDED
 from lfm.conversion import published_checkpoints
 from lfm.data.manifest import ClassRecord
 from lfm.errors import CheckpointError, ConfigError, LfmError, on_one_line
@@ -23,33 +21,10 @@ from lfm.training import run_folder
 from lfm.training.run_folder import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
+from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
 
 FORMATS = ("safetensors", "diffusers")
 INNER = ("ema", "model", "state_dict")  # where training scripts keep the weights, the best first
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """What `lfm import` is told."""
-
-    path: str
-    dest: str
-    source: str
-    autoencoder: str = EMBEDDED
-    num_heads: int | None = None
-    num_classes: int | None = None
-    dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """What `lfm export` is told."""
-
-    run: str
-    dest: str
-    to: str
-    autoencoder: str | None = None
-    dry_run: bool = False
 
 
 def bring_in(config: ImportConfig) -> str:

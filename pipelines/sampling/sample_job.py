@@ -20,42 +20,10 @@ from lfm.world import World
 from pipelines.common import factory, image_files
 from pipelines.common.number_lists import parse_indices, parse_numbers
 from pipelines.sampling import read_conditions
+from pipelines.sampling.sample_options import SampleConfig
 
 NUM_IMAGES = 16
 OWNED = r"(recipe|samples|timing)\.json|(grid|trajectory)\.(png|gif)"  # and the images, by the recipe's seeds
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """What `lfm sample` is told."""
-
-    run: str
-    out: str
-    seeds: str | None = None  # such as 0-15; by default one for each of the rows, else NUM_IMAGES
-    class_index: str | None = None  # such as 3 or 0-9 or 1,4; seeds take turns; by default all classes take turns
-    image: tuple[str, ...] = ()  # images to fill in where the masks say so
-    mask: tuple[str, ...] = ()
-    segmentation: tuple[str, ...] = ()
-    crop: str | None = None  # how these three come to the model's size; without it they must have it
-    shards: str | None = None  # raw or latent shards, in place of these three
-    rows: str | None = None  # which samples of the shards, such as 0-3; by default as many as there are seeds
-    composite: bool = True  # put the known pixels back
-    guidance_scale: str = "1"  # or several, for a sheet
-    guidance_interval: str | None = None  # of time, such as 0.2,0.8
-    autoguidance: str | None = None  # a run whose weaker model to lead away from
-    solver: str = "heun"
-    num_steps: int | None = None
-    time_shift: float | None = None
-    times: str | None = None
-    atol: float | None = None
-    rtol: float | None = None
-    batch_size: int = 32
-    trajectory: str | None = None  # png or gif
-    time: bool = False
-    autoencoder: str | None = None  # where the one of the weights is now, if it has moved
-    cache: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
 
 
 FREE = (
@@ -67,6 +35,7 @@ FREE = (
     "cache",
     "overwrite",
     "dry_run",
+    "num_gpus",
 )  # they change no image
 # What is shared out among the images, each of which has its own.
 SHARED_OUT = ("seeds", "class_index", "image", "mask", "segmentation", "crop", "shards", "rows", "guidance_scale")

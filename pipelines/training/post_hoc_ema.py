@@ -12,19 +12,9 @@ from lfm.training import run_folder
 from lfm.training.ema import combination
 from lfm.training.run_folder import RunFolder
 from pipelines.common.progress import Progress
+from pipelines.training.training_options import EmaConfig
 
 WORST_FIT = 0.1  # of the wanted profile's norm; above it the snapshots cannot make the width
-
-
-@dataclass(frozen=True)
-class EmaConfig:
-    """What `lfm ema` is told."""
-
-    run: str
-    sigma_rel: float
-    samples_seen: int | None = None  # at which the average ends; by default the newest snapshot's
-    out: str | None = None  # by default ema-SIGMA_REL.safetensors in the run's folder
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

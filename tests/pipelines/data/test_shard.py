@@ -242,6 +242,7 @@ def test_a_sample_without_the_mask_that_others_have_is_a_reject(tmp_path: Path) 
         Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
     source = Source(str(tmp_path), (SourceItem("a.png"), SourceItem("b.png", mask="b_mask.png")))
     records = [
-        write_shard(job) for job in plan(ShardConfig("", str(tmp_path), image_size=8, samples_per_shard=1), source)
+        write_shard(job)
+        for job in plan(ShardConfig("source", str(tmp_path), image_size=8, samples_per_shard=1), source)
     ]
     assert [reject.reason for record in records for reject in record.rejects] == ["mask missing"]

@@ -112,12 +112,12 @@ def test_files_of_any_size_are_cropped_as_shards_are(tasks: Tasks, tmp_path: Pat
         wide = np.pad(pixels_of(source), ((0, 0), (8, 8), (0, 0))[: pixels_of(source).ndim], mode="edge")
         Image.fromarray(wide.repeat(3, 0).repeat(3, 1)).save(path)
     image, mask, ids = map(str, paths)
-    told = SampleConfig("", "", image=(image,), mask=(mask,), crop=rule)
+    told = SampleConfig("run", "out", image=(image,), mask=(mask,), crop=rule)
     inpaint, _ = read_conditions(told, library.load(str(tasks.runs / "inpaint")), 1)
     assert inpaint.images is not None and inpaint.masks is not None
     assert np.array_equal(inpaint.images[0], crop(Image.open(image), 16, rule))
     assert np.array_equal(inpaint.masks[0], crop(Image.open(mask).convert("L"), 16, rule) >= 128)
-    told = SampleConfig("", "", segmentation=(ids,), crop=rule)
+    told = SampleConfig("run", "out", segmentation=(ids,), crop=rule)
     semantic, _ = read_conditions(told, library.load(str(tasks.runs / "semantic")), 1)
     assert semantic.segmentation is not None
     assert np.array_equal(semantic.segmentation[0], pixels_of(files(tasks)[2])) == (rule == "centre")
@@ -156,7 +156,7 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
     model = library.load(str(tasks.runs / "semantic"))
     everything = [pixels_of(files(tasks, row)[2]) for row in range(20)]
     for folder in (tasks.raw, tasks.latents):
-        config = SampleConfig("", "", shards=str(folder), rows="17,3,8-9")
+        config = SampleConfig("run", "out", shards=str(folder), rows="17,3,8-9")
         found, names = read_conditions(config, model, 1)
         assert found.segmentation is not None and len(names) == 4
         for row, ids in zip((17, 3, 8, 9), found.segmentation, strict=True):

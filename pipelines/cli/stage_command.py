@@ -1,0 +1,199 @@
+"""From an option class to a click command: one option per field, and errors that name flags."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+import click
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from lfm.errors import LfmError
+from pipelines.common.options import Argument, Flag, PythonOnly, Section, problem
+
+METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+
+
+class StageCommand(click.Command):
+    """A command that ends with one line and exit code 2 after a mistake that the user can repair.
+
+    The help lists options in sections: `sections` maps each title to the names of the parameters under it.
+    """
+
+    sections: Mapping[str, list[str]] = {}
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command and exit: 2 where the user can repair something, 130 after an interrupt."""
+        try:
+            return super().main(*args, **kwargs | {"standalone_mode": False})
+        except click.Abort:
+            click.echo("interrupted; run the same command to resume", err=True)
+            sys.exit(130)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+        except click.ClickException as error:
+            _fail(error.format_message())
+        except (LfmError, OSError) as error:
+            if os.environ.get("LFM_TRACEBACK"):
+                raise
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                _fail(f"{error.filename or 'the disk'}: no space left; make room and run the same command")
+            _fail(str(error))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the arguments and options with their help, section by section."""
+        for title, names in self.sections.items():
+            rows = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx) if parameter.name in names]
+            if rows := [row for row in rows if row]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+class DescribedArgument(click.Argument):
+    """A required positional argument with a line of help."""
+
+    def __init__(self, name: str, *, nargs: int, description: str) -> None:
+        super().__init__([name], nargs=nargs, required=True, type=str)
+        self.description = description
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Return the argument's name and description, as options do."""
+        return self.make_metavar(ctx), self.description
+
+
+class StageGroup(StageCommand, click.Group):
+    """The group of all commands."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        click.Group.format_options(self, ctx, formatter)
+
+
+def stage_command(config_class: type, name: str | None = None) -> Callable[[Callable[[Any], None]], click.Command]:
+    """Make a function of one configuration a command whose options are the fields of `config_class`."""
+
+    def decorate(function: Callable[[Any], None]) -> click.Command:
+        @click.pass_context
+        def callback(context: click.Context, /, **values: Any) -> None:
+            chosen = {
+                key: value
+                for key, value in values.items()
+                if context.get_parameter_source(key) is not click.core.ParameterSource.DEFAULT or key in required
+            }
+            with errors_name_flags(config_class):
+                function(config_class(**chosen))
+
+        described = list(_fields(config_class))
+        required = {key for key, field in described if field.is_required()}
+        command = StageCommand(
+            name or function.__name__,
+            callback=callback,
+            params=[_parameter(key, field) for key, field in described],
+            help=function.__doc__,
+        )
+        command.sections = _sections(described)
+        return command
+
+    return decorate
+
+
+@contextmanager
+def errors_name_flags(config_class: type) -> Iterator[None]:
+    """Rewrite errors that name fields of an option class, in backticks, so that they name its flags."""
+    flags = {key: _flag(key, field) for key, field in _fields(config_class)}
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = flags.get(str(first["loc"][0]), str(first["loc"][0]))
+        raise click.UsageError(f"{name} {first['input']}: {problem(first)}") from error
+    except LfmError as error:
+        error.args = (re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error)),)
+        raise
+
+
+def show(config: Any, plan: str) -> None:
+    """Print a resolved configuration and its plan, for `--dry-run`."""
+    for field in fields(config):
+        click.echo(f"{field.name}: {getattr(config, field.name)}")
+    click.echo(plan)
+
+
+def _fields(config_class: Any) -> Iterator[tuple[str, FieldInfo]]:
+    """The fields that the command line offers."""
+    for key, field in config_class.__pydantic_fields__.items():
+        if _marker(field, PythonOnly) is None:
+            yield key, field
+
+
+def _marker(field: FieldInfo, kind: type) -> Any:
+    """The marker of a class among a field's annotations; None if it has none."""
+    return next((marker for marker in field.metadata if isinstance(marker, kind)), None)
+
+
+def _flag(key: str, field: FieldInfo) -> str:
+    """The name of a field on the command line."""
+    if _marker(field, Argument):
+        return key.upper()
+    flag = _marker(field, Flag)
+    return flag.names[0] if flag and flag.names else f"--{key.replace('_', '-')}"
+
+
+def _parameter(key: str, field: FieldInfo) -> click.Parameter:
+    kind, choices, several = _kind(field.annotation)
+    if _marker(field, Argument):
+        return DescribedArgument(key, nargs=-1 if several else 1, description=field.description or "")
+    flag = _marker(field, Flag) or Flag()
+    names = flag.names or (_flag(key, field),)
+    if kind is bool and field.default is True:
+        names = (f"{names[0]}/--no-{names[0].removeprefix('--')}",)
+    shown = not field.is_required() and kind is not bool and field.default not in (None, ())
+    return click.Option(
+        [key, *names],
+        is_flag=kind is bool,
+        multiple=several,
+        required=field.is_required() and flag.required,
+        default=field.default if kind is bool else None,
+        type=bool if kind is bool else str,
+        metavar=flag.metavar or (f"[{'|'.join(choices)}]" if choices else METAVARS.get(kind)),
+        help=f"{field.description}{f'  [default: {field.default}]' if shown else ''}",
+        hidden=flag.hidden,
+    )
+
+
+def _kind(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
+    """The type of a field's value, the choices of a Literal, and whether there may be several values."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(arguments[0])
+    if origin in (Union, UnionType):
+        return _kind(next(argument for argument in arguments if argument is not type(None)))
+    if origin is tuple:
+        return (*_kind(arguments[0])[:2], True)
+    if origin is Literal:
+        return str, tuple(map(str, arguments)), False
+    return annotation, (), False
+
+
+def _sections(described: list[tuple[str, FieldInfo]]) -> dict[str, list[str]]:
+    """The parameters under each title of the help."""
+    sections: dict[str, list[str]] = {"Arguments": [], "Options": []}
+    title = "Options"
+    for key, field in described:
+        if section := _marker(field, Section):
+            title = section.title
+        sections.setdefault("Arguments" if _marker(field, Argument) else title, []).append(key)
+    sections[title].append("help")
+    return sections
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,129 @@
+"""Option classes: frozen pydantic dataclasses whose fields are the options of a command.
+
+A field's type, constraints, default and docstring are all that the command line needs: `pipelines.cli.stage_command` derives
+one click option from each field. This module and the modules `*_options.py` import no torch, so `lfm X --help` is quick.
+
+    @stage_options
+    class ExampleConfig:
+        '''Options of `lfm example`.'''
+
+        source: Annotated[Location, Argument()]
+        '''Folder of images.'''
+
+        image_format: Annotated[Literal["webp", "png"], Flag("--format")] = "webp"
+        '''File format of the images.'''
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import dataclass_transform
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def stage_options(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass that converts and validates its values once, when it is constructed.
+
+    Constructing it with a wrong value raises `pydantic.ValidationError`.
+    """
+    config = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
+    return pydantic_dataclass(frozen=True, config=config)(cls)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Marks a field that is a positional argument of the command."""
+
+
+@dataclass(frozen=True)
+class PythonOnly:
+    """Marks a field that is not offered on the command line."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Marks the first of the fields that the help lists under a title of their own."""
+
+    title: str
+
+
+@dataclass(frozen=True, init=False)
+class Flag:
+    """Names and presentation of a field's flag, where `--field-name` is not all there is to say.
+
+    Args:
+        names: the flag's names; none for the field's own name.
+        metavar: the word that stands for the value in the help.
+        hidden: leave the flag out of the help.
+        required: demand the flag where the field has no default; if False, the stage must check it.
+    """
+
+    names: tuple[str, ...]
+    metavar: str | None
+    hidden: bool
+    required: bool
+
+    def __init__(self, *names: str, metavar: str | None = None, hidden: bool = False, required: bool = True) -> None:
+        values = {"names": names, "metavar": metavar, "hidden": hidden, "required": required}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+def _location(text: str) -> str:
+    """Refuse the empty string, which an unset shell variable leaves behind; make a file:// URL a path."""
+    if not text.strip():
+        raise ValueError("is empty; name a folder, file or URL")
+    return text.removeprefix("file://")
+
+
+Location = Annotated[str, AfterValidator(_location)]
+"""A path or URL."""
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+# Fields that several commands have, with their help.
+EXECUTION = Section("Execution")
+MovedAutoencoder = Annotated[
+    str | None,
+    Field(description="Path or hub id of the autoencoder, if it has moved since the model was trained."),
+    Flag(metavar="PATH_OR_ID"),
+]
+NumGpus = Annotated[
+    Count | None,
+    Field(description="Number of processes to start, one per GPU; also possible without GPUs.  [default: all GPUs]"),
+    EXECUTION,
+]
+CacheFolder = Annotated[
+    str | None,
+    Field(description="Folder for copies of remote shards.  [default: ~/.cache/lfm]"),
+    Flag(metavar="DIR"),
+    EXECUTION,
+]
+Overwrite = Annotated[
+    bool, Field(description="Delete what an earlier run of the command wrote, and start again."), EXECUTION
+]
+DryRun = Annotated[bool, Field(description="Print the resolved configuration and the plan, and do nothing."), EXECUTION]
+
+
+def problem(error: Mapping[str, Any]) -> str:
+    """Describe one error of a `pydantic.ValidationError` in a few words that follow the value's name."""
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        choices = context["expected"].replace("'", "").replace(" or ", ", ")
+        near = difflib.get_close_matches(str(value), choices.split(", "), 1)
+        return f"unknown; {f'did you mean {near[0]}? ' if near else ''}one of {choices}"
+    message = error["msg"].partition(", unable")[0].replace("Input should", "must")
+    return message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")

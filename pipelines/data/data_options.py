@@ -1,0 +1,148 @@
+"""Options of the commands that make and inspect shards and autoencoders."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipelines.common.options import (
+    EXECUTION,
+    Argument,
+    CacheFolder,
+    Count,
+    DryRun,
+    Flag,
+    Location,
+    NumGpus,
+    Overwrite,
+    Pixels,
+    Positive,
+    PythonOnly,
+    Section,
+    Seed,
+    Share,
+    stage_options,
+)
+
+
+@stage_options
+class ShardConfig:
+    """Options of `lfm shard`."""
+
+    source: Annotated[Location, Argument()]
+    """Folder, archive or database of images, with classes, segmentations and masks if it has them."""
+    dest: Annotated[Location, Argument()]
+    """Folder or URL for the raw shards."""
+    layout: str = "auto"
+    """Layout of SOURCE; auto detects it."""
+    image_size: Pixels = 256
+    """Height and width of the images in pixels, after resizing and cropping."""
+    split: str | None = None
+    """Split of SOURCE, such as train."""
+    samples_per_shard: Count = 4096
+    """Number of samples in one shard."""
+    image_format: Annotated[Literal["webp", "png", "jpg"], Flag("--format")] = "webp"
+    """Image format: webp and png are lossless, jpg has quality 95."""
+    crop: Literal["centre", "pad", "squash"] = "centre"
+    """How images become square: crop the centre (as ADM does), pad or squash."""
+    masks: Annotated[str | None, Flag(metavar="KIND")] = None
+    """Generate masks of this kind for a source without masks: free-form (the large holes of MAT)."""
+    seed: Seed = 0
+    """Seed of the shuffle into shards and of generated masks."""
+    workers: Annotated[Count, EXECUTION] = 1
+    """Number of processes."""
+    part: Annotated[str, Flag(metavar="K/N")] = "1/1"
+    """Write the shards of part K of N, such as 3/16; each machine takes another part."""
+    max_rejected: Share = 0.01
+    """Largest share of the images that may be unusable."""
+    overwrite: Overwrite = False
+    dry_run: DryRun = False
+
+
+@stage_options
+class EncodeConfig:
+    """Options of `lfm encode`."""
+
+    raw: Annotated[Location, Argument()]
+    """Folder or URL of raw shards."""
+    dest: Annotated[Location, Argument()]
+    """Folder or URL for the latent shards."""
+    autoencoder: Annotated[str, Flag(metavar="PATH_OR_ID")] = "embedded"
+    """Path or hub id of an autoencoder that diffusers loads, or embedded."""
+    flips: bool = False
+    """Also encode the mirror image of each image."""
+    batch_size: Count = 32
+    """Images per forward pass of the autoencoder."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the autoencoder."""
+    threads: Annotated[Count, EXECUTION] = 4
+    """Threads of each process that decode images."""
+    cache: CacheFolder = None
+    overwrite: Overwrite = False
+    dry_run: DryRun = False
+    num_gpus: NumGpus = None
+
+
+@stage_options
+class InspectConfig:
+    """Options of `lfm inspect`."""
+
+    path: Annotated[Location, Argument()]
+    """Folder or URL of raw or latent shards."""
+    verify: bool = False
+    """Compare every shard with its checksum."""
+    out: str = "sheet.png"
+    """File for the sheet of images."""
+    num: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Number of images on the sheet, or of samples listed by --plan."""
+    autoencoder: Annotated[str | None, Flag(metavar="PATH_OR_ID")] = None
+    """Path or hub id of the autoencoder of the latents, if it has moved."""
+    raw: Annotated[str | None, Flag(metavar="PATH")] = None
+    """Compare with the raw shards that were encoded: print PSNR and SSIM, and show the originals on the sheet."""
+    cache: Annotated[CacheFolder, Section("Options")] = None
+    plan: Annotated[bool, Section("Training order")] = False
+    """Only list the samples that training reads next."""
+    at: Annotated[int, Field(ge=0, le=2**62)] = 0
+    """Samples seen at the start of the list, as in a checkpoint's name."""
+    seed: Seed = 0
+    """train.seed of the run."""
+    window: Count = 8
+    """data.window of the run."""
+    skip_shard: Annotated[tuple[str, ...], Flag(metavar="NAME")] = ()
+    """One of data.skip_shards of the run; may be repeated."""
+
+
+@stage_options
+class AutoencoderConfig:
+    """Options of `lfm autoencoder`."""
+
+    raws: Annotated[tuple[Location, ...], Argument()]
+    """Folders or URLs of raw shards; each batch takes the same share of every one."""
+    dest: Annotated[Location, Argument()]
+    """Local folder for the autoencoder, in the format of diffusers."""
+    initialize_from: Annotated[str | None, Flag(metavar="PATH_OR_ID")] = None
+    """Path or hub id of an autoencoder to fine-tune, or embedded.  [default: new weights]"""
+    num_steps: Count = 20_000
+    """Number of optimizer steps."""
+    batch_size: Count = 16
+    """Images per step."""
+    learning_rate: Positive = 1e-3
+    """Learning rate of the optimizer."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-3
+    """Weight of the KL divergence in the loss."""
+    ema_decay: Annotated[float, PythonOnly()] = 0.999
+    """Decay of the exponential moving average of the weights per step."""
+    latent_channels: Count = 4
+    """Channels of the latents, for new weights."""
+    block_channels: Annotated[tuple[int, ...], PythonOnly()] = (32, 32, 64)
+    """Channels of each resolution, for new weights; each resolution after the first has half the size."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of training; bf16 means autocast."""
+    save_every: Annotated[int, PythonOnly()] = 500
+    """Steps between checkpoints."""
+    seed: Seed = 0
+    """Seed of the data order and of the draws from the posterior."""
+    cache: CacheFolder = None
+    overwrite: Overwrite = False
+    dry_run: DryRun = False

@@ -1,0 +1,42 @@
+"""Options of the commands that import and export weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipelines.common.options import Argument, Count, DryRun, Flag, Location, MovedAutoencoder, stage_options
+
+
+@stage_options
+class ImportConfig:
+    """Options of `lfm import`."""
+
+    path: Annotated[Location, Argument()]
+    """Checkpoint file to convert."""
+    dest: Annotated[Location, Argument()]
+    """Run folder for the converted weights."""
+    source: Annotated[Literal["lfm", "dit", "sit"], Flag("--from")]
+    """Model family of the checkpoint: lfm (of the paper, or exported by `lfm export`), dit or sit."""
+    autoencoder: Annotated[str, Flag(metavar="PATH_OR_ID")] = "embedded"
+    """Path or hub id of the autoencoder of the model's latents, or embedded."""
+    num_heads: Count | None = None
+    """Number of attention heads, if width and depth are not those of a published model."""
+    num_classes: Annotated[int, Field(ge=0)] | None = None
+    """Number of classes; 0 makes the model unconditional.  [default: from the class embedding]"""
+    dry_run: DryRun = False
+
+
+@stage_options
+class ExportConfig:
+    """Options of `lfm export`."""
+
+    run: Annotated[Location, Argument()]
+    """Run folder, checkpoint or weights file."""
+    dest: Annotated[Location, Argument()]
+    """File or folder to write."""
+    to: Literal["safetensors", "diffusers"]
+    """Format: safetensors (one file) or diffusers (a folder that DiffusionPipeline loads)."""
+    autoencoder: MovedAutoencoder = None
+    dry_run: DryRun = False

@@ -1,0 +1,41 @@
+"""Options of the training commands; an experiment's own settings are in its YAML file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipelines.common.options import Argument, Count, DryRun, Flag, Location, stage_options
+
+
+@stage_options
+class TrainOptions:
+    """Options of `launch/train.py`."""
+
+    config: Annotated[str, Flag(metavar="FILE")]
+    """YAML file of the experiment."""
+    overrides: Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE")] = ()
+    """Replace a value of the YAML file, as in train.num_steps=10; may be repeated."""
+    allow_changes: bool = False
+    """Resume from a checkpoint of a different configuration."""
+    initialize_from: Annotated[str | None, Flag(metavar="RUN")] = None
+    """Start from the EMA weights of a run folder or weights file."""
+    local_rank: Annotated[int | None, Flag("--local_rank", hidden=True)] = None
+    """Passed by the deepspeed launcher and not used; the environment holds it too."""
+    dry_run: DryRun = False
+
+
+@stage_options
+class EmaConfig:
+    """Options of `lfm ema`."""
+
+    run: Annotated[Location, Argument()]
+    """Run folder with snapshots of train.ema_sigma_rel."""
+    sigma_rel: Annotated[float, Field(ge=0.01, le=0.25)]
+    """Relative width of the average, as a share of the training time."""
+    samples_seen: Count | None = None
+    """Samples seen at which the average ends.  [default: the newest snapshot]"""
+    out: str | None = None
+    """Weights file to write.  [default: RUN/ema-SIGMA_REL.safetensors]"""
+    dry_run: DryRun = False
