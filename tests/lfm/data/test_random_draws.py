@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm.data.random_draws import draw, draw_noise, image_noise
+from tests.support.strategies import NUMBERS, SEEDS
 
 SMALL = settings(max_examples=25, deadline=None)
 SHAPE = (2, 3, 3)
-SEEDS = st.integers(0, 2**63 - 1)
-NUMBERS = st.lists(st.integers(0, 2**62), min_size=1, max_size=8)
 
 
 def rows(seed: int, numbers: list[int]) -> list[bytes]:

@@ -9,37 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, Member
+from lfm.data.manifest import Member
 from lfm.errors import ConfigError
 from lfm.models.dit import DiTConfig
 from lfm.world import World
 from pipelines.common import config_schema as configs
 from pipelines.common import factory
 from tests.support.commands import REPOSITORY
-
-SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
-
-
-def manifest(image_size: int, num_classes: int, downsample_factor: int = 4) -> Manifest:
-    """Of latents with every member."""
-    record = AutoencoderRecord(
-        name="a", content_hash="0", downsample_factor=downsample_factor, latent_channels=4, scale_factor=1.0, shift=0.0
-    )
-    return Manifest(
-        kind="latents",
-        image_size=image_size,
-        classes=tuple(ClassRecord(index=index, name=str(index), count=1) for index in range(num_classes)),
-        labels={0: "background", 18: "hat"},
-        recipe={},
-        autoencoder=record,
-        members=tuple(Member(suffix=x, dtype="u1", shape=(), offset=0) for x in ("mask.npy", "masked.npy", "seg.npy")),
-        shards=(),
-    )
+from tests.support.experiments import SHIPPED, latents_manifest
 
 
 def test_each_condition_shapes_its_model_and_needs_its_members() -> None:
     config = configs.load(str(SHIPPED[0])).model_copy(update={"condition_dropout": 0.0})
-    latents = manifest(64, 10)
+    latents = latents_manifest(64, 10)
 
     def model(condition: str, *suffixes: str, labels: dict[int, str] | None = None) -> DiTConfig:
         members = tuple(Member(suffix=suffix, dtype="u1", shape=(), offset=0) for suffix in suffixes)
@@ -120,7 +102,7 @@ def test_every_option_of_the_model_is_a_key_and_reaches_it() -> None:
     changes = {"position": "rope", "norm": "rms", "mlp": "swiglu", "qk_norm": True, "token_dropout": 0.5}
     changes |= {"activation_checkpointing": 2, "attention": "sdpa", "time_scale": 1.0, "mlp_ratio": 2.0}
     config = configs.load(str(SHIPPED[0]), [f"model.{key}={str(value).lower()}" for key, value in changes.items()])
-    model = factory.model_config(config, manifest(64, 10))
+    model = factory.model_config(config, latents_manifest(64, 10))
     assert {key: getattr(model, key) for key in changes} == changes
     options = factory.stream_options(config, model)
     assert options.num_kept_tokens == model.num_kept_tokens < options.num_tokens == model.num_tokens

@@ -13,8 +13,8 @@ from lfm.models.dit import DiT
 from lfm.world import World
 from pipelines.common import config_schema as configs
 from pipelines.common import factory
-from tests.pipelines.common.test_config_schema import SHIPPED, manifest
 from tests.support.commands import REPOSITORY
+from tests.support.experiments import SHIPPED, latents_manifest
 
 # Of each experiment of the paper: pixels, classes, GPUs, and millions of parameters as published for DiT-B/2 and L/2
 # (Peebles & Xie 2022 count 458 for L/2, with a head that predicts a variance too; Dao et al. 2023 count 457).
@@ -40,7 +40,7 @@ def test_an_experiment_loads_and_its_head_says_command_hardware_and_expectation(
     assert re.fullmatch(rf"# deepspeed (--num_gpus \d+ )?launch/train\.py --config configs/{path.name}", head[0])
     assert head[1].startswith("# ") and any(line.startswith("# Expected: ") for line in path.read_text().splitlines())
     with torch.device("meta"):
-        model = DiT(factory.model_config(config, manifest(64, 10)))
+        model = DiT(factory.model_config(config, latents_manifest(64, 10)))
     assert model.num_parameters > 1e6
     assert factory.deepspeed_settings(config, World())["train_batch_size"] == config.train.global_batch
 
@@ -51,7 +51,7 @@ def test_the_networks_are_of_the_published_size_and_the_batch_divides_over_the_s
     path = REPOSITORY / "configs" / f"{name}.yaml"
     config = configs.load(str(path))
     with torch.device("meta"):
-        model = DiT(factory.model_config(config, manifest(image_size, classes, 8)))
+        model = DiT(factory.model_config(config, latents_manifest(image_size, classes, 8)))
     assert model.num_parameters / 1e6 == pytest.approx(millions, rel=0.01 if name.endswith(MODERN) else 0.004)
     assert f"--num_gpus {gpus} " in path.read_text()
     assert factory.micro_batch(config, World(size=gpus)) >= 1

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from lfm.data.random_draws import draw, draw_noise, kept_tokens
 from lfm.types import LatentBatch
 from lfm.world import World
-from tests.lfm.data.stream.test_stream import OPTIONS, Latents
-from tests.lfm.data.test_random_draws import NUMBERS, SEEDS
-from tests.lfm.data.test_random_draws import SMALL as FEW
+from tests.support.latents import OPTIONS, Latents
+from tests.support.strategies import NUMBERS, SEEDS
 
 GROUP = 4
 WITH_BOTH = replace(OPTIONS, coupling_group=GROUP, num_tokens=9, num_kept_tokens=5)
@@ -60,7 +59,7 @@ def test_only_the_pairing_of_noise_changes_and_only_within_a_group(latents: Late
     assert moved > 20
 
 
-@FEW
+@settings(max_examples=25, deadline=None)
 @given(seed=SEEDS, numbers=NUMBERS)
 def test_a_samples_tokens_do_not_depend_on_its_batch_and_are_different_ones(seed: int, numbers: list[int]) -> None:
     together = kept_tokens(seed, torch.tensor(numbers), 16, 6)

@@ -27,9 +27,9 @@ from lfm.errors import DataError
 from lfm.storage.cache import Cache
 from lfm.training.run_folder import RunFolder
 from lfm.world import World
-from tests.lfm.data.stream.test_stream import OPTIONS, TOTAL, Latents, samples_of
 from tests.support.commands import SmallSet
 from tests.support.fault_proxy import Fault, FaultProxy, is_download
+from tests.support.latents import OPTIONS, TOTAL, Latents, samples_of
 from tests.support.object_store import BUCKET, ObjectStore, requires_object_store
 from tests.support.training_runs import assert_same_weights, losses, train
 
