@@ -10,7 +10,7 @@ from lfm.errors import ConfigError
 from pipelines.common.number_lists import is_index_range, parse_indices
 
 
-def resolve_classes(text: str, classes: Sequence[ClassRecord], option: str = "--class-index") -> list[int]:
+def resolve_classes(text: str, classes: Sequence[ClassRecord], option: str = "class_index") -> list[int]:
     """Return the class indices that a list of names, indices and index ranges names, in its order.
 
     A part that consists of digits is an index, even if a class has that name. Whether the model knows an index is
@@ -19,7 +19,7 @@ def resolve_classes(text: str, classes: Sequence[ClassRecord], option: str = "--
     Args:
         text: comma-separated class names, indices and inclusive ranges, such as `star,circle,0-3`.
         classes: the classes of the model or data set.
-        option: name of the option, for messages.
+        option: field name of the option, for messages.
 
     Raises:
         ConfigError: a name is unknown, or a class is named twice.
@@ -36,7 +36,7 @@ def resolve_classes(text: str, classes: Sequence[ClassRecord], option: str = "--
         else:
             near = get_close_matches(part, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "use class names or indices, as in star,circle or 0-9"
-            raise ConfigError(f"{option} {text}: unknown class {part!r}; {hint}")
+            raise ConfigError(f"`{option}` {text}: unknown class {part!r}; {hint}")
     if len(set(indices)) != len(indices):
-        raise ConfigError(f"{option} {text}: names a class twice")
+        raise ConfigError(f"`{option}` {text}: names a class twice")
     return indices

@@ -21,7 +21,7 @@ def parse_indices(option: str, text: str) -> list[int]:
     """Return the integers of a list of numbers and ranges, in the order in which they are named.
 
     Args:
-        option: name of the option, for messages.
+        option: field name of the option, for messages.
         text: comma-separated numbers and inclusive ranges, such as `0-15` or `3,5,8-9`.
 
     Raises:
@@ -31,15 +31,15 @@ def parse_indices(option: str, text: str) -> list[int]:
     for part in text.split(","):
         match = INDEX_RANGE.fullmatch(part.strip())
         if match is None:
-            raise ConfigError(f"{option} {text}: must be numbers and ranges below 1e18, as in 0-15 or 3,5,8-9")
+            raise ConfigError(f"`{option}` {text}: must be numbers and ranges below 1e18, as in 0-15 or 3,5,8-9")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ConfigError(f"{option} {text}: the range {part.strip()} is empty; write the smaller number first")
+            raise ConfigError(f"`{option}` {text}: the range {part.strip()} is empty; write the smaller number first")
         if len(indices) + last - first >= MAX_INDICES:
-            raise ConfigError(f"{option} {text}: more than {MAX_INDICES:,} numbers; split the work into several runs")
+            raise ConfigError(f"`{option}` {text}: more than {MAX_INDICES:,} numbers; split the work into several runs")
         indices += range(first, last + 1)
     if len(set(indices)) != len(indices):
-        raise ConfigError(f"{option} {text}: names a number twice")
+        raise ConfigError(f"`{option}` {text}: names a number twice")
     return indices
 
 
@@ -47,7 +47,7 @@ def parse_numbers(option: str, text: str) -> tuple[float, ...]:
     """Return the numbers of a comma-separated list such as `1,0.8,0.5,0`.
 
     Args:
-        option: name of the option, for messages.
+        option: field name of the option, for messages.
         text: the list.
 
     Raises:
@@ -56,7 +56,7 @@ def parse_numbers(option: str, text: str) -> tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"{option} {text}: must be comma-separated numbers, as in 1,1.5") from error
+        raise ConfigError(f"`{option}` {text}: must be comma-separated numbers, as in 1,1.5") from error
     if not all(math.isfinite(number) and abs(number) <= MAX_MAGNITUDE for number in numbers):
-        raise ConfigError(f"{option} {text}: must be finite and at most {MAX_MAGNITUDE:g}")
+        raise ConfigError(f"`{option}` {text}: must be finite and at most {MAX_MAGNITUDE:g}")
     return numbers

@@ -19,7 +19,7 @@ from pipelines.common.number_lists import parse_indices
 
 
 def sample_rows(text: str | None, folder: str, manifest: Manifest, default_count: int) -> list[int]:
-    """Return the rows of a data set that `--rows` names, by default the first `default_count`.
+    """Return the rows of a data set that `text` names, by default the first `default_count`.
 
     A row is the number of a sample in the order of the shards, counted from 0.
 
@@ -28,9 +28,9 @@ def sample_rows(text: str | None, folder: str, manifest: Manifest, default_count
     """
     if text is None:
         return list(range(min(default_count, manifest.num_samples)))
-    rows = parse_indices("--rows", text)
+    rows = parse_indices("rows", text)
     if max(rows) >= manifest.num_samples:
-        raise ConfigError(f"--rows {max(rows)}: out of range; {folder} has rows 0 to {manifest.num_samples - 1:,}")
+        raise ConfigError(f"`rows` {max(rows)}: out of range; {folder} has rows 0 to {manifest.num_samples - 1:,}")
     return rows
 
 

@@ -1,8 +1,7 @@
-"""`lfm sample`: noise -> latents by a solver over the EMA weights -> images.
+"""`lfm sample`: noise -> latents by a solver with the EMA weights -> images.
 
-An image depends on its seed, its condition, the solver and the guidance alone, so every process makes its part by itself.
-Each says in its metadata what it was made of: one that is there and was made of the same is kept, by the same command
-again, and whoever finds all of them there writes the grid and the record.
+An image depends on its seed, condition, solver, guidance and precision alone, so each rank makes its part of the images
+independently. The rank that finishes last writes the grid and the record.
 """
 
 from __future__ import annotations
@@ -13,49 +12,57 @@ import numpy as np
 
 from lfm import storage
 from lfm.world import World
-from pipelines.common import image_files
+from pipelines.common import factory, image_files
 from pipelines.common.progress import Progress
 from pipelines.sampling import sample_record, trajectory_and_timing
-from pipelines.sampling.sample_job import SampleConfig, SampleJob
+from pipelines.sampling.sample_folder import claim_folder, finished_images, save_images
+from pipelines.sampling.sample_job import load_job
+from pipelines.sampling.sample_options import SampleConfig
+from pipelines.sampling.sample_plan import make_plan
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Where the images are, and what they cost; the grid is None while other ranks have images to finish."""
+    """The result of one rank."""
 
-    plan: str
-    grid: str | None = None
-    mean_nfe: float = 0.0
-    timing: str = ""
+    plan: str  # one line that describes the job
+    grid: str | None = None  # path of the grid; None while other ranks have images to finish
+    mean_nfe: float = 0.0  # network evaluations per image
+    timing: str = ""  # measured with `time`
 
 
 def run(config: SampleConfig, world: World) -> SampleResult:
-    """Make this rank's part of an image per seed and guidance scale, and with the last of them a grid.
+    """Make this rank's part of the images: one per seed and guidance scale; with the last image, the grid.
+
+    Running it again resumes: finished images are kept.
 
     Raises:
-        ConfigError, CheckpointError, DataError: before anything is computed.
-        LfmError: nothing half-written is visible, and the same command continues.
+        ConfigError, CheckpointError, DataError: an option, run or file does not fit; nothing has been computed.
+        LfmError: the solver failed; no half-written file is visible.
     """
-    job = SampleJob(config, world)
+    plan = make_plan(config)
+    job = load_job(plan, factory.device(world))
     if config.dry_run:
-        return SampleResult(job.plan)
-    job.claim(world)
-    mine = job.images[world.slice_of(len(job.images))]
-    todo = [image for image in mine if image.nfe is None]
-    with Progress("sample", len(mine), "images", done=len(mine) - len(todo), quiet=not world.is_main) as bar:
-        for batch in job.batches(todo):
-            bar.advance(len(batch), nfe=f"{job.make(batch):.0f}")
+        return SampleResult(str(job))
+    claim_folder(job, world)
+    finished = finished_images(job, plan.images)
+    own = plan.images[world.slice_of(len(plan.images))]
+    todo = [image for image in own if image.file not in finished]
+    with Progress("sample", len(own), "images", done=len(own) - len(todo), quiet=not world.is_main) as progress:
+        for batch in plan.batches(todo):
+            pixels, nfe = job.make(batch)
+            save_images(job, batch, pixels, nfe)
+            progress.advance(len(batch), nfe=f"{np.mean(nfe):.0f}")
     timing = ""
     if world.is_main:
         if config.trajectory:
-            trajectory_and_timing.trajectory(job, config.trajectory)
+            trajectory_and_timing.save_trajectory(job, config.trajectory)
         if config.time:
-            timing = trajectory_and_timing.timing(job)
-    job.look()
-    nfe = [image.nfe for image in job.images if image.nfe is not None]
-    if len(nfe) < len(job.images):
-        return SampleResult(job.plan, timing=timing)
+            timing = trajectory_and_timing.measure_time(job)
+    finished |= finished_images(job, [image for image in plan.images if image.file not in finished])
+    if len(finished) < len(plan.images):
+        return SampleResult(str(job), timing=timing)
     grid = storage.join(config.out, sample_record.GRID)
-    image_files.save(sample_record.grid(job), grid)
-    storage.write_json(storage.join(config.out, sample_record.RECORD), sample_record.record(job, nfe))
-    return SampleResult(job.plan, grid, float(np.mean(nfe)), timing)
+    image_files.save(sample_record.draw_grid(job), grid)
+    storage.write_json(storage.join(config.out, sample_record.RECORD), sample_record.make_record(job, finished))
+    return SampleResult(str(job), grid, float(np.mean(list(finished.values()))), timing)

@@ -18,29 +18,29 @@ CLASSES = [
 
 @given(st.lists(st.integers(0, 10**17), min_size=1, unique=True))
 def test_a_list_of_indices_is_read_as_written(numbers: list[int]) -> None:
-    assert parse_indices("--rows", ",".join(map(str, numbers))) == numbers
+    assert parse_indices("rows", ",".join(map(str, numbers))) == numbers
 
 
 @given(st.integers(0, 10**9), st.integers(0, 1000))
 def test_a_range_includes_both_ends(first: int, length: int) -> None:
-    assert parse_indices("--rows", f"{first}-{first + length}") == list(range(first, first + length + 1))
+    assert parse_indices("rows", f"{first}-{first + length}") == list(range(first, first + length + 1))
 
 
 @given(st.lists(st.floats(-1000, 1000), min_size=1))
 def test_a_list_of_numbers_is_read_as_written(numbers: list[float]) -> None:
-    assert parse_numbers("--times", ",".join(map(repr, numbers))) == tuple(numbers)
+    assert parse_numbers("times", ",".join(map(repr, numbers))) == tuple(numbers)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "-1", "1-2-3", "3-1", "1,0-2", "0-1000000", "9" * 19, "1.5"])
 def test_a_wrong_list_of_indices_is_refused_by_name(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--rows {text}: "):
-        parse_indices("--rows", text)
+    with pytest.raises(ConfigError, match=f"^`rows` {text}: "):
+        parse_indices("rows", text)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "nan", "inf", "1e9"])
 def test_a_wrong_list_of_numbers_is_refused_by_name(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--times {text}: "):
-        parse_numbers("--times", text)
+    with pytest.raises(ConfigError, match=f"^`times` {text}: "):
+        parse_numbers("times", text)
 
 
 @pytest.mark.parametrize(

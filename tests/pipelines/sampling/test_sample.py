@@ -105,7 +105,7 @@ def test_only_what_the_mask_leaves_is_looked_at(tasks: Tasks) -> None:
 def test_files_of_any_size_are_cropped_as_shards_are(tasks: Tasks, tmp_path: Path, rule: str) -> None:
     """Enlarged by whole numbers to another shape, so that a map's centre is the same by nearest neighbour."""
     from pipelines.sampling.read_conditions import read_conditions
-    from pipelines.sampling.sample_job import SampleConfig
+    from pipelines.sampling.sample_options import SampleConfig
 
     paths = tuple(tmp_path / f"{name}.png" for name in ("image", "mask", "ids"))
     for path, source in zip(paths, files(tasks), strict=True):
@@ -151,7 +151,7 @@ def test_each_row_that_is_named_is_told_once_where_no_seeds_are(tasks: Tasks, tm
 
 def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
     from pipelines.sampling.read_conditions import read_conditions
-    from pipelines.sampling.sample_job import SampleConfig
+    from pipelines.sampling.sample_options import SampleConfig
 
     model = library.load(str(tasks.runs / "semantic"))
     everything = [pixels_of(files(tasks, row)[2]) for row in range(20)]
@@ -171,14 +171,14 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
         (
             "inpaint",
             ("--image", "{large}", "--mask", "{large}"),
-            "large.png: is 24 x 20 pixels, the model makes 16 x 16; scale it first, or add --crop",
+            "large.png: is 24 x 20 pixels, the model makes 16 x 16; scale it first, or set --crop",
         ),
-        ("inpaint", ("--shards", "{raw}", "--crop", "pad"), "leave out --crop"),
+        ("inpaint", ("--shards", "{raw}", "--crop", "pad"), "cannot be combined with --crop"),
         ("class", ("--crop", "pad"), "--crop pad: there is no --image"),
         (
             "inpaint",
             ("--image", "{image}", "--mask", "{large}", "--crop", "pad"),
-            "large.png: is 24 x 20 pixels, the image it belongs to 16 x 16",
+            "large.png: is 24 x 20 pixels, but its image 16 x 16",
         ),
         ("semantic", ("--segmentation", "{large}"), "large.png: is 24 x 20 pixels, the model makes 16 x 16"),
         ("inpaint", ("--image", "{image}", "--mask", "{image}", "--crop", "middle"), "--crop middle: unknown"),
@@ -188,7 +188,7 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
         ("inpaint", ("--shards", "{latents}"), "latents have no pixels to put back"),
         ("inpaint", ("--shards", "{flat}"), "its samples have no mask"),
         ("inpaint", ("--shards", "{raw}", "--rows", "20"), "--rows 20: out of range"),
-        ("inpaint", ("--shards", "{raw}", "--image", "{image}"), "leave out --image"),
+        ("inpaint", ("--shards", "{raw}", "--image", "{image}"), "cannot be combined with --image"),
         ("undropped", ("--shards", "{raw}", "--guidance-scale", "2"), "condition_dropout 0: use guidance scale 1"),
         ("semantic", ("--segmentation", "{grey}"), "class id 200: the model knows 12 labels"),
         ("semantic", ("--segmentation", "{image}"), "class ids are grey levels"),
@@ -196,12 +196,12 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
         ("semantic", ("--class-index", "1", "--shards", "{raw}"), "trained without classes"),
         ("semantic", ("--shards", "{raw}", "--no-composite"), "--no-composite: there are no known pixels"),
         ("class", ("--image", "{image}", "--mask", "{image}"), "not trained to inpaint; leave it out"),
-        ("class", ("--shards", "{raw}"), "takes no masks or maps"),
-        ("class", ("--rows", "1"), "--rows 1: says which of --shards"),
+        ("class", ("--shards", "{raw}"), "takes no masks or segmentations"),
+        ("class", ("--rows", "1"), "--rows 1: selects rows of --shards"),
         ("class", ("--guidance-scale", "1,2,2"), "names a scale twice"),
         ("class", ("--guidance-scale", "2", "--guidance-interval", "0.8,0.2"), "two times between 0 and 1"),
-        ("class", ("--guidance-interval", "0.2,0.8"), "does nothing at --guidance-scale 1"),
-        ("class", ("--autoguidance", "{runs}/class"), "does nothing at --guidance-scale 1"),
+        ("class", ("--guidance-interval", "0.2,0.8"), "has no effect at --guidance-scale 1"),
+        ("class", ("--autoguidance", "{runs}/class"), "has no effect at --guidance-scale 1"),
         ("class", ("--autoguidance", "{runs}/none", "--guidance-scale", "2"), "its num_classes is None"),
         ("class", ("--trajectory", "jpg"), "--trajectory jpg: unknown"),
         ("class", ("--trajectory", "png", "--solver", "torchdiffeq-dopri5"), "does not show its steps"),

@@ -1,0 +1,61 @@
+"""The output folder of `lfm sample`: its recipe, and its finished images.
+
+Each PNG holds in its metadata the digest of all that decided it. An image is finished if its digest is the expected one,
+so that a run can be resumed, and every rank makes its part without waiting for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from lfm import storage
+from lfm.data import manifest as manifests
+from lfm.errors import ConfigError
+from lfm.world import World
+from pipelines.common import factory, image_files
+from pipelines.sampling.sample_job import SampleJob
+from pipelines.sampling.sample_plan import PlannedImage, plan_images
+
+OWNED = r"(recipe|samples|timing)\.json|(grid|trajectory)\.(png|gif)"  # besides the images that the recipe names
+
+
+def claim_folder(job: SampleJob, world: World) -> None:
+    """Start or resume in the output folder; ranks other than the main one wait until that is done.
+
+    Raises:
+        ConfigError: the folder holds something else, or samples of other settings and `overwrite` is not set.
+    """
+    config = job.plan.config
+    path = storage.join(config.out, manifests.RECIPE)
+    if not world.is_main:
+        return factory.wait_for(path, job.recipe)
+    previous = storage.read_json(path) if storage.exists(path) else {"kind": "samples"}
+    if not isinstance(previous, dict) or previous.get("kind") != "samples":
+        raise ConfigError(f"{config.out}: holds something else than samples of lfm; choose another folder")
+    overwrite = config.overwrite and previous != job.recipe  # images of equal settings are equal
+    if overwrite and "seeds" in previous:
+        images = {image.file for image in plan_images(previous["seeds"], previous["guidance_scale"])}
+        for name in images & storage.sizes(config.out).keys():
+            storage.remove(storage.join(config.out, name))
+    manifests.claim(config.out, job.recipe, overwrite=overwrite, owned=OWNED)
+
+
+def save_images(job: SampleJob, images: Iterable[PlannedImage], pixels: np.ndarray, nfe: Iterable[int]) -> None:
+    """Write images, uint8 (B, H, W, 3), each with its digest and number of network evaluations."""
+    for image, image_pixels, evaluations in zip(images, pixels, nfe, strict=True):
+        note = {"digest": job.digest(image), "seed": image.seed, "nfe": evaluations}
+        image_files.save(image_pixels, storage.join(job.plan.config.out, image.file), note=note)
+
+
+def finished_images(job: SampleJob, images: Iterable[PlannedImage]) -> dict[str, int]:
+    """Return the number of network evaluations of each finished image among `images`, by file name."""
+    out = job.plan.config.out
+    existing, finished = storage.sizes(out), {}
+    for image in images:
+        if image.file in existing:
+            note = image_files.note(storage.join(out, image.file))
+            if isinstance(note, dict) and note.get("digest") == job.digest(image):
+                finished[image.file] = int(note["nfe"])
+    return finished
