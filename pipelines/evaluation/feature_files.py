@@ -21,7 +21,7 @@ from lfm import storage
 from lfm.errors import DataError
 from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.frechet import FeatureSums, Gaussian
-from lfm.metrics.reference import kept_rows
+from lfm.metrics.reference import subset_rows
 from lfm.types import RawSample
 from lfm.world import World
 from pipelines.common.progress import Progress
@@ -85,7 +85,7 @@ def describe(networks: list[FeatureNetwork], images: Tensor) -> Block:
 def summarise(folder: str, counts: tuple[int, ...], number: int) -> tuple[dict[str, Gaussian], Tensor]:
     """Of one network's features: `pooled` and `spatial` as Gaussians, and the kept rows of `pooled`, float32 (K, D)."""
     sums: dict[str, FeatureSums] = {}
-    rows, start, kept = torch.from_numpy(kept_rows(sum(counts))), 0, torch.empty(0)
+    rows, start, kept = torch.from_numpy(subset_rows(sum(counts))), 0, torch.empty(0)
     for block in read(folder, counts):
         for name in ("pooled", "spatial"):
             if (values := block.get(f"{number}.{name}")) is not None:

@@ -63,7 +63,7 @@ def run(config: ReferenceConfig, world: World) -> ReferenceResult:
     if not feature_files.compute(folder, images.blocks, make, world, "reference"):
         return ReferenceResult(plan, None)
     gaussians, kept = feature_files.summarise(folder, images.blocks, 0)
-    rows = torch.from_numpy(references.kept_rows(sum(images.blocks)))
+    rows = torch.from_numpy(references.subset_rows(sum(images.blocks)))
     reference = Reference(header, gaussians, kept, rows)
     references.save(config.out, reference)
     if world.size == 1:  # else another rank may be reading them

@@ -10,7 +10,7 @@ import torch
 from lfm.errors import ConfigError
 from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.frechet import frechet_distance, singular_warning
-from lfm.metrics.inception import inception_score
+from lfm.metrics.inception_score import inception_score
 from lfm.metrics.kid import kid
 from lfm.metrics.paired import discrimination_scores
 from lfm.metrics.precision_recall import density_coverage, precision_recall
@@ -35,7 +35,7 @@ class EvaluationInputs:
         """What a metric needs and is not there; None where it can be had."""
         inception = any(network.name == "inception" for network in self.networks)
         spatial = inception and any("spatial" in reference.gaussians for reference in self.references)
-        kept = any(reference.kept is not None for reference in self.references)
+        kept = any(reference.features is not None for reference in self.references)
         published = any(network.frechet == "fid" for network in self.networks)
         features, pairs = "a reference with features, which imported ones have not", "pairs" in self.offers
         segmenter = ("segmenter" in self.modules and "maps" in self.offers, "--segmenter, and --pairs with maps")
@@ -88,8 +88,8 @@ def of_network(
     if "is" in chosen and network.name == "inception":
         blocks = (block[f"{number}.probabilities"] for block in feature_files.read(folder, counts))
         values["is"], values["is deviation"] = inception_score(blocks, sum(counts))
-    if reference.kept is not None:
-        real, fake = reference.kept.to(network.device), fake.to(network.device)
+    if reference.features is not None:
+        real, fake = reference.features.to(network.device), fake.to(network.device)
         if "kid" in chosen:
             values["kid"], values["kid deviation"] = kid(real, fake)
         if {"precision", "recall"} & {*chosen}:

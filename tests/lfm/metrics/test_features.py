@@ -52,7 +52,7 @@ def test_inception_has_the_published_shape(inception: Inception) -> None:
 
 
 def test_averages_leave_the_padding_out() -> None:
-    block = Mixed(4, {"branch_pool": [(4, 1)]}, max_pool=False).eval()
+    block = Mixed(4, [{"branch_pool": (4, 1)}], max_pool=False).eval()
     nn.init.dirac_(block.get_submodule("branch_pool.conv").weight)
     ones = torch.ones(1, 4, 5, 5)
     torch.testing.assert_close(block(ones), ones / (1 + 0.001) ** 0.5)
@@ -60,9 +60,9 @@ def test_averages_leave_the_padding_out() -> None:
 
 def test_inception_gives_what_the_metrics_take(inception: Inception) -> None:
     with torch.inference_mode():
-        found = inception(images())
-    assert (found.pooled.shape, found.spatial.shape, found.probabilities.shape) == ((2, 2048), (2, 2023), (2, 1008))
-    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(2))
+        pooled, spatial, probabilities = inception(images())
+    assert (pooled.shape, spatial.shape, probabilities.shape) == ((2, 2048), (2, 2023), (2, 1008))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(2))
 
 
 @pytest.mark.parametrize("size", [7, 32, 299, 300, 512])

@@ -70,8 +70,8 @@ def test_a_reference_holds_the_features_of_every_image_and_says_of_what(
     found = references.load(str(reference))
     assert (found.header.count, found.header.image_size, found.header.rule) == (40, 16, "centre")
     assert (found.header.network_name, found.header.stored) == ("small", "webp")
-    assert found.kept is not None
-    whole = FeatureSums.of(found.kept).gaussian()
+    assert found.features is not None
+    whole = FeatureSums.of(found.features).gaussian()
     assert frechet_distance(whole, found.gaussians["pooled"]) == pytest.approx(0, abs=1e-9)
     assert list(reference.parent.iterdir()) == [reference], "the blocks are gone"
     again = lfm("reference", small_set.raw, reference, "--network", network)
@@ -103,7 +103,7 @@ def test_published_statistics_are_imported(tmp_path: Path) -> None:
     assert lfm("reference", tmp_path / "adm.npz", out, "--image-size", 256).exit_code == 0
     found = references.load(str(out))
     assert set(found.gaussians) == {"pooled", "spatial"}
-    assert (found.kept, found.header.network_name) == (None, "inception")
+    assert (found.features, found.header.network_name) == (None, "inception")
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
     other = lfm("reference", tmp_path / "other.npz", tmp_path / "o.safetensors", "--image-size", 256)
     assert_one_line(other, "other.npz", "2048 dimensions")
