@@ -1,81 +1,78 @@
-"""How far a stage is: a bar with rate and time left on a terminal, one line a minute elsewhere."""
+"""Progress of a stage: a bar with rate and time left on a terminal, and one line a minute elsewhere."""
 
 from __future__ import annotations
 
-import shutil
 import sys
-import time
-from types import TracebackType
+import threading
 from typing import TextIO
 
-BAR_WIDTH = 20
-SECONDS_BETWEEN = {True: 0.2, False: 60.0}  # by whether it is a terminal
+from tqdm import tqdm
+
+COUNTS = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+class LineWriter:
+    """A stream for logs: each state of a bar becomes a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write the text as one line, without the carriage return and the padding of a bar."""
+        if line := text.strip():
+            self.stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self.stream.flush()
 
 
-class Progress:
-    """Counts what is done of `total`; a context manager whose last line stays.
+class Progress(tqdm):
+    """Counts the finished part of `total`; a context manager whose last line remains visible.
 
     Args:
-        title: of the stage.
-        total: how many there are.
-        unit: what is counted.
-        done: how many were done before this process began; they do not count for the rate.
-        quiet: show nothing (every rank but the main one).
+        title: name of the stage.
+        total: number of items.
+        unit: name of the items.
+        done: number of items that were finished before this process started; the rate excludes them.
+        quiet: show nothing (on every rank but the main one).
     """
+
+    monitor_interval = 0  # no monitor thread
 
     def __init__(
         self, title: str, total: int, unit: str, *, done: int = 0, quiet: bool = False, stream: TextIO | None = None
     ) -> None:
-        self.title, self.total, self.unit, self.done, self.before = title, total, unit, done, done
-        self.quiet, self.stream = quiet, stream or sys.stderr
-        self.on_terminal = self.stream.isatty()
-        self.began = self.shown = time.monotonic()
-        self.figures: dict[str, str] = {}
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._show()
-        if self.on_terminal and not self.quiet:
-            self.stream.write("\n")
-
-    def advance(self, count: int, **figures: str) -> None:
-        """Count `count` more; `figures` are shown behind the rate."""
-        self.done += count
-        self.figures.update(figures)
-        if time.monotonic() - self.shown >= SECONDS_BETWEEN[self.on_terminal]:
-            self._show()
+        stream = stream or sys.stderr
+        terminal = stream.isatty()
+        super().__init__(
+            desc=title,
+            total=total,
+            unit=f" {unit}",
+            initial=done,
+            disable=quiet,
+            file=stream if terminal else LineWriter(stream),
+            dynamic_ncols=terminal,
+            mininterval=0.2 if terminal else 60.0,
+            miniters=1,
+            smoothing=0,  # the mean rate since the start
+            bar_format=f"{'{l_bar}{bar}|' if terminal else '{desc}:'} {COUNTS}",
+        )
 
     @property
-    def line(self) -> str:
-        """What is shown now."""
-        elapsed = time.monotonic() - self.began
-        rate = (self.done - self.before) / elapsed if elapsed > 0 else 0.0
-        share = self.done / self.total if self.total else 1.0
-        parts = [f"{self.title}: {self.done:,} of {self.total:,} {self.unit}", f"{rate:,.1f}/s"]
-        if self.done >= self.total:
-            parts.append(f"took {duration(elapsed)}")
-        elif rate:
-            parts.append(f"{duration((self.total - self.done) / rate)} left")
-        parts += [f"{name.replace('_', ' ')} {value}" for name, value in self.figures.items()]
-        bar = f"[{'#' * round(BAR_WIDTH * share):<{BAR_WIDTH}}] " if self.on_terminal else ""
-        return bar + ", ".join(parts)
+    def done(self) -> int:
+        """Number of finished items; settable, where other processes work on the same items."""
+        return self.n
 
-    def _show(self) -> None:
-        self.shown = time.monotonic()
-        if self.quiet:
-            return
-        if self.on_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            self.stream.write("\r" + self.line[:width].ljust(width))
-        else:
-            self.stream.write(self.line + "\n")
-        self.stream.flush()
+    @done.setter
+    def done(self, count: int) -> None:
+        self.n = count
+
+    def advance(self, count: int, **figures: str) -> None:
+        """Count `count` more items; `figures` are shown behind the rate."""
+        if figures:
+            self.set_postfix(figures, refresh=False)
+        self.update(count)
+
+
+Progress.set_lock(threading.RLock())  # tqdm's own lock is a semaphore between processes, which nothing here needs

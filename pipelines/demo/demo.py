@@ -21,7 +21,7 @@ import pipelines
 from lfm import storage
 from lfm.errors import ConfigError, LfmError
 from lfm.synthetic.scenes import recognise
-from pipelines.common.progress import duration
+from pipelines.common.progress import Progress
 from pipelines.demo.demo_options import DemoConfig
 
 CHECKOUT = Path(pipelines.__file__).parents[1]
@@ -56,7 +56,7 @@ def run(config: DemoConfig) -> DemoResult:
         began = time.monotonic()
         if subprocess.run(command, env=_environment(_num_ranks() if name == "train" else 1)).returncode:
             raise LfmError(f"demo: the stage `{name}` failed, see above; the same command goes on from there")
-        lines.append(f"{name:>8} {duration(time.monotonic() - began):>8}")
+        lines.append(f"{name:>8} {Progress.format_interval(time.monotonic() - began):>8}")
     samples = Path(config.out) / "samples"
     share = recognised_share(samples)
     lines.append(f"{share:.0%} of {NUM_IMAGES} images are recognised as the class that was asked for")
