@@ -19,83 +19,9 @@ from lfm.data.sources.layouts import FACE_PARTS, LAYOUTS, read
 from lfm.data.sources.source import Source
 from lfm.errors import ConfigError, DataError
 from tests.support.commands import assert_one_line, lfm
-from tests.support.images import folder_contents, image_bytes, random_pixels, raw_samples, save_image
-from tests.support.real_data import unpack
+from tests.support.images import folder_contents, image_bytes, random_pixels, save_image
 
-
-@pytest.fixture(scope="module")
-def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("trees")
-    for name in ("layouts", "ccp_seg", "coco_mini"):
-        unpack(name, root)
-    return root
-
-
-# --- every real tree by one command ------------------------------------------------------------------------------
-
-REAL = [
-    # tree, split, layout, images, classes, members of each sample beside the image
-    ("layouts/ILSVRC", "train", "imagenet", 48, 6, "class"),
-    ("layouts/ILSVRC", "val", "imagenet", 18, 6, "class"),
-    ("layouts/lmdb/celeba-lmdb", "train", "lmdb", 11, 0, ""),
-    ("layouts/lmdb/celeba-lmdb/validation.lmdb", None, "lmdb", 3, 0, ""),
-    ("layouts/lmdb/celeba64_lmdb", "train", "lmdb", 12, 0, ""),
-    ("layouts/lmdb/lsun", "train", "lsun", 12, 0, ""),
-    ("layouts/lmdb/lsun/church_outdoor_val_lmdb", None, "lsun", 4, 0, ""),
-    ("layouts/CelebAMask-HQ", None, "celebamask-hq", 6, 0, "map"),
-    ("layouts/ADEChallengeData2016", "training", "ade20k", 10, 0, "map"),
-    ("layouts/ADEChallengeData2016", "validation", "ade20k", 4, 0, "map"),
-    ("layouts/inpaint_ldm", None, "inpainting", 4, 0, "mask"),
-    ("ccp_seg", "validation", "paired", 40, 0, "map mask"),
-    ("coco_mini", "train2017", "coco-stuff", 23, 0, "map"),
-]
-
-
-@pytest.mark.real_data
-@pytest.mark.parametrize(("name", "split", "layout", "images", "classes", "members"), REAL)
-def test_a_real_tree_shards_by_one_command(
-    trees: Path, tmp_path: Path, name: str, split: str | None, layout: str, images: int, classes: int, members: str
-) -> None:
-    arguments = ("--split", split) if split else ()
-    result = lfm("shard", trees / name, tmp_path / "raw", "--image-size", 32, *arguments)
-    assert result.exit_code == 0, result.stderr
-    assert f"{layout}: {images} images of {classes} classes" in result.stdout
-    manifest = manifests.load(str(tmp_path / "raw"), "raw")
-    assert (manifest.num_samples, len(manifest.classes), manifest.rejects) == (images, classes, [])
-    assert manifest.recipe["layout"] == layout
-    for sample in raw_samples(tmp_path / "raw").values():
-        assert sample.image.shape == (32, 32, 3)
-        found = (("class", sample.class_index), ("map", sample.segmentation), ("mask", sample.mask))
-        assert [name for name, value in found if value is not None] == members.split()
-        assert sample.mask is None or set(np.unique(sample.mask)) <= {0, 1}
-
-
-@pytest.mark.real_data
-def test_detection_says_what_it_cannot_tell_apart(trees: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"layouts: may be imagenet or lmdb or .*; choose one, as in --layout imagenet"
-    ):
-        read(str(trees / "layouts"))
-    for name in ("layouts/ILSVRC", "layouts/lmdb/lsun", "ccp_seg", "layouts/ADEChallengeData2016"):
-        with pytest.raises(ConfigError, match=r"holds the splits \w+, \w+; choose one, as in --split"):
-            read(str(trees / name))
-
-
-@pytest.mark.real_data
-@pytest.mark.parametrize(("layout", "expected"), list(zip(FACE_PARTS, ("lfm", "official"), strict=True)))
-def test_the_parts_of_a_face_become_the_expected_map_bit_for_bit(
-    trees: Path, tmp_path: Path, layout: str, expected: str
-) -> None:
-    root = trees / "layouts" / "CelebAMask-HQ"
-    result = lfm("shard", root, tmp_path / "raw", "--image-size", 512, "--layout", layout)
-    assert result.exit_code == 0, result.stderr
-    found = raw_samples(tmp_path / "raw")
-    assert len(found) == 6
-    for source, sample in found.items():
-        wanted = np.asarray(Image.open(root / f"expected_mask_{expected}_order" / f"{Path(source).stem}.png"))
-        assert np.array_equal(sample.segmentation, wanted)
-    labels = manifests.load(str(tmp_path / "raw"), "raw").recipe["labels"]
-    assert len(labels) == 19 and labels["1"] == "skin"
+# --- published collections ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", FACE_PARTS)
@@ -110,20 +36,6 @@ def test_every_part_of_a_face_has_its_id_and_later_ones_lie_above(tmp_path: Path
     ids = source.decode_item(source.items[0]).segmentation
     assert ids is not None and ids[:, 0].tolist() == list(range(1, 19))
     assert len(names) == 18 and set(names) == set(FACE_PARTS["celebamask-hq"].split())
-
-
-@pytest.mark.real_data
-def test_imagenets_two_parts_have_the_same_classes(trees: Path) -> None:
-    root = str(trees / "layouts" / "ILSVRC")
-    train, val = read(root, split="train"), read(root, split="val")
-    assert train.class_names == val.class_names and train.class_names[0] == "n03124170 cowboy hat, ten-gallon hat"
-    assert train.items[0].class_index == val.items[0].class_index == 0
-    wanted = dict(
-        line.split(",", 1) for line in (trees / "layouts" / "LOC_val_solution.csv").read_text().splitlines()[1:]
-    )
-    for item in val.items:
-        assert item.class_index is not None
-        assert wanted[Path(item.image).stem].split()[0] == val.class_names[item.class_index].split()[0]
 
 
 def test_imagenet_as_torchvision_unpacks_it_and_without_labels(tmp_path: Path) -> None:

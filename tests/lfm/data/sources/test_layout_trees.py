@@ -1,0 +1,140 @@
+"""The layouts of published collections: each tree of tests/data/layouts is recognised and sharded by one command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lfm.data import manifest as manifests
+from lfm.data.sources.layouts import read
+from lfm.errors import ConfigError
+from tests.support.commands import lfm
+from tests.support.images import raw_samples
+from tests.support.layout_trees import FACE_SIZE, generate_trees
+from tests.support.real_data import unpack
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_trees(tmp_path_factory.mktemp("trees"))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What sharding a tree must find."""
+
+    tree: str
+    split: str | None
+    layout: str
+    images: int
+    classes: int = 0
+    members: tuple[str, ...] = ()  # of each sample, beside the image
+
+
+TREES = [
+    Expected("layouts/ILSVRC", "train", "imagenet", 48, 6, ("class",)),
+    Expected("layouts/ILSVRC", "val", "imagenet", 18, 6, ("class",)),
+    Expected("layouts/lmdb/celeba-lmdb", "train", "lmdb", 11),
+    Expected("layouts/lmdb/celeba-lmdb/validation.lmdb", None, "lmdb", 3),
+    Expected("layouts/lmdb/celeba64_lmdb", "train", "lmdb", 12),
+    Expected("layouts/lmdb/lsun", "train", "lsun", 12),
+    Expected("layouts/lmdb/lsun/church_outdoor_val_lmdb", None, "lsun", 4),
+    Expected("layouts/CelebAMask-HQ", None, "celebamask-hq", 6, members=("segmentation",)),
+    Expected("layouts/ADEChallengeData2016", "training", "ade20k", 10, members=("segmentation",)),
+    Expected("layouts/ADEChallengeData2016", "validation", "ade20k", 4, members=("segmentation",)),
+    Expected("layouts/inpaint_ldm", None, "inpainting", 4, members=("mask",)),
+    Expected("ccp_seg", "validation", "paired", 40, members=("segmentation", "mask")),
+    Expected("coco_mini", "train2017", "coco-stuff", 23, members=("segmentation",)),
+]
+
+
+def assert_shards(trees: Path, expected: Expected, raw: Path) -> None:
+    """Shard a tree with `lfm shard` into `raw`, and compare what was written with what is expected."""
+    split = ("--split", expected.split) if expected.split else ()
+    result = lfm("shard", trees / expected.tree, raw, "--image-size", 32, *split)
+    assert result.exit_code == 0, result.stderr
+    assert f"{expected.layout}: {expected.images} images of {expected.classes} classes" in result.stdout
+    manifest = manifests.load(str(raw), "raw")
+    assert (manifest.num_samples, len(manifest.classes), manifest.rejects) == (expected.images, expected.classes, [])
+    assert manifest.recipe["layout"] == expected.layout
+    for sample in raw_samples(raw).values():
+        assert sample.image.shape == (32, 32, 3)
+        values = {"class": sample.class_index, "segmentation": sample.segmentation, "mask": sample.mask}
+        assert tuple(name for name, value in values.items() if value is not None) == expected.members
+        assert sample.mask is None or set(np.unique(sample.mask)) <= {0, 1}
+
+
+def assert_face_maps(trees: Path, layout: str, order: str, size: int, raw: Path) -> None:
+    """Shard CelebAMask-HQ with the class ids of `layout`, and compare every map with the expected one bit for bit."""
+    root = trees / "layouts" / "CelebAMask-HQ"
+    result = lfm("shard", root, raw, "--image-size", size, "--layout", layout)
+    assert result.exit_code == 0, result.stderr
+    samples = raw_samples(raw)
+    assert len(samples) == 6
+    for source, sample in samples.items():
+        expected = np.asarray(Image.open(root / f"expected_mask_{order}_order" / f"{Path(source).stem}.png"))
+        assert len(np.unique(expected)) > 2 and np.array_equal(sample.segmentation, expected)
+    labels = manifests.load(str(raw), "raw").recipe["labels"]
+    assert len(labels) == 19 and labels["1"] == "skin"
+
+
+FACE_ORDERS = [("celebamask-hq", "lfm"), ("celebamask-hq-official", "official")]
+
+
+@pytest.mark.parametrize("expected", TREES, ids=lambda expected: f"{expected.tree}-{expected.split}")
+def test_a_tree_is_sharded_by_one_command(trees: Path, expected: Expected, tmp_path: Path) -> None:
+    assert_shards(trees, expected, tmp_path / "raw")
+
+
+@pytest.mark.parametrize(("layout", "order"), FACE_ORDERS)
+def test_parts_of_a_face_become_the_expected_map(trees: Path, layout: str, order: str, tmp_path: Path) -> None:
+    assert_face_maps(trees, layout, order, FACE_SIZE, tmp_path / "raw")
+
+
+def test_ambiguous_trees_are_refused_with_the_choices(trees: Path) -> None:
+    with pytest.raises(ConfigError, match=r"layouts: may be imagenet or lmdb or .*; choose one, as in .*imagenet"):
+        read(str(trees / "layouts"))
+    for name in ("layouts/ILSVRC", "layouts/lmdb/lsun", "ccp_seg", "layouts/ADEChallengeData2016"):
+        with pytest.raises(ConfigError, match=r"holds the splits \w+, \w+; choose one, as in .*split"):
+            read(str(trees / name))
+
+
+def test_imagenets_two_parts_have_the_same_classes(trees: Path) -> None:
+    root = str(trees / "layouts" / "ILSVRC")
+    train, val = read(root, split="train"), read(root, split="val")
+    assert train.class_names == val.class_names and train.class_names[0] == "n03124170 cowboy hat, ten-gallon hat"
+    assert train.items[0].class_index == val.items[0].class_index == 0
+    table = (trees / "layouts" / "LOC_val_solution.csv").read_text().splitlines()[1:]
+    wnids = {image: solution.split()[0] for image, solution in (line.split(",", 1) for line in table)}
+    for item in val.items:
+        assert item.class_index is not None
+        assert wnids[Path(item.image).stem] == val.class_names[item.class_index].split()[0]
+
+
+def test_odd_files_of_imagenet_are_read(trees: Path) -> None:
+    """Grey, CMYK, a PNG called JPEG, and an image whose EXIF orientation turns it by 90 degrees."""
+    root = trees / "layouts" / "ILSVRC" / "Data" / "CLS-LOC" / "train" / "n03124170"
+    source = read(str(trees / "layouts" / "ILSVRC"), split="train")
+    formats = [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("RGB", "JPEG")]
+    for number, (item, expected) in enumerate(zip(source.items[:4], formats, strict=True), 1):
+        assert Path(item.image).name == f"n03124170_{number}.JPEG"
+        with Image.open(root / f"n03124170_{number}.JPEG") as file:
+            assert (file.mode, file.format) == expected
+            size = (file.height, file.width) if number == 4 else file.size
+        image = source.decode_item(item).image
+        assert (image.mode, image.size) == ("RGB", size)
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+def test_real_trees_are_sharded_in_the_same_way(tmp_path: Path) -> None:
+    for name in ("layouts", "ccp_seg", "coco_mini"):
+        unpack(name, tmp_path / "trees")
+    for number, expected in enumerate(TREES):
+        assert_shards(tmp_path / "trees", expected, tmp_path / str(number))
+    for layout, order in FACE_ORDERS:
+        assert_face_maps(tmp_path / "trees", layout, order, 512, tmp_path / order)
