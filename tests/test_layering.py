@@ -256,6 +256,71 @@ def test_no_line_saving_tricks() -> None:
     assert not tricks, "\n" + "\n".join(tricks)
 
 
+@pytest.mark.xfail(reason="the registry of backbones is wired in next", strict=True)
+def test_nothing_outside_models_names_a_backbone() -> None:
+    """The registry stands for them; conversion is excepted, since published checkpoints are of one backbone each."""
+    names = [
+        f"{name}, line {node.lineno}: {text}"
+        for name, path in modules().items()
+        if not name.startswith(("lfm.models", "lfm.conversion"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        for text in identifiers(node)
+        if re.fullmatch(r"(DiT|UNet)(Config|Block|Options)?", text)
+    ]
+    assert not names, "\n" + "\n".join(names)
+
+
+def identifiers(node: ast.AST) -> list[str]:
+    """The names that a node of the syntax tree uses or imports."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    return [node.name.rpartition(".")[2]] if isinstance(node, ast.alias) else []
+
+
+def messages(source: str) -> list[ast.Constant]:
+    """The strings of a module that are not docstrings."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node for node in strings if id(node) not in docstrings]
+
+
+@pytest.mark.xfail(reason="messages of the library are rewritten next", strict=True)
+def test_the_library_names_arguments_and_no_flags() -> None:
+    """The command line translates `num_steps` to --num-steps; flags of other programs are excepted."""
+    flags = [
+        f"{name}, line {node.lineno}: {node.value}"
+        for name, path in modules().items()
+        if name.startswith("lfm")
+        for node in messages(path.read_text())
+        if re.search(r"(?<!deepspeed )(?<![-\w])--[a-z]", str(node.value))
+    ]
+    assert not flags, "\n" + "\n".join(flags)
+
+
+def test_an_image_is_called_an_image() -> None:
+    """`pictures` remains as a key of files written by earlier versions, and in the names of two configurations."""
+    lines = [
+        f"{name}: {line.strip()}"
+        for name, path in modules().items()
+        for line in path.read_text().splitlines()
+        if re.search("picture", re.sub(r'"pictures"|pictures_\d+', "", line), re.IGNORECASE)
+    ]
+    assert not lines, "\n" + "\n".join(lines)
+
+
+def test_test_modules_import_helpers_from_support_alone() -> None:
+    imports = [
+        f"{path.relative_to(REPOSITORY)}: {line}"
+        for path in (REPOSITORY / "tests").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.match(r"\s*(from|import) tests\b(?!\.support)", line)
+    ]
+    assert not imports, "\n" + "\n".join(imports)
+
+
 def test_launch_holds_one_python_file() -> None:
     """A second module there could hide a library of the same name: `launch/` is the first entry of sys.path."""
     assert [path.name for path in (REPOSITORY / "launch").rglob("*.py")] == ["train.py"]
