@@ -96,15 +96,19 @@ def exists(path: str) -> bool:
     if is_local(path):
         with naming(path):
             return Path(path).exists()
-    return _at(path, lambda filesystem, inner: bool(filesystem.exists(inner)))
+    return _at(path, lambda filesystem, inner: bool(filesystem.exists(inner)), anew=True)
 
 
 def sizes(folder: str) -> dict[str, int]:
     """Names and sizes in bytes of the files directly in `folder`, by one listing; empty where there is no such folder."""
     if is_local(folder):
-        with naming(folder):
-            entries_here = os.scandir(folder) if Path(folder).exists() else ()
-            return {entry.name: entry.stat().st_size for entry in entries_here if entry.is_file()}
+        result = {}
+        with naming(folder), contextlib.suppress(FileNotFoundError), os.scandir(folder) as listing:
+            for entry in listing:
+                with contextlib.suppress(FileNotFoundError):  # another process removes files
+                    if entry.is_file():
+                        result[entry.name] = entry.stat().st_size
+        return result
 
     def listed(filesystem: AbstractFileSystem, inner: str) -> dict[str, int]:
         try:

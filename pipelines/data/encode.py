@@ -1,239 +1,240 @@
 """`lfm encode`: raw shards -> latent shards of the same names.
 
-A shard in is a shard out, so every process works by itself: it takes its part of the shards, then what others have left,
-and whoever finds all records there writes the manifest. Under a launcher every rank runs this; a rank that dies is
-replaced by the others, or by the same command. Reading and decoding run ahead of the network, and the network ahead of
-the writing.
+Each raw shard becomes one latent shard, so processes work independently: each encodes its part of the shards and then
+those that no other process has begun (see `shard_claims`). When all shards are done, the manifest is written. Under a
+launcher every rank runs this stage; the shards of a rank that dies are encoded by the others, or by the same command.
+Reading and decoding run ahead of the network in one thread, and the network runs ahead of writing in another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+import logging
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from itertools import chain, groupby, islice
+from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
-import torch
 
 from lfm import storage
-from lfm.autoencoder import Autoencoder, check_storable
+from lfm.autoencoder import Autoencoder
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import latent_layout, latent_members, read_raw, write_tar
+from lfm.data.latent_shards import latent_layout, latent_members, read_raw
 from lfm.data.manifest import Manifest, ShardRecord
-from lfm.data.masks import at_latent_size, hide
 from lfm.errors import DataError
 from lfm.prefetch import prefetch
 from lfm.types import LatentSample, RawSample
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.progress import Progress
+from pipelines.data import shard_claims
 from pipelines.data.data_options import EncodeConfig
+from pipelines.data.encode_images import ImageEncoder, checked
+from pipelines.data.shard_claims import ShardClaims
+from pipelines.data.shard_set import complete_records, write_shard
 
-AHEAD = 3  # batches that wait before and behind the network
+BATCHES_AHEAD = 3  # that wait before and behind the network
+POLL_SECONDS = 1.0  # between attempts to claim a shard of another process
+ATTEMPTS_BEFORE_NOTE = 10
 
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """The data set that is there now; None after a dry run, or while other ranks have shards to finish."""
+    """The plan in words and the complete data set; no manifest after a dry run."""
 
     plan: str
     manifest: Manifest | None
 
 
+@dataclass(frozen=True)
+class RawBatch:
+    """Consecutive samples of one raw shard; only the last batch of a shard is smaller than the others, or empty."""
+
+    shard: ShardRecord
+    samples: list[RawSample]
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """The latent samples of a `RawBatch`."""
+
+    shard: ShardRecord
+    samples: list[LatentSample]
+    is_last: bool
+
+
 def run(config: EncodeConfig, world: World) -> EncodeResult:
-    """Encode this rank's part of the raw shards that are not done.
+    """Encode the shards that are not done, together with the other ranks.
 
     Raises:
-        ConfigError, DataError, StorageError: nothing half-written is visible, and the same command continues.
+        ConfigError, DataError, StorageError: no shard is visible that is not whole; the same command resumes.
     """
     storage.require_apart(config.raw, config.dest)
     raw = manifests.load(config.raw, "raw")
     autoencoder = factory.autoencoder(config.autoencoder, world, config.precision)
-    latent_shape = (autoencoder.latent_channels, *[autoencoder.latent_size(raw.image_size)] * 2)
-    summary = (
-        f"{raw.num_samples:,} images in {len(raw.shards)} shards -> latents of {latent_shape} in {config.dest}"
-        f"{', mirrored too' if config.flips else ''}, by {autoencoder.name} on {autoencoder.device}"
-    )
+    encoder = ImageEncoder(autoencoder, config.flips)
+    summary = _summary(config, raw, autoencoder)
     if config.dry_run:
         return EncodeResult(summary, None)
     recipe = _recipe(config, raw, autoencoder)
-    if world.is_main or not config.overwrite:  # all claim the same; but only one may remove
-        manifests.claim(config.dest, recipe, overwrite=config.overwrite)
-    else:
-        factory.wait_for(storage.join(config.dest, manifests.RECIPE), recipe)
+    _begin(config, recipe, world)
     sizes = {shard.name: shard.samples for shard in raw.shards}
-    before = sum(sizes[name] for name in manifests.done(config.dest))
-    with Progress("encode", raw.num_samples, "images", done=before, quiet=not world.is_main) as bar:
-        batches = prefetch(_batches(config, raw, world), AHEAD)
-        encoded = prefetch(_encoded(autoencoder, batches, config.flips), AHEAD)
-        with closing(batches), closing(encoded):
-            for _, latents in groupby(encoded, key=lambda batch: batch[0].name):
-                _write(config, autoencoder, latents, bar)
-                bar.done = sum(sizes[name] for name in manifests.done(config.dest))  # by all ranks
-    return EncodeResult(summary, _publish_if_complete(config, raw, autoencoder, recipe))
+
+    def samples_done() -> int:  # by all ranks
+        return sum(sizes[name] for name in manifests.done(config.dest))
+
+    claims = ShardClaims(config.dest)
+    batches = prefetch(_raw_batches(config, raw, world, claims), BATCHES_AHEAD)
+    encoded = prefetch(_encoded_batches(encoder, batches), BATCHES_AHEAD)
+    progress = Progress("encode", raw.num_samples, "images", done=samples_done(), quiet=not world.is_main)
+    # The claims are closed first: that ends the wait for shards of other processes in the thread that reads.
+    with progress, closing(batches), closing(encoded), claims:
+        for first in encoded:
+            _write(config.dest, autoencoder.latent_channels, first, encoded, progress)
+            claims.withdraw(first.shard.name)
+            if world.is_main:
+                progress.done = samples_done()
+    return EncodeResult(summary, _publish_if_complete(config, raw, encoder, recipe))
 
 
-def _todo(dest: str, raw: Manifest, world: World) -> Iterator[ShardRecord]:
-    """The shards that are not done when their turn comes: this rank's part, then, in an order of its own, what the others
-    have not done. Of those some are in work, and are done twice, to equal bytes; but a dead rank's are done too."""
-    first = {shard.name for shard in raw.shards[world.rank :: world.size]}
-    order = np.random.default_rng(world.rank).permutation(len(raw.shards))
-    for mine in (True, False):
-        done = manifests.done(dest)
-        for shard in [raw.shards[index] for index in (range(len(order)) if mine else order)]:
-            if (shard.name in first) == mine and shard.name not in done and not manifests.is_done(dest, shard.name):
-                yield shard
+def _summary(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder) -> str:
+    size = autoencoder.latent_size(raw.image_size)
+    return (
+        f"{raw.num_samples:,} images in {len(raw.shards)} shards -> latents of "
+        f"{(autoencoder.latent_channels, size, size)} in {config.dest}"
+        f"{', mirrored too' if config.flips else ''}, by {autoencoder.name} on {autoencoder.device}"
+    )
 
 
-def _batches(config: EncodeConfig, raw: Manifest, world: World) -> Generator[tuple[ShardRecord, list[RawSample]]]:
-    """The images of every shard that is to do, in batches, the last one of a shard smaller or empty."""
+def _begin(config: EncodeConfig, recipe: dict[str, Any], world: World) -> None:
+    """Claim the folder. To overwrite, only rank 0 removes the old shards, and the other ranks wait for it."""
+    if not config.overwrite:
+        manifests.claim(config.dest, recipe, overwrite=False)
+    elif world.is_main:
+        manifests.claim(config.dest, recipe, overwrite=True)
+        shard_claims.clear_work(config.dest)
+        shard_claims.announce_restart(config.dest, world)
+    else:
+        shard_claims.wait_for_restart(config.dest, world)
+
+
+def _shards_to_encode(config: EncodeConfig, raw: Manifest, world: World, claims: ShardClaims) -> Iterator[ShardRecord]:
+    """Yield shards that are not done, each claimed for this process, until all shards of the data set are done.
+
+    This rank's part comes first. The others' shards follow in an order of its own, so that two ranks seldom try the same
+    one. A shard with a live claim of another process is tried again until it is done or the claim has expired.
+    """
+    own = world.slice_of(len(raw.shards))
+    others = [*raw.shards[: own.start], *raw.shards[own.stop :]]
+    np.random.default_rng(world.rank).shuffle(others)
+    claimed_by_others = yield from _claimable(config.dest, list(raw.shards[own]), claims)
+    remaining = claimed_by_others + others
+    for attempt in count():
+        remaining = yield from _claimable(config.dest, remaining, claims)
+        if attempt == ATTEMPTS_BEFORE_NOTE:
+            logging.getLogger(__name__).warning(
+                "%d shards are claimed by other processes; waiting until they are done or the claims expire",
+                len(remaining),
+            )
+        if not remaining or claims.wait(POLL_SECONDS):
+            return
+
+
+def _claimable(
+    dest: str, shards: list[ShardRecord], claims: ShardClaims
+) -> Generator[ShardRecord, None, list[ShardRecord]]:
+    """Yield the shards that are not done and could be claimed; return those that other processes have claimed."""
+    done = manifests.done(dest)
+    claimed_by_others = []
+    for shard in shards:
+        if shard.name in done:
+            continue
+        if not claims.claim(shard.name):
+            claimed_by_others.append(shard)
+        elif manifests.is_done(dest, shard.name):  # by a process that has withdrawn its claim since the listing
+            claims.withdraw(shard.name)
+        else:
+            yield shard
+    return claimed_by_others
+
+
+def _raw_batches(config: EncodeConfig, raw: Manifest, world: World, claims: ShardClaims) -> Generator[RawBatch]:
+    """Read and decode the shards to encode in batches."""
     cache = factory.cache(config.cache)
-    for shard in _todo(config.dest, raw, world):
+    for shard in _shards_to_encode(config, raw, world, claims):
         path = storage.join(config.raw, shard.name)
         local = cache.fetch(path, shard.bytes, shard.crc32, verify_local=True)
         with local.open("rb") as stream:
-            samples = _checked(read_raw(stream, path, threads=config.threads), raw, path)
-            count, full = 0, True
-            while full:  # at the end of a shard comes a part of a batch, or none of it
+            samples = checked(read_raw(stream, path, threads=config.threads), raw, path)
+            num_samples, is_last = 0, False
+            while not is_last:
                 batch = list(islice(samples, config.batch_size))
-                count, full = count + len(batch), len(batch) == config.batch_size
-                yield shard, batch
-        if count != shard.samples:
-            raise DataError(f"{path}: holds {count} samples, its record says {shard.samples}; shard it again")
+                num_samples, is_last = num_samples + len(batch), len(batch) < config.batch_size
+                if is_last and num_samples != shard.samples:
+                    raise DataError(
+                        f"{path}: holds {num_samples} samples, its record says {shard.samples}; shard it again"
+                    )
+                yield RawBatch(shard, batch, is_last)
 
 
-class _Sums:
-    """Counts latents as they pass, and adds up their means by channel."""
+def _encoded_batches(encoder: ImageEncoder, batches: Iterator[RawBatch]) -> Generator[EncodedBatch]:
+    for batch in batches:
+        yield EncodedBatch(batch.shard, encoder.encode(batch.samples), batch.is_last)
+
+
+class ChannelSums:
+    """The number of latents, and the sums over their posterior means by channel, from which the manifest's statistics come."""
 
     def __init__(self, channels: int) -> None:
-        self.samples, self.values = 0, 0
-        self.by_channel = np.zeros((channels, 2))  # of values and of their squares
+        self.samples, self.values_per_channel = 0, 0
+        self.totals, self.squares = np.zeros(channels), np.zeros(channels)
 
-    def watch(self, samples: Iterable[LatentSample]) -> Iterator[LatentSample]:
-        """The samples as they come."""
-        for sample in samples:
-            mean = sample.posterior[: len(self.by_channel)].astype(np.float64)
-            self.by_channel += np.stack([mean.sum((1, 2)), (mean**2).sum((1, 2))], axis=1)
-            self.samples, self.values = self.samples + 1, self.values + mean[0].size
-            yield sample
-
-
-def _write(
-    config: EncodeConfig,
-    autoencoder: Autoencoder,
-    batches: Iterator[tuple[ShardRecord, list[LatentSample]]],
-    bar: Progress,
-) -> None:
-    """Write one latent shard from its batches, and then its record."""
-    sums = _Sums(autoencoder.latent_channels)
-    shard, first = next(batches)
-
-    def samples() -> Iterator[LatentSample]:
-        for _, batch in chain([(shard, first)], batches):
-            yield from batch
-            bar.advance(min(len(batch), bar.total - bar.done))  # another rank may be at this shard too
-
-    with storage.writing(storage.join(config.dest, shard.name)) as temporary:
-        write_tar(temporary, map(latent_members, sums.watch(samples())))
-        checksums = storage.checksums(temporary)
-    record = ShardRecord(
-        name=shard.name,
-        samples=sums.samples,
-        **asdict(checksums),
-        class_counts=shard.class_counts,
-        channel_sums=tuple((float(total), float(squares)) for total, squares in sums.by_channel),
-        values_per_channel=sums.values,
-    )
-    manifests.commit(config.dest, record)
+    def add(self, sample: LatentSample) -> None:
+        """Add one latent."""
+        mean = sample.posterior[: len(self.totals)].astype(np.float64)
+        self.totals += mean.sum((1, 2))
+        self.squares += (mean**2).sum((1, 2))
+        self.samples, self.values_per_channel = self.samples + 1, self.values_per_channel + mean[0].size
 
 
-def _checked(samples: Iterable[RawSample], raw: Manifest, path: str) -> Iterator[RawSample]:
-    """The samples as they come, all of the same size and with the same members, as a constant stride needs."""
-    for sample in samples:
-        if sample.image.shape != (raw.image_size, raw.image_size, 3):
-            raise DataError(
-                f"{path}: sample {sample.key} is {sample.image.shape}, not of size {raw.image_size}; shard again"
-            )
-        for name in (*raw.fields, *["class_index"] * bool(raw.classes)):
-            if getattr(sample, name) is None:
-                raise DataError(f"{path}: sample {sample.key} has no {name}; shard again")
-        ids = sample.segmentation
-        if ids is not None and ids.max() >= raw.num_labels:
-            raise DataError(f"{path}: sample {sample.key} has the class id {ids.max()}, above all labels; shard again")
-        yield sample if ids is None else replace(sample, segmentation=ids.astype(_ids_dtype(raw)))
+def _write(dest: str, channels: int, first: EncodedBatch, batches: Iterator[EncodedBatch], progress: Progress) -> None:
+    """Write one latent shard from `first` and the batches that follow it in `batches`."""
+    shard, sums = first.shard, ChannelSums(channels)
 
+    def members() -> Iterator[dict[str, Any]]:
+        batch = first
+        while True:
+            for sample in batch.samples:
+                sums.add(sample)
+                yield latent_members(sample)
+            progress.advance(len(batch.samples))
+            if batch.is_last:
+                return
+            batch = next(batches)
 
-def _ids_dtype(raw: Manifest) -> type[np.unsignedinteger]:
-    return np.uint8 if raw.num_labels <= 256 else np.uint16
+    def description() -> dict[str, Any]:
+        return {
+            "samples": sums.samples,
+            "class_counts": shard.class_counts,
+            "channel_sums": tuple(zip(sums.totals.tolist(), sums.squares.tolist(), strict=True)),
+            "values_per_channel": sums.values_per_channel,
+        }
 
-
-def _template(raw: Manifest, autoencoder: Autoencoder, flips: bool) -> LatentSample:
-    """A sample of the shape that all have."""
-    channels, size = autoencoder.latent_channels, autoencoder.latent_size(raw.image_size)
-    moments, mean = (np.zeros((count, size, size), np.float16) for count in (2 * channels, channels))
-    masks, maps = "mask" in raw.fields, "segmentation" in raw.fields
-    return LatentSample(
-        key="0",
-        posterior=moments,
-        posterior_flip=moments if flips else None,
-        class_index=0 if raw.classes else None,
-        mask=np.zeros((size, size), np.uint8) if masks else None,
-        masked=mean if masks else None,
-        masked_flip=mean if masks and flips else None,
-        segmentation=np.zeros((raw.image_size, raw.image_size), _ids_dtype(raw)) if maps else None,
-    )
-
-
-def _encoded(
-    autoencoder: Autoencoder, batches: Iterable[tuple[ShardRecord, list[RawSample]]], flips: bool
-) -> Generator[tuple[ShardRecord, list[LatentSample]]]:
-    for shard, batch in batches:
-        yield shard, _encode_batch(autoencoder, batch, flips) if batch else []
-
-
-def _encode_batch(autoencoder: Autoencoder, batch: list[RawSample], flips: bool) -> list[LatentSample]:
-    images = np.stack([sample.image for sample in batch])
-    keys = [sample.key for sample in batch]
-    columns: dict[str, Any] = {"key": keys, "class_index": [sample.class_index for sample in batch]}
-    columns |= _posteriors(autoencoder, images, keys, "posterior", flips)
-    if batch[0].segmentation is not None:
-        columns["segmentation"] = [sample.segmentation for sample in batch]
-    if batch[0].mask is not None:
-        masks = np.stack([np.asarray(sample.mask) for sample in batch])
-        columns["mask"] = at_latent_size(masks, autoencoder.downsample_factor)
-        masked = _posteriors(autoencoder, hide(images, masks), keys, "masked", flips)
-        columns |= {name: stored[:, : autoencoder.latent_channels] for name, stored in masked.items()}
-    rows = zip(*columns.values(), strict=True)
-    return [LatentSample(**dict(zip(columns, row, strict=True))) for row in rows]
-
-
-def _posteriors(
-    autoencoder: Autoencoder, images: np.ndarray, keys: list[str], name: str, flips: bool
-) -> dict[str, np.ndarray]:
-    """What is stored of images uint8 (B, H, W, 3) and of their mirrors, by field: the mirrored latent would not be the
-    latent of the mirrored image."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    stored = {name: _stored(autoencoder, pixels, keys)}
-    return stored | ({f"{name}_flip": _stored(autoencoder, pixels.flip(3), keys)} if flips else {})
-
-
-def _stored(autoencoder: Autoencoder, images: torch.Tensor, keys: list[str]) -> np.ndarray:
-    """Posteriors as the shards hold them: float16 (B, 2C, h, w), mean and then std."""
-    posterior = autoencoder.encode(images)
-    check_storable(posterior, keys)
-    return torch.cat([posterior.mean, posterior.std], dim=1).to(torch.float16).cpu().numpy()
+    write_shard(dest, shard.name, members(), description)
 
 
 def _publish_if_complete(
-    config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder, recipe: dict
+    config: EncodeConfig, raw: Manifest, encoder: ImageEncoder, recipe: dict[str, Any]
 ) -> Manifest | None:
-    if not {shard.name for shard in raw.shards} <= manifests.done(config.dest):
+    records = complete_records(config.dest, [shard.name for shard in raw.shards])
+    if records is None:
         return None
-    records = manifests.records(config.dest, [shard.name for shard in raw.shards])
-    sums = np.sum([record.channel_sums for record in records], axis=0) / sum(r.values_per_channel for r in records)
-    members, stride = latent_layout(_template(raw, autoencoder, config.flips))
+    num_values = sum(record.values_per_channel for record in records)
+    sums = np.sum([record.channel_sums for record in records], axis=0) / num_values
+    mean, mean_square = sums[:, 0], sums[:, 1]
+    members, stride = latent_layout(encoder.example(raw))
     manifest = Manifest(
         kind="latents",
         image_size=raw.image_size,
@@ -242,23 +243,24 @@ def _publish_if_complete(
         labels=raw.labels,
         recipe=recipe,
         parent_digest=raw.digest,
-        autoencoder=factory.autoencoder_record(autoencoder),
+        autoencoder=factory.autoencoder_record(encoder.autoencoder),
         members=members,
         stride=stride,
-        channel_mean=tuple(sums[:, 0].tolist()),
-        channel_std=tuple(np.sqrt(sums[:, 1] - sums[:, 0] ** 2).tolist()),
+        channel_mean=tuple(mean.tolist()),
+        channel_std=tuple(np.sqrt(mean_square - mean**2).tolist()),
         shards=records,
     )
     manifests.publish(config.dest, manifest)
+    shard_claims.clear_claims(config.dest)
     return manifest
 
 
-def _recipe(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder) -> dict:
-    """Everything that decides the shards' bytes, but for the last bits, in which devices and batch sizes differ."""
+def _recipe(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder) -> dict[str, Any]:
+    """Everything that decides the shards' bytes, except that devices and batch sizes differ in the last bits."""
     return {
         "kind": "latents",
         "raw": raw.digest,
-        "crop": raw.recipe.get("crop"),  # told with every image made of these latents
+        "crop": raw.recipe.get("crop"),  # recorded with every image that is made from these latents
         "autoencoder": autoencoder.content_hash,
         "flips": config.flips,
         "precision": config.precision,

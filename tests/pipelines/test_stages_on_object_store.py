@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,14 @@ import s3fs
 
 from lfm import storage
 from lfm.data import manifest as manifests
+from lfm.data.manifest import ShardRecord
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
 from lfm.storage.cache import Cache
+from lfm.world import World
+from pipelines.data import encode
+from pipelines.data.encode import EncodeConfig
+from pipelines.data.shard_claims import WORK
+from pipelines.data.shard_set import write_shard
 from tests.support.commands import ALONE, SmallSet, assert_one_line, lfm
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.object_store import BUCKET, ObjectStore, requires_object_store
@@ -63,6 +71,37 @@ def test_shards_and_latents_have_the_same_bytes_as_on_the_local_disk(
     for samples_seen in (0, 40, 72):
         one, other = (stream.batch(samples_seen) for stream in streams)
         np.testing.assert_array_equal(one.latents, other.latents)
+
+
+def test_a_file_that_another_process_writes_or_removes_is_noticed(store: ObjectStore) -> None:
+    """Whatever was listed before: ranks see each other's shards by their names alone."""
+    folder = f"s3://{BUCKET}/noticed"
+    storage.write_bytes(f"{folder}/a", b"1")
+    assert storage.sizes(folder) == {"a": 1}
+    another = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    another.pipe(f"{BUCKET}/noticed/b", b"2")
+    another.rm(f"{BUCKET}/noticed/a")
+    assert storage.exists(f"{folder}/b") and not storage.exists(f"{folder}/a")
+
+
+def test_two_ranks_write_every_shard_once(
+    store: ObjectStore, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claims need neither file locks nor exclusive creation, only listings that include every completed write."""
+    raw, latents, written = tmp_path / "raw", f"s3://{BUCKET}/shared", []
+    assert lfm("shard", small_set.images, raw, "--image-size", 16, "--samples-per-shard", 5).exit_code == 0
+
+    def counted(dest: str, name: str, *arguments: Any) -> ShardRecord:
+        written.append(name)
+        return write_shard(dest, name, *arguments)
+
+    monkeypatch.setattr(encode, "write_shard", counted)
+    config = EncodeConfig(str(raw), latents, str(small_set.autoencoder))
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(encode.run, [config] * 2, [World(rank, rank, 2) for rank in range(2)]))
+    assert sorted(written) == [f"{number:06d}.tar" for number in range(8)]
+    assert results[0].manifest == results[1].manifest is not None
+    assert not any(storage.sizes(storage.join(latents, WORK)))
 
 
 @pytest.mark.slow
