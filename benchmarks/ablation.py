@@ -25,10 +25,11 @@ import torch
 from lfm.data import manifest as manifests
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
 from lfm.flow.path import path_sample, velocity_loss
-from lfm.models.dit import DiT, flops_per_sample
+from lfm.models import registry
+from lfm.models.network import VelocityNetwork
 from lfm.storage.cache import Cache
-from lfm.training.run_folder import load_weights
 from lfm.types import LatentBatch
+from lfm.weights_file import load_weights
 from lfm.world import World
 
 CHECKOUT = Path(__file__).parents[1]
@@ -66,14 +67,14 @@ def scenes(folder: Path, num: int, seed: int) -> Path:
     return latents
 
 
-def train(run: Path, latents: Path, num_steps: int, changes: list[str]) -> DiT:
+def train(run: Path, latents: Path, num_steps: int, changes: list[str]) -> VelocityNetwork:
     """The model whose weights are the run's EMA."""
     changes = [f"run={run}", f"data.shards={latents}", f"train.num_steps={num_steps}", *SMALL, *changes]
     settings = [part for change in changes for part in ("--set", change)]
     script, config = CHECKOUT / "launch" / "train.py", CHECKOUT / "configs" / "demo.yaml"
     subprocess.run([sys.executable, script, "--config", config, *settings], check=True, stdout=subprocess.DEVNULL)
     tensors, header = load_weights(str(run))
-    model = DiT(header.model).eval()
+    model = registry.build_network(header.model).eval()
     model.load_state_dict(tensors)
     return model
 
@@ -87,7 +88,7 @@ def fixed_batches(latents: Path, num: int) -> list[LatentBatch]:
 
 
 @torch.no_grad()
-def fixed_loss(model: DiT, batches: list[LatentBatch]) -> float:
+def fixed_loss(model: VelocityNetwork, batches: list[LatentBatch]) -> float:
     losses = []
     for batch in batches:
         sample = path_sample(batch.latents, batch.noise, batch.uniform)
@@ -119,7 +120,7 @@ def main() -> None:
         model = train(folders[name], latents, options.num_steps, OPTIONS[name])
         losses[name] = fixed_loss(model, batches)
         change = losses[name] / losses["the paper's"] - 1
-        cost = flops_per_sample(model.config)
+        cost = model.config.flops_per_sample
         print(f"{name:>20} {losses[name]:8.4f} {change:>+11.2%} {model.num_parameters:>11,} {cost:>13.3g}", flush=True)
     (out / f"ablation-{options.num_steps}.json").write_text(json.dumps(losses, indent=1))
     if options.reference:

@@ -22,7 +22,7 @@ import torch
 import lfm as library
 from lfm.data.latent_shards import read_raw
 from lfm.inference.trained_model import TrainedModel
-from lfm.models.dit import DiT
+from lfm.models import registry
 from lfm.synthetic.scenes import CLASS_NAMES, recognise, segment
 from lfm.types import RawSample
 
@@ -55,7 +55,7 @@ def untrained(run: Path) -> TrainedModel:
     """The model of a run with the weights that its training began with."""
     model = library.load(str(run))
     torch.manual_seed(0)
-    model.network.load_state_dict(DiT(model.header.model).state_dict())
+    model.network.load_state_dict(registry.build_network(model.header.model).state_dict())
     return model
 
 

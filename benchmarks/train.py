@@ -27,7 +27,7 @@ import torch
 from lfm.autoencoder import import_diffusers
 from lfm.data import manifest as manifests
 from lfm.flow.path import path_sample, velocity_loss
-from lfm.models.dit import DiT, flops_per_sample
+from lfm.models import registry
 from lfm.training.engine import Engine
 from lfm.training.run_folder import RunFolder
 from lfm.training.step_guard import StepGuard
@@ -70,12 +70,12 @@ class Ways:
         manifest = manifests.load(self.config.data.shards, "latents")
         self.model = factory.model_config(self.config, manifest)
         settings = factory.deepspeed_settings(self.config, ALONE)
-        self.engine = Engine(DiT(self.model), settings, ALONE, ("ema",), StepGuard(20.0))
+        self.engine = Engine(registry.build_network(self.model), settings, ALONE, ("ema",), StepGuard(20.0))
         self.device, self.leave = self.engine.device, StopRequest()
         header = {"model": self.model, "autoencoder": manifest.autoencoder}
         self.training = Training(self.config, manifest, header, self.engine, RunFolder(self.config.run))
         self.batches = self.training.stream.batches(0)
-        self.plain_model = DiT(self.model).to(self.device)
+        self.plain_model = registry.build_network(self.model).to(self.device)
         self.plain_ema = [parameter.detach().clone() for parameter in self.plain_model.parameters()]
         self.optimizer = torch.optim.AdamW(self.plain_model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
         # The usual autoencoder of 8 times smaller latents; its time does not depend on its weights.
@@ -175,7 +175,7 @@ def main() -> None:
             rounds.append(
                 {each: timed(getattr(ways, each), ways.device) for each in ("limit", "ours", "plain", "in_loop")}
             )
-            rounds[-1]["limit"] *= 3 * flops_per_sample(ways.model) * options.batch / ways.limit_flops
+            rounds[-1]["limit"] *= 3 * ways.model.flops_per_sample * options.batch / ways.limit_flops
         ways.batches.close()
         ways.engine.close()
     print(f"DiT-{options.size}/2, batch {options.batch}, {options.rounds} rounds: median (least to most)")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from lfm import weights_file
 from lfm.data import manifest as manifests
-from lfm.models.dit import DiT, DiTConfig
+from lfm.models import registry
+from lfm.models.dit_config import DiTConfig
 from lfm.synthetic.scenes import SEGMENT_NAMES
-from lfm.training import run_folder
-from lfm.training.run_folder import WeightsHeader, save_weights
+from lfm.weights_file import WeightsHeader, save_weights
 from pipelines.data import encode, shard
 from pipelines.demo import draw_scenes
 from tests.support.commands import ALONE, REPOSITORY, SmallSet, Tasks, make_autoencoder
@@ -35,11 +36,11 @@ def weights(small_set: SmallSet, tmp_path: Path) -> Path:
     """An untrained class-conditional model for the small set's latents, as a run folder."""
     manifest = manifests.load(str(small_set.latents), "latents")
     assert manifest.autoencoder is not None
-    model = DiT(DiTConfig(4, 8, 2, 32, 1, 2, num_classes=8, condition_dropout=0.1))
+    model = registry.build_network(DiTConfig(4, 8, 2, 32, 1, 2, num_classes=8, condition_dropout=0.1))
     header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
     folder = tmp_path / "run"
     folder.mkdir()
-    save_weights(str(folder / run_folder.WEIGHTS), model.state_dict(), header)
+    save_weights(str(folder / weights_file.WEIGHTS), model.state_dict(), header)
     return folder
 
 
@@ -70,7 +71,7 @@ def tasks(small_set: SmallSet, tmp_path_factory: pytest.TempPathFactory) -> Task
             labels=manifest.labels if "num_labels" in shape else {},
         )
         (root / "runs" / name).mkdir(parents=True)
-        save_weights(str(root / "runs" / name / run_folder.WEIGHTS), model.state_dict(), header)
+        save_weights(str(root / "runs" / name / weights_file.WEIGHTS), model.state_dict(), header)
     return Tasks(root / "scenes", root / "raw", root / "latents", root / "runs", small_set.autoencoder)
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lfm.errors import CheckpointError, ConfigError
-from lfm.models.dit import DIT_SIZES, DiTConfig
+from lfm.models.config import ModelConfig
+from lfm.models.dit_config import DIT_SIZES, DiTConfig
 from lfm.models.embeddings import MAX_PERIOD
 
 SOURCES = ("lfm", "dit", "sit")
@@ -146,6 +147,17 @@ _EXPRESSIBLE = {
     ),
     *("time_scale", "frequency_shift", "attention", "activation_checkpointing", "token_dropout", "downsample_factor"),
 }
+
+
+def expressible(config: ModelConfig) -> DiTConfig:
+    """Return `config` if it is of the backbone that diffusers' DiTTransformer2DModel can be.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(config, DiTConfig):
+        raise ConfigError("diffusers' DiTPipeline has no such backbone; use --to safetensors")
+    return config
 
 
 def to_diffusers(weights: dict[str, Tensor], config: DiTConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:

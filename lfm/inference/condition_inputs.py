@@ -17,8 +17,8 @@ from lfm.autoencoder import Autoencoder
 from lfm.data.masks import at_latent_size, hide
 from lfm.errors import ConfigError
 from lfm.flow.null_condition import class_condition
-from lfm.training.run_folder import WeightsHeader
 from lfm.types import Condition
+from lfm.weights_file import WeightsHeader
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lfm import autoencoder as autoencoders
+from lfm import weights_file
 from lfm.autoencoder import Autoencoder
 from lfm.data.random_draws import image_noise
 from lfm.errors import CheckpointError, ConfigError
 from lfm.flow.guidance import CountedVelocity, Guided, NetworkVelocity
 from lfm.flow.null_condition import null_condition
 from lfm.inference.condition_inputs import encode_conditions
-from lfm.models.dit import DiT, DiTConfig
+from lfm.models import registry
+from lfm.models.config import ModelConfig
 from lfm.models.noise_prediction import NoisePrediction
 from lfm.solvers import Solving
 from lfm.solvers.batching import StepCallback, no_callback
-from lfm.training import run_folder
-from lfm.training.run_folder import WeightsHeader
 from lfm.types import Condition, SolverResult
+from lfm.weights_file import WeightsHeader
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def load(run: str, *, autoencoder: str | None = None, device: torch.device | str
         ConfigError: the autoencoder is not that of the latents.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    weights, header = run_folder.load_weights(run)
-    model = DiT(header.model)
+    weights, header = weights_file.load_weights(run)
+    model = registry.build_network(header.model)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -213,7 +214,7 @@ def _stack(given: Any, ndim: int) -> np.ndarray | None:
 
 
 def guided_velocity(
-    network: nn.Module, model: DiTConfig, condition: Condition, count: int, guidance: Guidance
+    network: nn.Module, model: ModelConfig, condition: Condition, count: int, guidance: Guidance
 ) -> CountedVelocity:
     """The field of a network of this shape that leads `count` images to their condition.
 

@@ -1,26 +1,23 @@
-"""The layers of the DiT: a block's two branches, and what makes patches of its tokens.
+"""The blocks of the DiT and its final layer.
 
     x += g1 attention(n(x) (1 + a1) + b1);   x += g2 mlp(n(x) (1 + a2) + b2)
 
-n, normalisation without weights: by mean and deviation (layer), or by the root mean square alone (rms, Zhang & Sennrich
-2019). mlp: W gelu(W x), or of two thirds the width W (silu(W1 x) W2 x) (swiglu, Shazeer 2020). See `lfm.models.dit`.
+n is a normalization without weights: by mean and standard deviation (layer), or by the root mean square alone (rms, Zhang
+& Sennrich 2019). mlp is W gelu(W x) (gelu), or W (silu(W1 x) W2 x) of two thirds the width (swiglu, Shazeer 2020). See
+`lfm.models.dit`.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from lfm.models.attention import SelfAttention
-
-if TYPE_CHECKING:
-    from lfm.models.dit import DiTConfig
+from lfm.models.dit_config import DiTConfig
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each modulated and gated by the signal."""
+    """Attention, then an MLP, each modulated and gated by the signal: (B, tokens, hidden) -> the same."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -38,20 +35,20 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, signal: Tensor, rotation: Tensor | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal)[:, None].chunk(6, -1)  # (B, 1, hidden)
         mixed = self.attention(_modulate(self.norm(tokens), shift1, scale1), rotation)  # (B, tokens, hidden)
-        tokens = tokens + gate1 * mixed
+        tokens = tokens + gate1 * mixed  # (B, tokens, hidden)
         return tokens + gate2 * self.mlp(_modulate(self.norm(tokens), shift2, scale2))  # (B, tokens, hidden)
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) value, of both side by side: (..., 2 inner) -> (..., inner)."""
+    """silu(gate) value, of the concatenated pair (gate, value): (..., 2 inner) -> (..., inner)."""
 
     def forward(self, pair: Tensor) -> Tensor:
-        gate, value = pair.chunk(2, -1)
-        return silu(gate) * value
+        gate, value = pair.chunk(2, -1)  # two of (..., inner)
+        return silu(gate) * value  # (..., inner)
 
 
 class FinalLayer(nn.Module):
-    """The modulated tokens (B, tokens, hidden) as patches of velocity (B, tokens, p * p * C)."""
+    """Modulation and projection of tokens (B, tokens, hidden) to patches of velocity (B, tokens, p * p * C)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

@@ -23,8 +23,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lfm.models.config import LABEL_CHANNELS
+
 MAX_PERIOD = 10000.0
-LABEL_CHANNELS = 8  # what a latent hears of the map over it
 
 
 class TimeEmbedding(nn.Module):

@@ -14,112 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lfm import storage
-from lfm.data.manifest import AutoencoderRecord, ClassRecord
 from lfm.errors import CheckpointError, LfmError, on_one_line
-from lfm.models.dit import DiTConfig
+from lfm.weights_file import WEIGHTS
 
-WEIGHTS = "weights.safetensors"
 STATE = "state.json"
 _FOLDER = "checkpoints"
 _SNAPSHOTS = "snapshots"
 _PREFIX = "samples-"
-_HEADER = "lfm"
 _REPAIR = "remove that folder to go on from the checkpoint before it"
-
-
-@dataclass(frozen=True)
-class WeightsHeader:
-    """What a weights file says of itself."""
-
-    model: DiTConfig
-    autoencoder: AutoencoderRecord
-    image_size: int
-    classes: tuple[ClassRecord, ...]
-    samples_seen: int
-    manifest_digest: str
-    code_version: str
-    config: dict[str, Any] = field(default_factory=dict)  # the resolved experiment
-    crop: str | None = None  # the rule by which the images came to their size, where it is known
-    labels: dict[int, str] = field(default_factory=dict)  # the class ids of segmentations
-    prediction: str = "velocity"  # or noise, of an imported diffusion model
-
-    def to_json(self) -> str:
-        """As one line of JSON."""
-        content = asdict(self) | {
-            "autoencoder": self.autoencoder.model_dump(),
-            "classes": [entry.model_dump() for entry in self.classes],
-        }
-        return json.dumps(content)
-
-    @staticmethod
-    def from_json(text: str) -> WeightsHeader:
-        """The inverse of `to_json`."""
-        content = json.loads(text)
-        return WeightsHeader(
-            **content
-            | {
-                "model": DiTConfig(**content["model"]),
-                "autoencoder": AutoencoderRecord(**content["autoencoder"]),
-                "classes": tuple(ClassRecord(**entry) for entry in content["classes"]),
-                "labels": {int(index): name for index, name in content.get("labels", {}).items()},
-            }
-        )
-
-
-def save_weights(path: str, tensors: dict[str, Tensor], header: WeightsHeader) -> None:
-    """Publish a weights file in one step."""
-    with storage.writing(path) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {_HEADER: header.to_json()}
-        )
-        temporary.chmod(0o644)  # safetensors writes for the owner alone
-
-
-def load_weights(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
-    """The EMA weights of a run folder, a checkpoint folder or a weights file, by path or URL.
-
-    Raises:
-        CheckpointError: there are none, or the file is not one of ours.
-    """
-    path = run if run.endswith(".safetensors") else storage.join(run, WEIGHTS)
-    if not storage.exists(path):
-        raise CheckpointError(f"{run}: no {WEIGHTS} there; train first, or name the run's folder")
-    if storage.is_local(path):
-        return _read_weights(path, path)
-    with tempfile.NamedTemporaryFile() as copy:
-        copy.write(storage.read_bytes(path))
-        copy.flush()
-        return _read_weights(copy.name, path)
-
-
-def _read_weights(local: str, path: str) -> tuple[dict[str, Tensor], WeightsHeader]:
-    try:
-        with safe_open(local, "pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            if header is None:
-                raise CheckpointError(f"{path}: has no header of lfm; it was not written by `launch/train.py`")
-            return {name: file.get_tensor(name) for name in file.keys()}, WeightsHeader.from_json(header)  # noqa: SIM118
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, LfmError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({on_one_line(error)}); is it truncated, or of another version?"
-        ) from error
 
 
 def tag(samples_seen: int) -> str:

@@ -7,13 +7,15 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from lfm.errors import ConfigError
+from lfm.models.config import BackboneOptions
+from lfm.models.registry import BACKBONES, DEFAULT_BACKBONE
 
 # What DeepSpeed's JSON must leave to the YAML, and the YAML's key for it: each number has one owner.
 OWNED_BY_YAML = {
@@ -49,26 +51,20 @@ class DataConfig(_Section):
     held_back: int = Field(default=0, ge=0)  # the last shards, never trained on: for the validation loss
 
 
-class ModelConfig(_Section):
-    """The network. A `size` of the DiT family, or its three numbers."""
+def _backbone_of(section: Any) -> str:
+    """Return the backbone's name of a `model:` section, as parsed from YAML or as options."""
+    if isinstance(section, BackboneOptions):
+        return section.backbone
+    return str(section.get("backbone", DEFAULT_BACKBONE)) if isinstance(section, dict) else DEFAULT_BACKBONE
 
-    size: str | None = None
-    hidden_size: int | None = Field(default=None, ge=1, le=16_384)
-    depth: int | None = Field(default=None, ge=1, le=1_000)
-    num_heads: int | None = Field(default=None, ge=1, le=1_024)
-    patch_size: PositiveInt = 2
-    mlp_ratio: float = Field(default=4.0, gt=0, le=64)
-    time_scale: PositiveFloat = 1000.0  # the paper's own code has 1
-    frequency_shift: Literal[0, 1] = 1  # the paper's own code has 0; 1 lets `lfm export --to diffusers` express it
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    activation_checkpointing: int = Field(default=0, ge=0)  # every n-th block; 0 none, 1 all
-    compile: bool = False  # torch.compile, block by block
-    # Beyond the paper:
-    position: Literal["sincos", "rope"] = "sincos"
-    norm: Literal["layer", "rms"] = "layer"
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    qk_norm: bool = False
-    token_dropout: Share = 0.0  # share of the tokens that bypass the middle blocks in training
+
+if TYPE_CHECKING:
+    ModelSection = BackboneOptions
+else:  # the options of the backbone that the section names
+    ModelSection = Annotated[
+        Union[tuple(Annotated[backbone.options, Tag(name)] for name, backbone in BACKBONES.items())],  # noqa: UP007
+        Discriminator(_backbone_of),
+    ]
 
 
 class FlowConfig(_Section):
@@ -123,7 +119,7 @@ class ExperimentConfig(_Section):
     condition: Literal["none", "class", "inpaint", "semantic", "class+inpaint", "class+semantic"] = "none"
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that train the null condition
     data: DataConfig
-    model: ModelConfig
+    model: ModelSection
     flow: FlowConfig = FlowConfig()
     train: TrainConfig
     evaluation: EvaluationConfig | None = None
@@ -184,18 +180,26 @@ def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, 
 
 
 def _explain(error: Any) -> str:
+    """Return key, value and repair of one pydantic error."""
     where = [str(part) for part in error["loc"] if part not in ("str", "dict[str,any]")]
+    backbone = where.pop(1) if where[:1] == ["model"] and len(where) > 1 else DEFAULT_BACKBONE
+    key = ".".join(where)
     if error["type"] == "extra_forbidden":
         section: Any = ExperimentConfig
         for part in where[:-1]:
             kind = section.model_fields[part].annotation
             section = next(one for one in (*get_args(kind), kind) if one is not type(None))
+        section = BACKBONES[backbone].options if where[:-1] == ["model"] else section
         near = difflib.get_close_matches(where[-1], section.model_fields, 1)
         hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(section.model_fields)}"
-        return f"{'.'.join(where)}: unknown key; {hint}"
+        return f"{key}: unknown key; {hint}"
     if error["type"] == "missing":
-        return f"{'.'.join(where)}: missing; add it"
-    return f"{'.'.join(where)}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        return f"{key}: missing; add it"
+    if error["type"] == "union_tag_invalid":
+        return f"{key}.backbone: {error['ctx']['tag']}: unknown; one of {', '.join(BACKBONES)}"
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}"
+    return f"{key}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -256,10 +260,7 @@ def _put(content: dict[str, Any], override: str) -> None:
 
 def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> None:
     """What one key alone cannot tell."""
-    train, model = config.train, config.model
-    numbers = (model.hidden_size, model.depth, model.num_heads)
-    if (model.size is None) == (None in numbers):
-        raise ConfigError(f"{name}: model: give either size, or all of hidden_size, depth and num_heads")
+    train = config.train
     if train.warmup_steps > train.num_steps:
         raise ConfigError(
             f"{name}: train.warmup_steps {train.warmup_steps} is more than train.num_steps {train.num_steps}; "

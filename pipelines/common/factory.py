@@ -19,7 +19,7 @@ from lfm.autoencoder import Autoencoder
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream.latent_stream import StreamOptions
 from lfm.errors import ConfigError, DataError
-from lfm.models.dit import DIT_SIZES, DiTConfig
+from lfm.models.config import ModelConfig
 from lfm.storage.cache import Cache
 from lfm.world import World
 from pipelines.common.config_schema import ExperimentConfig
@@ -82,45 +82,37 @@ def autoencoder_record(autoencoder: Autoencoder) -> AutoencoderRecord:
     )
 
 
-def model_config(config: ExperimentConfig, manifest: Manifest) -> DiTConfig:
-    """The network's shape, for these latents.
+def model_config(config: ExperimentConfig, manifest: Manifest) -> ModelConfig:
+    """Return the configuration of the experiment's network for the latents of `manifest`.
 
     Raises:
-        ConfigError: names the keys that do not fit.
+        ConfigError: the latents do not have what the condition needs, or options of the network do not fit them.
+        DataError: the manifest names no autoencoder.
     """
-    model = config.model
-    if model.size is not None and model.size not in DIT_SIZES:
-        raise ConfigError(f"model.size {model.size}: unknown; one of {', '.join(DIT_SIZES)}")
-    hidden_size, depth, num_heads = (
-        DIT_SIZES[model.size] if model.size else (model.hidden_size, model.depth, model.num_heads)
-    )
     members = {member.suffix for member in manifest.members}
-    for condition, is_there, repair in (
+    for condition, is_available, repair in (
         ("class", manifest.classes, "classes; shard class folders"),
         ("inpaint", {"mask.npy", "masked.npy"} <= members, "masks; shard with --masks, or a layout that has them"),
         ("semantic", manifest.labels and "seg.npy" in members, "segmentations; shard a layout that has them"),
     ):
-        if condition in config.conditions and not is_there:
+        if condition in config.conditions and not is_available:
             raise ConfigError(f"condition: {config.condition}: the latents have no {repair}, or set another condition")
     record = manifest.autoencoder
     if record is None:
         raise DataError("the latents' manifest names no autoencoder; encode them again")
-    return DiTConfig(
+    base = ModelConfig(
         latent_channels=record.latent_channels,
         latent_size=manifest.image_size // record.downsample_factor,
-        hidden_size=hidden_size or 0,
-        depth=depth or 0,
-        num_heads=num_heads or 0,
         num_classes=len(manifest.classes) if "class" in config.conditions else None,
         condition_dropout=config.condition_dropout,
         condition_channels=record.latent_channels + 1 if "inpaint" in config.conditions else 0,
         num_labels=manifest.num_labels if "semantic" in config.conditions else None,
         downsample_factor=record.downsample_factor,
-        **model.model_dump(exclude={"size", "hidden_size", "depth", "num_heads", "compile"}),
     )
+    return config.model.build_config(base)
 
 
-def stream_options(config: ExperimentConfig, model: DiTConfig) -> StreamOptions:
+def stream_options(config: ExperimentConfig, model: ModelConfig) -> StreamOptions:
     """What decides the training stream."""
     return StreamOptions(
         seed=config.train.seed,

@@ -19,8 +19,8 @@ from lfm.flow.null_condition import class_condition
 from lfm.flow.path import SIGMA_MIN, path_sample
 from lfm.inference import trained_model
 from lfm.metrics.bound import Bound, Estimate, estimate, steepness
-from lfm.training.run_folder import WeightsHeader
 from lfm.types import Condition, RawSample
+from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.progress import Progress

@@ -22,7 +22,7 @@ from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.precision_recall import nearest
 from lfm.metrics.reference import Reference
 from lfm.solvers import Solving
-from lfm.training.run_folder import WEIGHTS
+from lfm.weights_file import WEIGHTS
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.reference_features import ReferenceSet

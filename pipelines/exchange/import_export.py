@@ -12,13 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lfm import autoencoder as autoencoders
-from lfm import storage
+from lfm import storage, weights_file
 from lfm.conversion import published_checkpoints
 from lfm.data.manifest import ClassRecord
 from lfm.errors import CheckpointError, ConfigError, LfmError, on_one_line
-from lfm.models.dit import DiT
-from lfm.training import run_folder
-from lfm.training.run_folder import WeightsHeader
+from lfm.models import registry
+from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
@@ -35,21 +34,21 @@ def bring_in(config: ImportConfig) -> str:
     """
     if config.source not in published_checkpoints.SOURCES:
         raise ConfigError(f"--from {config.source}: unknown; one of {', '.join(published_checkpoints.SOURCES)}")
-    path = storage.join(config.dest, run_folder.WEIGHTS)
+    path = storage.join(config.dest, weights_file.WEIGHTS)
     if storage.exists(path):
         raise ConfigError(f"{path}: is there already; choose another folder")
     weights, header = _of_ours(config) or _converted(config)
     if not config.dry_run:
-        run_folder.save_weights(path, weights, header)
+        weights_file.save_weights(path, weights, header)
     note = "; its prediction of noise is converted as it samples" if header.prediction == "noise" else ""
-    return f"{DiT(header.model).num_parameters:,} parameters of {config.path} -> {path}{note}"
+    return f"{registry.build_network(header.model).num_parameters:,} parameters of {config.path} -> {path}{note}"
 
 
 def _of_ours(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader] | None:
     """Weights that are in our format already, as `lfm export --to safetensors` writes it."""
     if config.source != "lfm" or not config.path.endswith(".safetensors"):
         return None
-    return run_folder.load_weights(config.path)
+    return weights_file.load_weights(config.path)
 
 
 def _converted(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader]:
@@ -57,7 +56,7 @@ def _converted(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader]:
         weights, shape = published_checkpoints.from_state_dict(
             _state(config.path), config.source, num_heads=config.num_heads, num_classes=config.num_classes
         )
-        DiT(shape).load_state_dict(weights)
+        registry.build_network(shape).load_state_dict(weights)
     except CheckpointError as error:
         raise CheckpointError(f"{config.path}: {error}; name the checkpoint's own --from") from error
     except RuntimeError as error:
@@ -112,12 +111,12 @@ def send_out(config: ExportConfig) -> str:
         raise ConfigError(f"--to {config.to}: unknown; one of {', '.join(FORMATS)}")
     if storage.exists(config.dest):
         raise ConfigError(f"{config.dest}: is there already; choose another name")
-    weights, header = run_folder.load_weights(config.run)
+    weights, header = weights_file.load_weights(config.run)
     if config.to == "safetensors":
         if not config.dest.endswith(".safetensors"):
             raise ConfigError(f"{config.dest}: must end with .safetensors")
         if not config.dry_run:
-            run_folder.save_weights(config.dest, weights, header)
+            weights_file.save_weights(config.dest, weights, header)
         return f"{config.dest}: EMA weights, with their configuration in the header"
     return _to_diffusers(config, weights, header)
 
@@ -126,17 +125,18 @@ def _to_diffusers(config: ExportConfig, weights: dict[str, Tensor], header: Weig
     diffusers = autoencoders.import_diffusers()
     if not hasattr(diffusers, "FlowMapEulerDiscreteScheduler"):
         raise ConfigError("--to diffusers: needs a diffusers with FlowMapEulerDiscreteScheduler; upgrade it")
-    if header.prediction != "velocity" or header.model.time_scale % 1:
+    model = published_checkpoints.expressible(header.model)
+    if header.prediction != "velocity" or model.time_scale % 1:
         raise ConfigError("--to diffusers: the model predicts noise, or has a broken time_scale; use --to safetensors")
     codec = autoencoders.load_recorded(header.autoencoder, config.autoencoder, "cpu", config.run)
     if codec.shift or type(codec.model).__name__ != "AutoencoderKL":
         raise ConfigError(
             "--to diffusers: DiTPipeline decodes with an AutoencoderKL without shift_factor; use --to safetensors"
         )
-    theirs, arguments = published_checkpoints.to_diffusers(weights, header.model)
+    theirs, arguments = published_checkpoints.to_diffusers(weights, model)
     transformer = diffusers.DiTTransformer2DModel(**arguments)
     transformer.load_state_dict(theirs)
-    scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=int(header.model.time_scale))
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=int(model.time_scale))
     labels = {entry.index: entry.name for entry in header.classes}
     pipeline = diffusers.DiTPipeline(transformer.eval(), codec.model, scheduler)
     folder = Path(config.dest)

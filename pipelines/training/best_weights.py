@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfm import solvers, storage
+from lfm import solvers, storage, weights_file
 from lfm.autoencoder import Autoencoder
 from lfm.data.manifest import Manifest
 from lfm.data.random_draws import image_noise
@@ -23,11 +23,10 @@ from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import ConfigError
 from lfm.inference.trained_model import Guidance, guided_velocity
 from lfm.metrics.frechet import FeatureSums, frechet_distance
-from lfm.models.dit import DiTConfig
-from lfm.training import run_folder
+from lfm.models.config import ModelConfig
 from lfm.training.engine import Engine
-from lfm.training.run_folder import WeightsHeader
 from lfm.types import Condition
+from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig
@@ -61,7 +60,7 @@ class BestWeights:
         self,
         config: ExperimentConfig,
         manifest: Manifest,
-        model: DiTConfig,
+        model: ModelConfig,
         engine: Engine,
         autoencoder: Autoencoder,
         standard: ReferenceSet,
@@ -89,7 +88,7 @@ class BestWeights:
         if self.is_best(distance, header.samples_seen):
             weights = self.engine.average_weights("ema")
             if self.engine.world.is_main:
-                run_folder.save_weights(str(self.folder / BEST), weights, header)
+                weights_file.save_weights(str(self.folder / BEST), weights, header)
                 storage.write_json(str(self.folder / RECORD), self.best)
         return {self.name: distance}
 

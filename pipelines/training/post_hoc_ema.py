@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lfm import storage
+from lfm import storage, weights_file
 from lfm.errors import CheckpointError, ConfigError
-from lfm.training import run_folder
 from lfm.training.ema import combination
 from lfm.training.run_folder import RunFolder
 from pipelines.common.progress import Progress
@@ -60,12 +59,12 @@ def run(config: EmaConfig) -> EmaResult:
     total: dict[str, torch.Tensor] = {}
     with Progress("ema", len(paths), "snapshots") as bar:
         for path, factor in zip(paths, factors.tolist(), strict=True):
-            weights, header = run_folder.load_weights(str(path))
+            weights, header = weights_file.load_weights(str(path))
             if total.keys() and total.keys() != weights.keys():
                 raise CheckpointError(f"{path}: is of another model than the snapshots before it; remove it")
             for name, tensor in weights.items():
                 total[name] = total.get(name, 0.0) + factor * tensor.double()
             bar.advance(1)
     finished = {name: tensor.float() for name, tensor in total.items()}
-    run_folder.save_weights(out, finished, replace(header, samples_seen=end))
+    weights_file.save_weights(out, finished, replace(header, samples_seen=end))
     return EmaResult(plan, out)

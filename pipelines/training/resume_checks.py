@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from lfm import weights_file
 from lfm.data.manifest import Manifest
 from lfm.errors import CheckpointError, ConfigError, DataError
-from lfm.models.dit import DiT
-from lfm.training import run_folder as checkpoints
-from lfm.training.run_folder import RunState, WeightsHeader
+from lfm.models import registry
+from lfm.models.network import VelocityNetwork
+from lfm.training.run_folder import RunState
+from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import config_schema as configs
 from pipelines.common.config_schema import ExperimentConfig
@@ -28,13 +30,13 @@ FREE_PARTS = {"attention", "activation_checkpointing", "token_dropout"}  # of a 
 FREE_SECTIONS = ("deepspeed", "evaluation")
 
 
-def initial_weights(source: str, model: DiT, manifest: Manifest) -> dict[str, torch.Tensor]:
+def initial_weights(source: str, model: VelocityNetwork, manifest: Manifest) -> dict[str, torch.Tensor]:
     """The EMA of another run, for this model.
 
     Raises:
         CheckpointError: it is of another model, or of latents of another autoencoder.
     """
-    weights, header = checkpoints.load_weights(source)
+    weights, header = weights_file.load_weights(source)
     check_same_network(f"--initialize-from {source}", header, model)
     if manifest.autoencoder is None or header.autoencoder.content_hash != manifest.autoencoder.content_hash:
         raise CheckpointError(
@@ -44,14 +46,14 @@ def initial_weights(source: str, model: DiT, manifest: Manifest) -> dict[str, to
     return weights
 
 
-def check_same_network(user: str, header: WeightsHeader, model: DiT) -> None:
+def check_same_network(user: str, header: WeightsHeader, model: VelocityNetwork) -> None:
     """Refuse weights of another function than `model`, be it of the same shapes.
 
     Raises:
         CheckpointError: names `user` and the first difference.
     """
     theirs, ours = (
-        vars(config) | {"prediction": prediction, "condition_dropout": config.condition_dropout > 0}
+        registry.config_to_json(config) | {"prediction": prediction, "condition_dropout": config.condition_dropout > 0}
         for config, prediction in ((header.model, header.prediction), (model.config, "velocity"))
     )
     for name in theirs:
@@ -63,7 +65,12 @@ def check_same_network(user: str, header: WeightsHeader, model: DiT) -> None:
 
 
 def check_continues(
-    config: ExperimentConfig, manifest: Manifest, model: DiT, state: RunState, newest: Path, allow_changes: bool
+    config: ExperimentConfig,
+    manifest: Manifest,
+    model: VelocityNetwork,
+    state: RunState,
+    newest: Path,
+    allow_changes: bool,
 ) -> None:
     """Refuse to go on with other data or another configuration than the checkpoint's."""
     if state.manifest_digest != manifest.digest:
@@ -80,15 +87,16 @@ def check_continues(
             f"train.num_steps {config.train.num_steps}: {newest} has gone {state.samples_seen // config.train.global_batch:,} "
             "steps already; raise it"
         )
+    trained = configs.validate(state.config, str(newest))  # keys that are newer than the checkpoint get their defaults
     changes = [
         f"{key} ({before}, now {after})"
-        for key, before, after in configs.differences(state.config, config.model_dump(mode="json"))
+        for key, before, after in configs.differences(trained.model_dump(mode="json"), config.model_dump(mode="json"))
         if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS
     ]
     if config.train.schedule == "cosine" and state.config["train"]["num_steps"] != config.train.num_steps:
         changes.append("train.num_steps (the cosine schedule depends on it)")
     if any(change.startswith(("model.", "condition")) for change in changes) and allow_changes:
-        check_same_network(str(newest), checkpoints.load_weights(str(newest))[1], model)
+        check_same_network(str(newest), weights_file.load_weights(str(newest))[1], model)
     if changes and not allow_changes:
         raise ConfigError(f"{newest}: was made with another configuration: {', '.join(changes)}; name another folder "
                           "with run, or go on all the same with --allow-changes")  # fmt: skip
@@ -97,7 +105,7 @@ def check_continues(
 def describe(
     config: ExperimentConfig,
     manifest: Manifest,
-    model: DiT,
+    model: VelocityNetwork,
     world: World,
     settings: dict[str, Any],
     origin: str | None,

@@ -1,4 +1,4 @@
-"""The training stage: latents -> a DiT's weights, by flow matching under DeepSpeed ZeRO.
+"""The training stage: latents -> a network's weights, by flow matching under DeepSpeed ZeRO.
 
 Everything is a function of the samples seen, so a run that was killed at any moment goes on, by the same command, as if
 it had not been: bit for bit on as many ranks at the same ZeRO stage, and to rounding on others.
@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 
-from lfm import storage
+from lfm import storage, weights_file
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
 from lfm.data.stream.latent_stream import LatentStream, shard_sizes
 from lfm.errors import DataError
 from lfm.flow.path import TIME_SAMPLERS, path_sample, shifted_time, velocity_loss
-from lfm.models.dit import DiT, DiTConfig, flops_per_sample
-from lfm.training import run_folder as checkpoints
+from lfm.models import registry
+from lfm.models.config import ModelConfig
 from lfm.training.ema import decay_after, power_decay_after
 from lfm.training.engine import BYTES_PER_PARAMETER, Engine
-from lfm.training.run_folder import RunFolder, RunState, WeightsHeader
+from lfm.training.run_folder import RunFolder, RunState
 from lfm.training.step_guard import StepGuard
 from lfm.types import LatentBatch
+from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig, TrainConfig
@@ -79,7 +80,7 @@ def run(
     newest = folder.newest()
     standard = load_reference_set(config, manifest, world) if config.evaluation else None
     torch.manual_seed(config.train.seed)  # of the initial weights alone
-    model = DiT(model_config)
+    model = registry.build_network(model_config)
     if newest:
         state = folder.read_state(newest, verify=world.is_main)
         check_continues(config, manifest, model, state, newest, allow_changes)
@@ -103,7 +104,7 @@ def run(
         engine.close()
     if training.leaves:
         raise KeyboardInterrupt
-    return TrainResult(plan, folder.path / checkpoints.WEIGHTS, training.samples_seen, training.loss)
+    return TrainResult(plan, folder.path / weights_file.WEIGHTS, training.samples_seen, training.loss)
 
 
 class Training:
@@ -160,7 +161,7 @@ class Training:
     def _train(self, leave: StopRequest) -> bool:
         """Train to the end, or until asked to leave; False after too many skipped steps in a row."""
         train, total = self.train, self.train.num_steps * self.train.global_batch
-        log = Log(self.folder.path, self.samples_seen, self.engine, 3 * flops_per_sample(self.header["model"]))
+        log = Log(self.folder.path, self.samples_seen, self.engine, 3 * (self.header["model"].flops_per_sample or 0))
         bar = Progress("train", total, "samples", done=self.samples_seen, quiet=not self.world.is_main)
         with bar, closing(log), closing(self.stream.batches(self.samples_seen)) as batches:
             while self.samples_seen < total and not self.leaves:
@@ -235,7 +236,7 @@ class Training:
             if self.world.is_main:
                 halves = {name: tensor.half() for name, tensor in weights.items()}
                 path = self.folder.snapshot(self.samples_seen, width)
-                checkpoints.save_weights(str(path), halves, self._header_now())
+                weights_file.save_weights(str(path), halves, self._header_now())
 
     def _header_now(self) -> WeightsHeader:
         return WeightsHeader(**self.header, samples_seen=self.samples_seen)
@@ -246,7 +247,7 @@ class Training:
         numbers = self.engine.save(temporary)
         if self.world.is_main:
             header = self._header_now()
-            checkpoints.save_weights(str(temporary / checkpoints.WEIGHTS), weights, header)
+            weights_file.save_weights(str(temporary / weights_file.WEIGHTS), weights, header)
             state = RunState(
                 samples_seen=self.samples_seen,
                 world_size=self.world.size,
@@ -275,7 +276,7 @@ def learning_rate_at(samples_seen: int, train: TrainConfig) -> float:
     return train.learning_rate
 
 
-def _header(config: ExperimentConfig, manifest: Manifest, model_config: DiTConfig) -> dict[str, Any]:
+def _header(config: ExperimentConfig, manifest: Manifest, model_config: ModelConfig) -> dict[str, Any]:
     return {
         "model": model_config,
         "autoencoder": manifest.autoencoder,

@@ -20,7 +20,7 @@ from lfm.errors import DataError
 from lfm.flow.guidance import NetworkVelocity
 from lfm.flow.null_condition import class_condition
 from lfm.flow.path import path_sample, uniform_time, velocity_loss
-from lfm.models.dit import DiTConfig
+from lfm.models.config import ModelConfig
 from lfm.training import run_folder
 from lfm.training.engine import Engine
 from lfm.world import World
@@ -60,7 +60,7 @@ class Validation:
         config: ExperimentConfig,
         manifest: Manifest,
         held_back: Manifest,
-        model: DiTConfig,
+        model: ModelConfig,
         engine: Engine,
         autoencoder: Autoencoder,
     ) -> None:
@@ -79,8 +79,7 @@ class Validation:
         if classes:  # as many images of each, or every n-th class
             index = [i * max(1, classes // count) % classes for i in range(count)]
             self.condition = replace(self.condition, class_index=class_condition(index, classes).class_index)
-        shape = (model.latent_channels, model.latent_size, model.latent_size)
-        self.noise = torch.from_numpy(image_noise(range(count), shape))
+        self.noise = torch.from_numpy(image_noise(range(count), model.latent_shape))
         self.validation = []
         if held_back.shards:
             batch = config.train.global_batch

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lfm import weights_file
 from lfm.data import manifest as manifests
-from lfm.training import run_folder
 from pipelines.data.shard import ShardConfig, run
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm, make_autoencoder
 from tests.support.images import folder_contents, image_folder
@@ -210,7 +210,7 @@ def test_sample_refuses_another_autoencoder_naming_both(small_set: SmallSet, wei
 def test_sample_refuses_a_folder_without_weights_and_a_truncated_file(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     assert_one_line(lfm("sample", tmp_path / "nothing", "--out", tmp_path / "out"), tmp_path / "nothing", "train first")
-    file = weights / run_folder.WEIGHTS
+    file = weights / weights_file.WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
     assert_one_line(lfm("sample", weights, "--out", tmp_path / "out"), file)
 

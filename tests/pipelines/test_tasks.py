@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lfm.models.dit import DiT
-from lfm.training import run_folder
+from lfm import weights_file
+from lfm.models import registry
 from tests.support.commands import REPOSITORY, Tasks, lfm
 
 
@@ -28,9 +28,9 @@ def test_a_run_is_trained_and_sampled_and_the_encoder_of_maps_is_a_part_of_it(
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    weights, header = run_folder.load_weights(str(tmp_path / "run"))
+    weights, header = weights_file.load_weights(str(tmp_path / "run"))
     torch.manual_seed(0)  # the training stage's own: these are the weights it began with
-    began = DiT(header.model).state_dict()
+    began = registry.build_network(header.model).state_dict()
     maps = [name for name in weights if name.startswith("segmentation_embedding")]
     assert len(maps) == (3 if condition == "semantic" else 0)
     assert all((weights[name] - began[name]).abs().max() > 1e-3 for name in (*maps, "patch_embedding.weight"))

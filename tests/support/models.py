@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from lfm.data.manifest import AutoencoderRecord, ClassRecord
-from lfm.models.dit import DiT, DiTConfig
-from lfm.training.run_folder import WeightsHeader
+from lfm.models.dit import DiT
+from lfm.models.dit_config import DiTConfig
+from lfm.weights_file import WeightsHeader
 
 SMALL_DIT = DiTConfig(
     latent_channels=4,

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lfm.conversion.published_checkpoints import our_name
-from lfm.models.dit import DiT, DiTConfig
+from lfm.models.dit import DiT
+from lfm.models.dit_config import DiTConfig
 from tests.support.commands import REPOSITORY
 
 FOLDER = REPOSITORY / "tests" / "data" / "reference"

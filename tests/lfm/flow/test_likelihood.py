@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lfm import weights_file
 from lfm.data import manifest as manifests
 from lfm.errors import ConfigError
 from lfm.flow.likelihood import log_likelihood
-from lfm.models.dit import DiTConfig
+from lfm.models.dit_config import DiTConfig
 from lfm.solvers import Solving
-from lfm.training import run_folder
-from lfm.training.run_folder import WeightsHeader, save_weights
 from lfm.types import Condition
+from lfm.weights_file import WeightsHeader, save_weights
 from tests.support.commands import SmallSet, Tasks, assert_one_line, lfm
 from tests.support.models import randomized_dit
 
@@ -76,7 +76,7 @@ def test_the_command_measures_a_data_set(small_set: SmallSet, tasks: Tasks, tmp_
     assert manifest.autoencoder is not None
     model = randomized_dit(DiTConfig(4, 8, 4, 16, 1, 2, num_classes=8, condition_dropout=0.1))
     header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
-    save_weights(str(tmp_path / run_folder.WEIGHTS), model.state_dict(), header)
+    save_weights(str(tmp_path / weights_file.WEIGHTS), model.state_dict(), header)
     common = ("likelihood", tmp_path, small_set.latents, "--solver", "heun", "--num-steps", 3, "--rows", "0-4,30")
     found = {}
     for batch_size in (1, 6):

@@ -11,7 +11,8 @@ import torch
 from lfm.conversion.published_checkpoints import our_name
 from lfm.errors import ConfigError
 from lfm.flow.path import path_sample, velocity_loss
-from lfm.models.dit import DIT_SIZES, DiT, DiTConfig, flops_per_sample
+from lfm.models.dit import DiT
+from lfm.models.dit_config import DIT_SIZES, DiTConfig
 from lfm.models.embeddings import ClassEmbedding, TimeEmbedding, sincos_position_embedding
 from lfm.types import Condition
 from tests.support.models import SMALL_DIT, dit_inputs, randomized_dit
@@ -129,10 +130,10 @@ def test_position_embeddings_tell_rows_from_columns() -> None:
 
 def test_a_condition_that_the_model_does_not_take_is_refused() -> None:
     state, time, classes = dit_inputs()
-    with pytest.raises(ConfigError, match="give a class index"):
+    with pytest.raises(ConfigError, match="set `class_index`"):
         DiT(SMALL_DIT)(state, time, Condition())
     unconditional = DiT(dataclasses.replace(SMALL_DIT, num_classes=None, condition_dropout=0.0))
-    with pytest.raises(ConfigError, match="give no class index"):
+    with pytest.raises(ConfigError, match="leave out `class_index`"):
         unconditional(state, time, Condition(classes))
     with pytest.raises(ConfigError, match="takes 0 channels"):
         unconditional(state, time, Condition(spatial=torch.rand(3, 5, 8, 8)))
@@ -165,24 +166,24 @@ def test_every_pixel_of_a_segmentation_is_heard_where_it_lies() -> None:
 def test_a_segmentation_of_another_size_is_refused() -> None:
     model = randomized_dit(dataclasses.replace(SMALL_DIT, num_classes=None, num_labels=3, downsample_factor=4))
     state, time, _ = dit_inputs()
-    with pytest.raises(ConfigError, match=r"takes segmentations of 32 pixels .*, not 16"):
+    with pytest.raises(ConfigError, match=r"takes segmentation maps of 32 pixels .*, not 16"):
         model(state, time, Condition(segmentation=torch.zeros(3, 16, 16, dtype=torch.int64)))
-    with pytest.raises(ConfigError, match=r"takes segmentations of 32 pixels .*, not 0"):
+    with pytest.raises(ConfigError, match=r"takes segmentation maps of 32 pixels .*, not 0"):
         model(state, time, Condition())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_heads": 3}, "hidden_size 32 must be a multiple of num_heads 3"),
-        ({"hidden_size": 30}, "hidden_size 30 must be a multiple of 4"),
-        ({"patch_size": 3}, "latent_size 8 must be a multiple of patch_size 3"),
-        ({"depth": 0}, "depth 0"),
-        ({"num_classes": 0}, "num_classes 0"),
-        ({"num_labels": 0}, "num_labels 0"),
-        ({"condition_dropout": 1.0}, "condition_dropout 1.0"),
-        ({"num_classes": None}, "condition_dropout 0.1 needs a condition, such as num_classes"),
-        ({"attention": "flash"}, "attention 'flash'"),
+        ({"num_heads": 3}, "`hidden_size` 32: must be a multiple of `num_heads`, 3"),
+        ({"hidden_size": 30}, "`hidden_size` 30: must be a multiple of 4"),
+        ({"patch_size": 3}, "`latent_size` 8: must be a multiple of `patch_size`, 3"),
+        ({"depth": 0}, "`depth` 0"),
+        ({"num_classes": 0}, "`num_classes` 0"),
+        ({"num_labels": 0}, "`num_labels` 0"),
+        ({"condition_dropout": 1.0}, "`condition_dropout` 1.0"),
+        ({"num_classes": None}, "`condition_dropout` 0.1: needs a condition, such as `num_classes`"),
+        ({"attention": "flash"}, "`attention` 'flash'"),
     ],
 )
 def test_a_configuration_that_does_not_fit_names_its_keys(change: dict[str, object], message: str) -> None:
@@ -201,7 +202,7 @@ def test_sizes_are_the_published_ones(size: str, millions: int, gigaflops: float
         model = DiT(config)
     # the published networks predict a variance beside the velocity; their operations are multiply-adds
     assert model.num_parameters / 1e6 == pytest.approx(millions, rel=0.005)
-    assert flops_per_sample(config) / 2e9 == pytest.approx(gigaflops, rel=0.001)
+    assert config.flops_per_sample / 2e9 == pytest.approx(gigaflops, rel=0.001)
 
 
 def test_position_and_frequencies_are_those_of_the_paper() -> None:

@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lfm.errors import ConfigError
 from lfm.models import dit
 from lfm.models.attention import SelfAttention
-from lfm.models.dit import DIT_SIZES, DiT, DiTConfig, flops_per_sample
+from lfm.models.dit import DiT
 from lfm.models.dit_blocks import SwiGLU
+from lfm.models.dit_config import DIT_SIZES, DiTConfig
 from lfm.models.embeddings import grid_coordinates, rotate, rotation_of
-from lfm.training.run_folder import load_weights, save_weights
 from lfm.types import Condition
+from lfm.weights_file import load_weights, save_weights
 from tests.support.models import SMALL_DIT, WEIGHTS_HEADER, dit_inputs, randomized_dit
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ def test_the_cost_is_the_one_that_torch_counts(option: str, monkeypatch: pytest.
     state, time, classes = dit_inputs()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         DiT(config)(state, time, Condition(classes, torch.rand(3, 2, 8, 8)), kept_tokens(config))
-    assert counter.get_total_flops() == 3 * flops_per_sample(config)
+    assert counter.get_total_flops() == 3 * config.flops_per_sample
 
 
 @each_option
@@ -265,11 +266,11 @@ def test_blocks_compiled_by_inductor_have_the_same_gradients() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"position": "rope", "hidden_size": 36, "num_heads": 6}, "position rope: hidden_size 36"),
-        ({"position": "alibi"}, "position 'alibi'"),
-        ({"norm": "batch"}, "norm 'batch'"),
-        ({"mlp": "relu"}, "mlp 'relu'"),
-        ({"token_dropout": 1.0}, "token_dropout 1.0"),
+        ({"position": "rope", "hidden_size": 36, "num_heads": 6}, "`position` rope: `hidden_size` / `num_heads`"),
+        ({"position": "alibi"}, "`position` 'alibi'"),
+        ({"norm": "batch"}, "`norm` 'batch'"),
+        ({"mlp": "relu"}, "`mlp` 'relu'"),
+        ({"token_dropout": 1.0}, "`token_dropout` 1.0"),
     ],
 )
 def test_an_option_that_does_not_fit_names_its_key(change: dict[str, Any], message: str) -> None:

@@ -1,34 +1,22 @@
-"""A checkpoint is complete or not there, and a weights file says what it is or is refused by one line."""
+"""Tests of the run folder: a checkpoint is visible only when it is complete."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from lfm import storage
-from lfm.errors import CheckpointError, LfmError
-from lfm.models.dit import DiTConfig
+from lfm.errors import CheckpointError
 from lfm.training import run_folder
-from lfm.training.run_folder import STATE, WEIGHTS, RunFolder, RunState, WeightsHeader, load_weights, save_weights
+from lfm.training.run_folder import STATE, RunFolder, RunState
+from lfm.weights_file import WEIGHTS, load_weights, save_weights
 from tests.support.models import WEIGHTS_HEADER
-
-TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(float("nan")), "t": torch.ones(4, 3).t()}
-
-
-def saved(folder: Path, header: WeightsHeader = WEIGHTS_HEADER) -> Path:
-    save_weights(str(folder / WEIGHTS), TENSORS, header)
-    return folder / WEIGHTS
 
 
 def write_checkpoint(run: RunFolder, samples_seen: int, keep: int = 2) -> Path:
@@ -40,98 +28,6 @@ def write_checkpoint(run: RunFolder, samples_seen: int, keep: int = 2) -> Path:
     save_weights(str(folder / WEIGHTS), tensors, dataclasses.replace(WEIGHTS_HEADER, samples_seen=samples_seen))
     state = RunState(samples_seen=samples_seen, world_size=1, manifest_digest="d", code_version="1", config={})
     return run.publish(samples_seen, state, keep)
-
-
-# --- weights -----------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    samples_seen=st.integers(0, 2**62),
-    scale=st.floats(allow_nan=False, allow_infinity=False),
-    name=st.text(st.characters(exclude_categories=["Cs"])),
-    dropout=st.floats(0, 0.9),
-)
-def test_a_header_survives_its_json(samples_seen: int, scale: float, name: str, dropout: float) -> None:
-    record = WEIGHTS_HEADER.autoencoder.model_copy(update={"scale_factor": scale, "name": name})
-    model = DiTConfig(4, 8, 2, 32, 1, 2, num_classes=3, condition_dropout=dropout)
-    header = dataclasses.replace(WEIGHTS_HEADER, samples_seen=samples_seen, autoencoder=record, model=model)
-    assert "\n" not in header.to_json()
-    assert WeightsHeader.from_json(header.to_json()) == header
-
-
-def test_weights_survive_the_file(tmp_path: Path) -> None:
-    path = saved(tmp_path)
-    for place in (path, tmp_path):
-        tensors, header = load_weights(str(place))
-        assert header == WEIGHTS_HEADER
-        assert tensors.keys() == TENSORS.keys()
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(tensor, TENSORS[name], equal_nan=True, atol=0, rtol=0)
-    assert [entry.name for entry in tmp_path.iterdir()] == [WEIGHTS]
-
-
-def test_weights_are_as_readable_as_any_file(tmp_path: Path) -> None:
-    umask = os.umask(0o022)
-    os.umask(umask)
-    assert saved(tmp_path).stat().st_mode & 0o777 == 0o666 & ~umask
-
-
-def test_weights_truncated_anywhere_are_one_line(tmp_path: Path) -> None:
-    path = saved(tmp_path)
-    content = path.read_bytes()
-    for length in [0, 1, 7, 8, 9, *range(10, len(content), 53), len(content) - 1]:
-        path.write_bytes(content[:length])
-        with pytest.raises(CheckpointError) as error:
-            load_weights(str(path))
-        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-
-
-def test_weights_that_are_missing_or_not_ours_are_one_line(tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "nowhere", tmp_path / "x.safetensors"):
-        with pytest.raises(CheckpointError, match=f"^{place}: no weights.safetensors there; train first"):
-            load_weights(str(place))
-    save_file(TENSORS | {"t": torch.ones(1)}, tmp_path / WEIGHTS)
-    with pytest.raises(CheckpointError, match="no header of lfm"):
-        load_weights(str(tmp_path))
-    (tmp_path / WEIGHTS).write_text("this is a text and no weights file")
-    with pytest.raises(CheckpointError):
-        load_weights(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: content.pop("model"),
-        lambda content: content.pop("image_size"),
-        lambda content: content.update(unknown=1),
-        lambda content: content["model"].update(unknown=1),
-        lambda content: content["model"].update(hidden_size=33),
-        lambda content: content["autoencoder"].pop("content_hash"),
-        lambda content: content["autoencoder"].update(scale_factor="x"),
-        lambda content: content.update(classes=[{"index": 0}]),
-    ],
-    ids=["no model", "no image size", "unknown key", "unknown model key", "wrong model", "no hash", "text", "no name"],
-)
-def test_a_header_of_another_version_is_one_line_naming_the_file(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object]
-) -> None:
-    content = json.loads(WEIGHTS_HEADER.to_json())
-    change(content)
-    path = tmp_path / WEIGHTS
-    save_file({"a": torch.ones(1)}, path, {"lfm": json.dumps(content)})
-    with pytest.raises(LfmError) as error:
-        load_weights(str(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", "5", '{"model": 3}'])
-def test_a_header_that_is_no_header_is_one_line(tmp_path: Path, text: str) -> None:
-    path = tmp_path / WEIGHTS
-    save_file({"a": torch.ones(1)}, path, {"lfm": text})
-    with pytest.raises(CheckpointError) as error:
-        load_weights(str(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 # --- the run's folder --------------------------------------------------------------------------------------------

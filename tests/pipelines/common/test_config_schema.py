@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lfm.data.manifest import Member
 from lfm.errors import ConfigError
-from lfm.models.dit import DiTConfig
+from lfm.models.config import ModelConfig
 from lfm.world import World
 from pipelines.common import config_schema as configs
 from pipelines.common import factory
@@ -23,7 +23,7 @@ def test_each_condition_shapes_its_model_and_needs_its_members() -> None:
     config = configs.load(str(SHIPPED[0])).model_copy(update={"condition_dropout": 0.0})
     latents = latents_manifest(64, 10)
 
-    def model(condition: str, *suffixes: str, labels: dict[int, str] | None = None) -> DiTConfig:
+    def model(condition: str, *suffixes: str, labels: dict[int, str] | None = None) -> ModelConfig:
         members = tuple(Member(suffix=suffix, dtype="u1", shape=(), offset=0) for suffix in suffixes)
         content = latents.model_copy(update={"members": members, "labels": labels or {}})
         return factory.model_config(config.model_copy(update={"condition": condition}), content)

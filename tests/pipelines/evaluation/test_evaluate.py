@@ -20,7 +20,7 @@ from lfm.metrics import features
 from lfm.metrics import reference as references
 from lfm.metrics.frechet import FeatureSums, frechet_distance
 from lfm.metrics.inception import Inception
-from lfm.training.run_folder import WEIGHTS, load_weights, save_weights
+from lfm.weights_file import WEIGHTS, load_weights, save_weights
 from lfm.world import World
 from pipelines.evaluation import evaluate as stage
 from pipelines.evaluation.evaluate import EvaluateConfig

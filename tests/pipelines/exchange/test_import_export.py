@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import lfm as library
+from lfm import weights_file
 from lfm.autoencoder import import_diffusers
 from lfm.conversion import published_checkpoints
 from lfm.data import manifest as manifests
 from lfm.errors import ConfigError
 from lfm.inference.trained_model import Guidance
-from lfm.models.dit import DiT, DiTConfig
+from lfm.models.dit import DiT
+from lfm.models.dit_config import DiTConfig
 from lfm.models.noise_prediction import NUM_DIFFUSION_STEPS, NoisePrediction
 from lfm.solvers import Solving
-from lfm.training import run_folder
-from lfm.training.run_folder import WeightsHeader, save_weights
 from lfm.types import Condition
+from lfm.weights_file import WeightsHeader, save_weights
 from tests.support.commands import SmallSet, assert_one_line, lfm
 from tests.support.models import randomized_dit
 from tests.support.recorded_values import CONFIG, FOLDER, recorded
@@ -56,7 +57,7 @@ def run(small_set: SmallSet, tmp_path: Path) -> Path:
     model = randomized_dit(DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, condition_dropout=0.1, frequency_shift=1)).eval()
     header = WeightsHeader(model.config, manifest.autoencoder, 16, manifest.classes, 64, manifest.digest, "test")
     (tmp_path / "run").mkdir()
-    save_weights(str(tmp_path / "run" / run_folder.WEIGHTS), model.state_dict(), header)
+    save_weights(str(tmp_path / "run" / weights_file.WEIGHTS), model.state_dict(), header)
     return tmp_path / "run"
 
 
@@ -145,7 +146,7 @@ def test_import_then_export_then_import_is_the_identity(run: Path, small_set: Sm
         file = tmp_path / f"{again.name}.safetensors"
         assert lfm("export", source, file, "--to", "safetensors").exit_code == 0
         assert lfm("import", file, again, "--from", "lfm").exit_code == 0
-        assert (again / run_folder.WEIGHTS).read_bytes() == (source / run_folder.WEIGHTS).read_bytes()
+        assert (again / weights_file.WEIGHTS).read_bytes() == (source / weights_file.WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lfm.errors import ConfigError
-from lfm.models.dit import DiT
+from lfm.models import registry
+from lfm.models.dit_config import DiTOptions
 from lfm.world import World
 from pipelines.common import config_schema as configs
 from pipelines.common import factory
@@ -40,7 +41,7 @@ def test_an_experiment_loads_and_its_head_says_command_hardware_and_expectation(
     assert re.fullmatch(rf"# deepspeed (--num_gpus \d+ )?launch/train\.py --config configs/{path.name}", head[0])
     assert head[1].startswith("# ") and any(line.startswith("# Expected: ") for line in path.read_text().splitlines())
     with torch.device("meta"):
-        model = DiT(factory.model_config(config, latents_manifest(64, 10)))
+        model = registry.build_network(factory.model_config(config, latents_manifest(64, 10)))
     assert model.num_parameters > 1e6
     assert factory.deepspeed_settings(config, World())["train_batch_size"] == config.train.global_batch
 
@@ -51,7 +52,7 @@ def test_the_networks_are_of_the_published_size_and_the_batch_divides_over_the_s
     path = REPOSITORY / "configs" / f"{name}.yaml"
     config = configs.load(str(path))
     with torch.device("meta"):
-        model = DiT(factory.model_config(config, latents_manifest(image_size, classes, 8)))
+        model = registry.build_network(factory.model_config(config, latents_manifest(image_size, classes, 8)))
     assert model.num_parameters / 1e6 == pytest.approx(millions, rel=0.01 if name.endswith(MODERN) else 0.004)
     assert f"--num_gpus {gpus} " in path.read_text()
     assert factory.micro_batch(config, World(size=gpus)) >= 1
@@ -64,7 +65,7 @@ def test_every_experiment_of_the_paper_has_both_variants_and_the_first_has_no_op
     for stem in PAPER:
         paper, modern = (configs.load(str(REPOSITORY / "configs" / f"{stem}{x}.yaml")) for x in ("", MODERN))
         free = {"activation_checkpointing", "attention"}
-        defaults = configs.ModelConfig().model_dump(exclude={"size", "patch_size"} | free)
+        defaults = DiTOptions(size="B").model_dump(exclude={"size", "patch_size"} | free)
         assert paper.model.model_dump(include=set(defaults)) == defaults
         assert paper.flow == configs.FlowConfig()
         assert (modern.model.position, modern.model.norm, modern.model.mlp) == ("rope", "rms", "swiglu")

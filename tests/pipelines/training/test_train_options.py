@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lfm.training.run_folder import load_weights
+from lfm.weights_file import load_weights
 from tests.support.commands import REPOSITORY
 from tests.support.training_runs import assert_same_weights, losses, train
 

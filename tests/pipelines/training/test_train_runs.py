@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lfm.training.run_folder import load_weights
+from lfm.weights_file import load_weights
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, finish, free_port, lfm
 from tests.support.feature_networks import PooledPixels, export_network, make_small_reference
 from tests.support.training_runs import SCRIPT, assert_same_weights, losses, plan, start, train, zero

@@ -1,0 +1,128 @@
+"""The configuration that every backbone has.
+
+`ModelConfig` holds what the latents and the task prescribe. A backbone adds a subclass of it with its architecture, and a
+subclass of `BackboneOptions` with the keys of the `model:` section of an experiment; see `lfm.models.dit_config`. These
+modules import no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from lfm.errors import ConfigError
+
+LABEL_CHANNELS = 8  # channels of an embedded segmentation map
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the latents and the task prescribe to any backbone.
+
+    Raises:
+        ConfigError: names the fields that are out of range or contradict each other.
+    """
+
+    latent_channels: int
+    latent_size: int
+    """Height and width of a latent."""
+    _: KW_ONLY
+    num_classes: int | None = None
+    """Number of classes; None for a model without class condition."""
+    condition_dropout: float = 0.0
+    """Share of training samples whose condition is replaced by the null condition; 0 means no null condition."""
+    condition_channels: int = 0
+    """Channels of `Condition.spatial`."""
+    num_labels: int | None = None
+    """Number of class ids in segmentation maps; None for a model without segmentation condition."""
+    downsample_factor: int = 8
+    """Pixels per latent element along each side."""
+
+    def __post_init__(self) -> None:
+        for name in ("latent_channels", "latent_size", "num_classes", "num_labels", "downsample_factor"):
+            require_positive(self, name)
+        require_share(self, "condition_dropout")
+        if self.condition_dropout and not self.is_conditional:
+            raise ConfigError(
+                f"`condition_dropout` {self.condition_dropout}: needs a condition, such as `num_classes`; set one, or "
+                "`condition_dropout` to 0"
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of a latent."""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the model takes any condition."""
+        return self.num_classes is not None or self.condition_channels > 0 or self.num_labels is not None
+
+    @property
+    def has_null_condition(self) -> bool:
+        """Whether the model was trained with condition dropout, which classifier-free guidance needs."""
+        return self.condition_dropout > 0
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the state and the conditions concatenated to it."""
+        return self.latent_channels + self.condition_channels + (LABEL_CHANNELS if self.num_labels else 0)
+
+    @property
+    def segmentation_size(self) -> int:
+        """Height and width in pixels of the segmentation maps; 0 for a model that takes none."""
+        return 0 if self.num_labels is None else self.latent_size * self.downsample_factor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a latent; 0 for a backbone without tokens."""
+        return 0
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens that the middle blocks process in training; all of them without token dropout."""
+        return self.num_tokens
+
+    @property
+    def flops_per_sample(self) -> int | None:
+        """Floating-point operations of one forward pass for one latent in training, or None if there is no formula.
+
+        Counts the matrix products only, two operations per multiply-add.
+        """
+        return None
+
+
+class BackboneOptions(BaseModel):
+    """Keys of the `model:` section of an experiment that every backbone has."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+    backbone: str
+    """Name of the network architecture."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+
+    def build_config(self, base: ModelConfig) -> ModelConfig:
+        """Return the full configuration of the network for what the latents and the task prescribe.
+
+        Raises:
+            ConfigError: the options do not fit together or do not fit `base`.
+        """
+        raise NotImplementedError
+
+
+def require_positive(config: ModelConfig, name: str) -> None:
+    """Raise ConfigError unless the field `name` is None or at least 1."""
+    value = getattr(config, name)
+    if value is not None and value < 1:
+        raise ConfigError(f"`{name}` {value}: must be at least 1")
+
+
+def require_share(config: ModelConfig, name: str) -> None:
+    """Raise ConfigError unless 0 <= the field `name` < 1."""
+    value = getattr(config, name)
+    if not 0 <= value < 1:
+        raise ConfigError(f"`{name}` {value}: must be at least 0 and below 1")

@@ -1,0 +1,169 @@
+"""The configuration of the DiT, and its keys in an experiment."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Literal, get_args
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from lfm.errors import ConfigError
+from lfm.models.config import LABEL_CHANNELS, BackboneOptions, ModelConfig, require_positive, require_share
+
+Size = Literal["Ti", "XS", "S", "B", "L", "XL"]
+Attention = Literal["auto", "xformers", "sdpa"]
+Position = Literal["sincos", "rope"]
+Norm = Literal["layer", "rms"]
+Mlp = Literal["gelu", "swiglu"]
+
+FREQUENCY_SIZE = 256  # channels of the sinusoidal time embedding
+
+# hidden_size, depth, num_heads: S to XL as published by Peebles & Xie 2022; Ti and XS are small enough to train on a CPU
+DIT_SIZES: dict[Size, tuple[int, int, int]] = {
+    "Ti": (192, 6, 3),
+    "XS": (256, 8, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig(ModelConfig):
+    """Configuration of a `lfm.models.dit.DiT`.
+
+    Raises:
+        ConfigError: names the fields that are out of range or contradict each other.
+    """
+
+    patch_size: int
+    """Height and width of a patch of latent elements, which becomes one token."""
+    hidden_size: int
+    depth: int
+    """Number of blocks."""
+    num_heads: int
+    _: KW_ONLY
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLPs, in multiples of `hidden_size`."""
+    time_scale: float = 1000.0
+    """Factor of the time before its sinusoidal embedding; the paper's own checkpoints have 1."""
+    frequency_shift: int = 0
+    """Shift of the frequencies of the time embedding; diffusers' DiT has 1."""
+    attention: Attention = "auto"
+    position: Position = "sincos"
+    norm: Norm = "layer"
+    mlp: Mlp = "gelu"
+    qk_norm: bool = False
+    token_dropout: float = 0.0
+    activation_checkpointing: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("patch_size", "hidden_size", "depth", "num_heads"):
+            require_positive(self, name)
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"`hidden_size` {self.hidden_size}: must be a multiple of `num_heads`, {self.num_heads}")
+        if self.hidden_size % 4:
+            raise ConfigError(f"`hidden_size` {self.hidden_size}: must be a multiple of 4, for the position embedding")
+        if self.latent_size % self.patch_size:
+            raise ConfigError(
+                f"`latent_size` {self.latent_size}: must be a multiple of `patch_size`, {self.patch_size}"
+            )
+        if self.position == "rope" and self.head_dim % 4:
+            raise ConfigError("`position` rope: `hidden_size` / `num_heads` must be a multiple of 4")
+        require_share(self, "token_dropout")
+        for name, choices in (("attention", Attention), ("position", Position), ("norm", Norm), ("mlp", Mlp)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(f"`{name}` {getattr(self, name)!r}: unknown; one of {', '.join(get_args(choices))}")
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def num_kept_tokens(self) -> int:
+        return max(1, round(self.num_tokens * (1 - self.token_dropout)))
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def middle_blocks(self) -> range:
+        """The blocks that dropped tokens bypass: all but two at each end, or a quarter each of fewer than eight."""
+        margin = min(2, self.depth // 4)
+        return range(margin, self.depth - margin)
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of an MLP; SwiGLU has three matrices, so two thirds of it, rounded up to a multiple of 8."""
+        inner = int(self.hidden_size * self.mlp_ratio)
+        return inner if self.mlp == "gelu" else -(-2 * inner // 24) * 8
+
+    @property
+    def flops_per_sample(self) -> int:
+        width, tokens, patch_area = self.hidden_size, self.num_tokens, self.patch_size**2
+        mlp = (3 if self.mlp == "swiglu" else 2) * width * self.mlp_width
+
+        def block(tokens: int) -> int:
+            return tokens * (4 * width**2 + 2 * tokens * width + mlp) + 6 * width**2
+
+        middle = len(self.middle_blocks)
+        blocks = (self.depth - middle) * block(tokens) + middle * block(self.num_kept_tokens)
+        patching = tokens * width * patch_area * self.input_channels
+        if self.num_labels:
+            patching += (self.segmentation_size * LABEL_CHANNELS) ** 2
+        time = FREQUENCY_SIZE * width + width**2
+        final = tokens * width * patch_area * self.latent_channels + 2 * width**2
+        return 2 * (patching + time + blocks + final)
+
+
+class DiTOptions(BackboneOptions):
+    """Keys of the `model:` section for the DiT: either `size`, or all of hidden_size, depth and num_heads."""
+
+    backbone: Literal["dit"] = "dit"
+    size: Size | None = None
+    """Size of the DiT family: S, B, L and XL as published, Ti and XS for a CPU."""
+    hidden_size: int | None = Field(default=None, ge=1, le=16_384)
+    """Channels of a token, in place of `size`."""
+    depth: int | None = Field(default=None, ge=1, le=1_000)
+    """Number of blocks, in place of `size`."""
+    num_heads: int | None = Field(default=None, ge=1, le=1_024)
+    """Number of attention heads, in place of `size`."""
+    patch_size: PositiveInt = 2
+    """Height and width of a patch of latent elements, which becomes one token."""
+    mlp_ratio: float = Field(default=4.0, gt=0, le=64)
+    """Hidden width of the MLPs, in multiples of `hidden_size`."""
+    time_scale: PositiveFloat = 1000.0
+    """Factor of the time before its sinusoidal embedding; the paper's code has 1."""
+    frequency_shift: Literal[0, 1] = 1
+    """Shift of the frequencies of the time embedding; the paper's code has 0, and diffusers' DiT can express 1 only."""
+    attention: Attention = "auto"
+    """Library that computes the attention; auto chooses xformers on CUDA if it works there, and torch's own elsewhere."""
+    activation_checkpointing: NonNegativeInt = 0
+    """Recompute the activations of every n-th block in the backward pass, to save memory; 0 means none, 1 all."""
+    position: Position = "sincos"
+    """Position embedding (beyond the paper): sincos is added to the tokens, rope rotates queries and keys."""
+    norm: Norm = "layer"
+    """Normalization of the tokens (beyond the paper): LayerNorm or RMSNorm, both without weights."""
+    mlp: Mlp = "gelu"
+    """Activation of the MLPs (beyond the paper); a SwiGLU MLP has as many parameters as a GELU one."""
+    qk_norm: bool = False
+    """Normalize queries and keys (beyond the paper), which keeps the attention stable in bf16."""
+    token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the tokens that bypass the middle blocks in training (beyond the paper)."""
+
+    @model_validator(mode="after")
+    def _check_size(self) -> DiTOptions:
+        if (self.size is None) == (None in (self.hidden_size, self.depth, self.num_heads)):
+            raise ValueError("set either size, or all of hidden_size, depth and num_heads")
+        return self
+
+    def build_config(self, base: ModelConfig) -> DiTConfig:
+        """Return the configuration of the DiT for what the latents and the task prescribe."""
+        options = self.model_dump(exclude={"backbone", "size", "compile"})
+        if self.size is not None:
+            options["hidden_size"], options["depth"], options["num_heads"] = DIT_SIZES[self.size]
+        return DiTConfig(**asdict(base), **options)

@@ -1,0 +1,75 @@
+"""The protocol of a backbone: a velocity network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lfm.errors import ConfigError
+from lfm.models.config import ModelConfig
+from lfm.types import Condition
+
+
+class VelocityNetwork(nn.Module):
+    """Base class of all backbones: state, time and condition -> velocity.
+
+    A backbone takes its configuration, a `ModelConfig`, as its only argument, and defines `forward`. It may define
+    `compile_blocks`.
+    """
+
+    config: ModelConfig
+
+    def forward(
+        self,
+        state: Tensor,
+        time: Tensor,
+        condition: Condition,
+        kept: Tensor | None = None,
+        return_tokens: tuple[int, ...] = (),
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the velocity.
+
+        Args:
+            state: (B, C, h, w).
+            time: float32 (B,) in [0, 1]; 0 is data, 1 is noise.
+            condition: of B samples.
+            kept: int64 (B, config.num_kept_tokens), the tokens that the middle blocks process in training; None, as in
+                sampling, means all. Only a backbone with token dropout takes it.
+            return_tokens: numbers of blocks whose output tokens a loss term needs, counted from 0.
+
+        Returns:
+            The velocity, float32 (B, C, h, w). With `return_tokens`, a pair of the velocity and a tuple of tokens
+            (B, tokens, hidden), one for each of these blocks in the same order; the velocity is bit for bit the same.
+            Where `kept` is given, a token that bypasses a middle block is returned as it was before the middle blocks.
+
+        Raises:
+            ConfigError: the condition is not one that the model was trained with.
+        """
+        raise NotImplementedError
+
+    def compile_blocks(self) -> None:
+        """Compile each block with torch.compile at its first call; nothing for a backbone without equal blocks."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable and fixed weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def check_inputs(self, state: Tensor, condition: Condition) -> None:
+        """Raise ConfigError if the model does not take `condition`, or needs a condition that is missing."""
+        config = self.config
+        assert state.shape[1:] == config.latent_shape, f"state {tuple(state.shape[1:])}, not {config.latent_shape}"
+        if condition.class_index is None and config.num_classes is not None:
+            raise ConfigError(f"the model was trained with {config.num_classes} classes: set `class_index`")
+        if condition.class_index is not None and config.num_classes is None:
+            raise ConfigError("the model was trained without classes: leave out `class_index`")
+        channels = 0 if condition.spatial is None else condition.spatial.shape[1]
+        if channels != config.condition_channels:
+            raise ConfigError(
+                f"the model takes {config.condition_channels} channels of spatial condition (`condition_channels`), "
+                f"not {channels}"
+            )
+        size = 0 if condition.segmentation is None else condition.segmentation.shape[-1]
+        if size != config.segmentation_size:
+            raise ConfigError(
+                f"the model takes segmentation maps of {config.segmentation_size} pixels (0: takes none), not {size}"
+            )
