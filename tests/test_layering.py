@@ -255,7 +255,6 @@ def test_no_line_saving_tricks() -> None:
     assert not tricks, "\n" + "\n".join(tricks)
 
 
-@pytest.mark.xfail(reason="the registry of backbones is wired in next", strict=True)
 def test_nothing_outside_models_names_a_backbone() -> None:
     """The registry stands for them; conversion is excepted, since published checkpoints are of one backbone each."""
     names = [
