@@ -35,7 +35,7 @@ class ShardConfig:
     dest: Annotated[Location, Argument()]
     """Folder or URL for the raw shards."""
     layout: str = "auto"
-    """Layout of SOURCE; auto detects it."""
+    """Layout of the collection in SOURCE; auto detects it."""
     image_size: Pixels = 256
     """Height and width of the images in pixels, after resizing and cropping."""
     split: str | None = None
@@ -46,12 +46,12 @@ class ShardConfig:
     """Image format: webp and png are lossless, jpg has quality 95."""
     crop: Literal["centre", "pad", "squash"] = "centre"
     """How images become square: crop the centre (as ADM does), pad or squash."""
-    masks: Annotated[str | None, Flag(metavar="KIND")] = None
-    """Generate masks of this kind for a source without masks: free-form (the large holes of MAT)."""
+    masks: Literal["free-form"] | None = None
+    """Generate masks for a source that has none: free-form draws the large holes of MAT."""
     seed: Seed = 0
     """Seed of the shuffle into shards and of generated masks."""
     workers: Annotated[Count, EXECUTION] = 1
-    """Number of processes."""
+    """Number of processes that decode and write."""
     part: Annotated[str, Flag(metavar="K/N")] = "1/1"
     """Write the shards of part K of N, such as 3/16; each machine takes another part."""
     max_rejected: Share = 0.01

@@ -1,7 +1,7 @@
-"""`lfm shard`: images as people have them -> raw shards of equal bytes for equal input.
+"""`lfm shard`: image collections -> raw shards, with equal bytes for equal input.
 
-The plan (which image becomes which row of which shard) is a pure function of the source, so every shard is a job of its
-own that any process can do, at any time, again.
+The plan, which image becomes which row of which shard, is a pure function of the source. So each shard is an independent
+job that any process can do at any time, and repeat.
 """
 
 from __future__ import annotations
@@ -12,27 +12,30 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import FORMATS, key_of, raw_members, write_tar
+from lfm.data.latent_shards import FORMATS, key_of, raw_members
 from lfm.data.manifest import ClassRecord, Manifest, Reject, ShardRecord
 from lfm.data.masks import MASKS
 from lfm.data.sources.layouts import LAYOUTS, read
 from lfm.data.sources.source import Source
-from lfm.data.transforms import CROPS, Rejected, binary, crop, crop_ids
+from lfm.data.transforms import Rejected, binary, crop, crop_ids
 from lfm.errors import ConfigError, DataError
 from lfm.types import RawSample, SourceItem
+from lfm.world import World
 from pipelines.common.processes import SPAWN, begin_worker
 from pipelines.common.progress import Progress
 from pipelines.data.data_options import ShardConfig
+from pipelines.data.shard_set import complete_records, write_shard
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The data set that is there now; None after a dry run, and while other parts are not done."""
+    """The plan in words and the complete data set; no manifest after a dry run, or while other parts are not done."""
 
     plan: str
     manifest: Manifest | None
@@ -44,178 +47,198 @@ class ShardJob:
 
     config: ShardConfig
     number: int
-    source: Source  # with this shard's items alone
-    fields: frozenset[str]  # what every sample must have: those of the whole source
+    source: Source  # its items are those of this shard
+    required_fields: frozenset[str]  # of each sample: the fields of the whole source
 
     @property
     def name(self) -> str:
+        """File name of the shard."""
         return f"{self.number:06d}.tar"
 
     @property
-    def items(self) -> tuple[SourceItem, ...]:
-        return self.source.items
+    def num_items(self) -> int:
+        """Number of images to read."""
+        return len(self.source.items)
 
 
 def run(config: ShardConfig) -> ShardResult:
-    """Shard a source; what is already done is kept.
+    """Write the shards of this part that are not done, and the manifest when all parts are done.
 
     Raises:
-        ConfigError, DataError, StorageError: nothing half-written is visible, and the same command continues.
+        ConfigError, DataError, StorageError: no shard is visible that is not whole; the same command resumes.
     """
-    part, parts = _check(config)
+    part = _check(config)
     storage.require_apart(config.source, config.dest)
     source = read(config.source, config.layout, config.split)
     if config.masks and "mask" in source.fields:
-        raise ConfigError(f"--masks {config.masks}: {source.root} brings its own masks; leave it out")
+        raise ConfigError(f"`masks` {config.masks}: {source.root} has masks of its own; leave the option out")
     jobs = plan(config, source)
-    mine = jobs[part - 1 :: parts]
+    own_jobs = jobs[part.slice_of(len(jobs))]
     recipe = _recipe(config, source)
     summary = (
         f"{source.layout}: {len(source.items):,} images of {len(source.class_names)} classes in {source.root} -> "
         f"{len(jobs)} shards of {config.image_size} x {config.image_size} pixels in {config.dest}"
-        f"{f', {len(mine)} of them by part {config.part}' if parts > 1 else ''}"
     )
+    if part.size > 1:
+        summary += f", {len(own_jobs)} of them by part {config.part}"
     if config.dry_run:
         return ShardResult(summary, None)
     manifests.claim(config.dest, recipe, overwrite=config.overwrite)
-    done = manifests.done(config.dest)
-    todo = [job for job in mine if job.name not in done]
-    total, before = sum(len(job.items) for job in mine), sum(len(job.items) for job in mine if job.name in done)
-    with Progress("shard", total, "images", done=before) as bar:
-        rejected = Rejections(config.max_rejected, len(source.items))
-        for record in manifests.records(config.dest, [job.name for job in jobs if job.name in done]):
-            rejected.add(record.rejects)
-        for record in _write_all(todo, config.workers):
-            rejected.add(record.rejects)
-            bar.advance(record.samples + len(record.rejects), rejected=str(rejected.count))
+    _write_jobs(config, jobs, own_jobs, Rejections(config.max_rejected, len(source.items)))
     return ShardResult(summary, _publish_if_complete(config, source, recipe, jobs))
 
 
+def _check(config: ShardConfig) -> World:
+    """Refuse wrong options; return this command's place among the parts."""
+    if config.layout not in ("auto", *LAYOUTS):
+        raise ConfigError(f"`layout` {config.layout}: unknown; one of auto, {', '.join(LAYOUTS)}")
+    match = re.fullmatch(r"(\d+)/(\d+)", config.part)
+    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise ConfigError(f"`part` {config.part}: must have the form 3/16, the third of sixteen parts")
+    if count > 1 and config.overwrite:
+        raise ConfigError("`overwrite`: would remove the shards of other parts; use it once, without `part`")
+    return World(rank=number - 1, size=count)
+
+
 def plan(config: ShardConfig, source: Source) -> list[ShardJob]:
-    """The table of shards. Images are dealt out at random, so that every shard holds every class."""
+    """Assign images to shards. The order is random, so that every shard has images of all classes."""
     order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(source.items))
-    starts = range(0, len(order), config.samples_per_shard)
-    parts = [tuple(source.items[i] for i in order[start : start + config.samples_per_shard]) for start in starts]
-    return [
-        ShardJob(config, number, replace(source, items=part), frozenset(source.fields))
-        for number, part in enumerate(parts)
-    ]
+    jobs = []
+    for number, start in enumerate(range(0, len(order), config.samples_per_shard)):
+        items = tuple(source.items[index] for index in order[start : start + config.samples_per_shard])
+        jobs.append(ShardJob(config, number, replace(source, items=items), frozenset(source.fields)))
+    return jobs
 
 
 class Rejections:
-    """Counts what was rejected, and stops the stage when it is more than allowed."""
+    """Counts rejected images, and stops the stage when they exceed a share of all images."""
 
-    def __init__(self, largest_share: float, total: int) -> None:
-        self.allowed, self.largest_share, self.total = int(largest_share * total), largest_share, total
+    def __init__(self, largest_share: float, num_images: int) -> None:
+        self.largest_share, self.num_images = largest_share, num_images
         self.by_reason: Counter[str] = Counter()
-        self.first = ""
+        self.first: Reject | None = None
 
     @property
     def count(self) -> int:
+        """Number of rejected images."""
         return self.by_reason.total()
 
     def add(self, rejects: tuple[Reject, ...]) -> None:
-        """Count more of them.
+        """Count rejects.
 
         Raises:
-            DataError: too many; names the reasons and the first source.
+            DataError: there are too many; names the reasons and the first image.
         """
         self.by_reason.update(reject.reason for reject in rejects)
-        if rejects and not self.first:
-            self.first = f"{rejects[0].source} ({rejects[0].detail or rejects[0].reason})"
-        if self.count > self.allowed:
+        if rejects and self.first is None:
+            self.first = rejects[0]
+        if self.first and self.count > int(self.largest_share * self.num_images):
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.by_reason.most_common())
             raise DataError(
-                f"{self.count} of {self.total} images rejected ({reasons}), the first: {self.first}; "
-                f"repair or remove them, or allow more than {self.largest_share:.1%} with --max-rejected"
+                f"{self.count} of {self.num_images} images rejected ({reasons}), the first: {self.first.source} "
+                f"({self.first.detail or self.first.reason}); repair or remove them, or allow more than "
+                f"{self.largest_share:.1%} with `max_rejected`"
             )
 
 
-def write_shard(job: ShardJob) -> ShardRecord:
-    """Write one shard and then its record."""
-    rejects: list[Reject] = []
-    counts = [0] * len(job.source.class_names)
-    path = storage.join(job.config.dest, job.name)
-    with storage.writing(path) as temporary:
-        samples = _count_classes(_samples(job, rejects), counts)
-        write_tar(temporary, (raw_members(sample, job.config.image_format) for sample in samples))
-        sums = storage.checksums(temporary)
-    written = len(job.items) - len(rejects)
-    record = ShardRecord(
-        name=job.name, samples=written, **asdict(sums), class_counts=tuple(counts), rejects=tuple(rejects)
-    )
-    manifests.commit(job.config.dest, record)
-    return record
-
-
-def _count_classes(samples: Iterator[RawSample], counts: list[int]) -> Iterator[RawSample]:
-    """The samples as they come, their classes counted on the way."""
-    for sample in samples:
-        if sample.class_index is not None:
-            counts[sample.class_index] += 1
-        yield sample
-
-
-def _samples(job: ShardJob, rejects: list[Reject]) -> Iterator[RawSample]:
-    for row, item in enumerate(job.items):
-        try:
-            yield _sample(job, item, key_of(job.number, row))
-        except Rejected as error:
-            rejects.append(Reject(source=item.image, reason=error.reason, detail=str(error)))
-
-
-def _sample(job: ShardJob, item: SourceItem, key: str) -> RawSample:
-    """One image with all that belongs to it, at the image size."""
-    for name in job.fields:
-        if getattr(item, name) is None:
-            raise Rejected(f"{name} missing", "other images of the source have one")
-    found, size, rule = job.source.decode_item(item), job.config.image_size, job.config.crop
-    width, height = found.image.size
-    pixels, mask, ids = crop(found.image, size, rule), None, None
-    if found.segmentation is not None:
-        ids = crop_ids(found.segmentation, (width, height), size, rule, job.source.unlabelled)
-    if found.mask is not None:
-        mask = binary(crop(found.mask, size, rule))
-    elif job.config.masks:
-        mask = MASKS[job.config.masks](job.config.seed, key, size)
-    metadata = {"source": item.image, "width": width, "height": height, "crop": rule}
-    return RawSample(key, pixels, item.class_index, mask, ids, metadata)
+def _write_jobs(config: ShardConfig, jobs: list[ShardJob], own_jobs: list[ShardJob], rejections: Rejections) -> None:
+    """Write the shards of this part that are not done, and count the rejects of all shards."""
+    done = manifests.done(config.dest)
+    for record in manifests.records(config.dest, [job.name for job in jobs if job.name in done]):
+        rejections.add(record.rejects)
+    total = sum(job.num_items for job in own_jobs)
+    done_before = sum(job.num_items for job in own_jobs if job.name in done)
+    with Progress("shard", total, "images", done=done_before) as progress:
+        for record in _write_all([job for job in own_jobs if job.name not in done], config.workers):
+            rejections.add(record.rejects)
+            progress.advance(record.samples + len(record.rejects), rejected=str(rejections.count))
 
 
 def _write_all(jobs: list[ShardJob], workers: int) -> Iterator[ShardRecord]:
-    """Records as the shards get done, by as many processes as told."""
+    """Yield the record of each shard when it is written, by as many processes as `workers`."""
     if workers == 1 or len(jobs) <= 1:
-        yield from map(write_shard, jobs)
+        yield from map(write_job, jobs)
         return
     pool = ProcessPoolExecutor(min(workers, len(jobs)), SPAWN, begin_worker)
     try:
-        for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
+        for future in as_completed([pool.submit(write_job, job) for job in jobs]):
             yield future.result()
     except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died; run the same command again, it continues where this one stopped"
-        ) from error
+        raise DataError("a worker process died; run the same command to resume") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _publish_if_complete(config: ShardConfig, source: Source, recipe: dict, jobs: list[ShardJob]) -> Manifest | None:
-    if not {job.name for job in jobs} <= manifests.done(config.dest):
+def write_job(job: ShardJob) -> ShardRecord:
+    """Write the shard of a job and then its record."""
+    rejects: list[Reject] = []
+    class_counts = [0] * len(job.source.class_names)
+
+    def members() -> Iterator[dict[str, Any]]:
+        for row, item in enumerate(job.source.items):
+            try:
+                sample = _sample(job, item, key_of(job.number, row))
+            except Rejected as error:
+                rejects.append(Reject(source=item.image, reason=error.reason, detail=str(error)))
+                continue
+            if sample.class_index is not None:
+                class_counts[sample.class_index] += 1
+            yield raw_members(sample, job.config.image_format)
+
+    def description() -> dict[str, Any]:
+        return {
+            "samples": job.num_items - len(rejects),
+            "class_counts": tuple(class_counts),
+            "rejects": tuple(rejects),
+        }
+
+    return write_shard(job.config.dest, job.name, members(), description)
+
+
+def _sample(job: ShardJob, item: SourceItem, key: str) -> RawSample:
+    """Decode one item, and resize and crop all of its images to the image size.
+
+    Raises:
+        Rejected: something of the item is missing or cannot be used.
+    """
+    for name in job.required_fields:
+        if getattr(item, name) is None:
+            raise Rejected(f"{name} missing", "other images of the source have one")
+    size, rule = job.config.image_size, job.config.crop
+    decoded = job.source.decode_item(item)
+    width, height = decoded.image.size
+    image, mask, ids = crop(decoded.image, size, rule), None, None
+    if decoded.segmentation is not None:
+        ids = crop_ids(decoded.segmentation, (width, height), size, rule, job.source.unlabelled)
+    if decoded.mask is not None:
+        mask = binary(crop(decoded.mask, size, rule))
+    elif job.config.masks:
+        mask = MASKS[job.config.masks](job.config.seed, key, size)
+    metadata = {"source": item.image, "width": width, "height": height, "crop": rule}
+    return RawSample(key, image, item.class_index, mask, ids, metadata)
+
+
+def _publish_if_complete(
+    config: ShardConfig, source: Source, recipe: dict[str, Any], jobs: list[ShardJob]
+) -> Manifest | None:
+    records = complete_records(config.dest, [job.name for job in jobs])
+    if records is None:
         return None
-    records = manifests.records(config.dest, [job.name for job in jobs])
-    Rejections(config.max_rejected, len(source.items)).add(tuple(r for record in records for r in record.rejects))
-    if not sum(record.samples for record in records):
-        raise DataError(f"{source.root}: not one image could be used")
+    rejects = tuple(reject for record in records for reject in record.rejects)
+    Rejections(config.max_rejected, len(source.items)).add(rejects)
+    if not any(record.samples for record in records):
+        raise DataError(f"{source.root}: none of the images could be used")
     counts = np.sum([record.class_counts for record in records], axis=0)
-    classes = tuple(
-        ClassRecord(index=index, name=name, count=int(counts[index])) for index, name in enumerate(source.class_names)
-    )
     manifest = Manifest(
         kind="raw",
         image_size=config.image_size,
-        classes=classes,
+        classes=tuple(
+            ClassRecord(index=index, name=name, count=int(counts[index]))
+            for index, name in enumerate(source.class_names)
+        ),
         fields=tuple(sorted({*source.fields, "mask"} if config.masks else source.fields)),
-        labels=source.labels or ({i: str(i) for i in range(256)} if "segmentation" in source.fields else {}),
+        labels=_labels(source),
         recipe=recipe,
         shards=records,
     )
@@ -223,8 +246,15 @@ def _publish_if_complete(config: ShardConfig, source: Source, recipe: dict, jobs
     return manifest
 
 
-def _recipe(config: ShardConfig, source: Source) -> dict:
-    """Everything that decides the shards' bytes."""
+def _labels(source: Source) -> dict[int, str]:
+    """The class ids of the segmentations by name; numbers for a source that has segmentations and no names."""
+    if "segmentation" in source.fields and not source.labels:
+        return {class_id: str(class_id) for class_id in range(256)}
+    return source.labels
+
+
+def _recipe(config: ShardConfig, source: Source) -> dict[str, Any]:
+    """Everything that decides the shards' bytes. The keys are part of the file format."""
     return {
         "kind": "raw",
         "layout": source.layout,
@@ -240,22 +270,3 @@ def _recipe(config: ShardConfig, source: Source) -> dict:
         "pictures": len(source.items),
         "source": manifests.digest(asdict(item) for item in source.items),
     }
-
-
-def _check(config: ShardConfig) -> tuple[int, int]:
-    """Refuse a wrong flag; else which part of how many this is."""
-    for flag, value, allowed in (
-        ("--layout", config.layout, ("auto", *LAYOUTS)),
-        ("--format", config.image_format, FORMATS),
-        ("--crop", config.crop, CROPS),
-        ("--masks", config.masks, (None, *MASKS)),
-    ):
-        if value not in allowed:
-            raise ConfigError(f"{flag} {value}: unknown; one of {', '.join(filter(None, allowed))}")
-    match = re.fullmatch(r"(\d+)/(\d+)", config.part)
-    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= part <= parts:
-        raise ConfigError(f"--part {config.part}: must be as 3/16, the third of sixteen parts")
-    if parts > 1 and config.overwrite:
-        raise ConfigError("--overwrite: would remove what other parts wrote; give it once, without --part")
-    return part, parts

@@ -21,7 +21,7 @@ from lfm.data import manifest as manifests
 from lfm.data.masks import free_form
 from lfm.data.sources.source import Source
 from lfm.types import SourceItem
-from pipelines.data.shard import ShardConfig, plan, run, write_shard
+from pipelines.data.shard import ShardConfig, plan, run, write_job
 from tests.support.commands import REPOSITORY, assert_one_line, lfm
 from tests.support.images import folder_contents, image_bytes, image_folder, random_pixels, raw_samples, save_image
 
@@ -190,7 +190,7 @@ def test_masks_are_drawn_where_there_are_none_and_recorded(tmp_path: Path) -> No
 
 
 def test_masks_are_not_drawn_over_a_sources_own(bad_files: Path, tmp_path: Path) -> None:
-    assert_one_line(lfm("shard", bad_files, tmp_path / "raw", "--masks", "free-form"), "brings its own masks")
+    assert_one_line(lfm("shard", bad_files, tmp_path / "raw", "--masks", "free-form"), "has masks of its own")
 
 
 def test_a_soft_mask_is_thresholded_at_one_half_after_the_crop(tmp_path: Path) -> None:
@@ -242,7 +242,6 @@ def test_a_sample_without_the_mask_that_others_have_is_a_reject(tmp_path: Path) 
         Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
     source = Source(str(tmp_path), (SourceItem("a.png"), SourceItem("b.png", mask="b_mask.png")))
     records = [
-        write_shard(job)
-        for job in plan(ShardConfig("source", str(tmp_path), image_size=8, samples_per_shard=1), source)
+        write_job(job) for job in plan(ShardConfig("source", str(tmp_path), image_size=8, samples_per_shard=1), source)
     ]
     assert [reject.reason for record in records for reject in record.rejects] == ["mask missing"]
