@@ -49,7 +49,7 @@ def encode(config: EncodeConfig) -> None:
 def inspect(config: InspectConfig) -> None:
     """Describe the shards in PATH, and save a sheet of their first images."""
     from pipelines.common import factory
-    from pipelines.data.inspect import run
+    from pipelines.data.inspect_shards import run
 
     click.echo(run(config, factory.world()).report)
 

@@ -17,7 +17,7 @@ from lfm.data.stream.latent_stream import LatentStream, StreamOptions
 from lfm.storage.cache import Cache
 from lfm.synthetic.scenes import CLASS_NAMES, draw_scene
 from lfm.types import RawSample
-from pipelines.data.inspect import overlaid
+from pipelines.data.inspect_shards import overlaid
 from tests.support.commands import ALONE, SmallSet, assert_one_line, lfm
 
 
@@ -27,7 +27,7 @@ def test_it_describes_shards_and_makes_a_sheet(small_set: SmallSet, tmp_path: Pa
     result = lfm("inspect", small_set.raw.parent / kind, "--out", sheet, "--num", 9, "--verify")
     assert result.exit_code == 0, result.stderr
     assert f"{kind} shards: 40 samples of 16 x 16 pixels in 3 shards" in result.stdout
-    assert all(name in result.stdout for name in CLASS_NAMES) and "every shard is what" in result.stdout
+    assert all(name in result.stdout for name in CLASS_NAMES) and "every shard equals" in result.stdout
     with Image.open(sheet) as image:
         assert image.size == ((3 * 18 - 2) * 8,) * 2
 
