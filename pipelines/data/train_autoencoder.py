@@ -1,9 +1,9 @@
 """`lfm autoencoder`: train or fine-tune a diffusers AutoencoderKL on raw shards (Kingma and Welling, 2014).
 
-    loss = |x - y| + 2 (x - y)^2 + kl_weight KL(posterior || standard normal)
+    loss = mean |x - y| + 2 mean (x - y)^2 + kl_weight KL(posterior || standard normal)
 
-x, the image in [-1, 1]; y, the reconstruction of one draw from its posterior; all means over their elements. The
-weights that are kept are an exponential moving average. The scale factor is what gives the latents unit deviation.
+x is the image in [-1, 1], y the reconstruction of one sample of its posterior; the KL divergence, too, is a mean over its
+elements. The exported weights are an exponential moving average, and the scale factor gives the latents unit deviation.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from lfm import storage
 from lfm.autoencoder import import_diffusers, to_levels, to_unit_range
 from lfm.autoencoder import load as load_autoencoder
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import read_raw
+from lfm.data.image_sets import ShardedImages
 from lfm.data.stream.sample_order import Order
 from lfm.errors import CheckpointError, ConfigError, DataError
-from lfm.storage.cache import Cache
 from lfm.training.ema import Ema, decay_after
 from lfm.world import World
 from pipelines.common import factory
@@ -38,81 +37,120 @@ from pipelines.data.data_options import AutoencoderConfig
 STATE = "training.pt"
 CONFIG = "config.json"
 FILES = r"training\.pt|config\.json|recipe\.json|diffusion_pytorch_model\.safetensors"
-SCALE_IMAGES = 512  # that the scale factor is measured on
+SCALE_IMAGES = 512  # for measuring the scale factor
+WARMUP_STEPS = 50
+LAST_RATE = 0.05  # the learning rate of the last step, as a share of the highest
 
 
 @dataclass(frozen=True)
 class AutoencoderResult:
-    """What was made; the PSNR is None where nothing was left to do, and after a dry run."""
+    """The plan in words, and the PSNR of the last batch in dB; None after a dry run, or if nothing was left to train."""
 
     plan: str
     psnr: float | None
 
 
 def run(config: AutoencoderConfig, world: World) -> AutoencoderResult:
-    """Train to `num_steps`, from where a killed run of the same command stopped, and write DEST in diffusers' format.
+    """Train to `num_steps`, resuming where an earlier run of the same command stopped, and export to `dest`.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before training, wherever it can be known before.
+        ConfigError, DataError, CheckpointError: before training, if the cause is known by then.
     """
-    if not storage.is_local(config.dest):
-        raise ConfigError(f"{config.dest}: an autoencoder is written to a local folder; copy it afterwards")
-    if config.batch_size % len(config.raws):
-        raise ConfigError(
-            f"--batch-size {config.batch_size}: must be a multiple of the {len(config.raws)} sets of shards"
-        )
-    if config.precision not in factory.DTYPES:
-        raise ConfigError(f"--precision {config.precision}: unknown; one of {', '.join(factory.DTYPES)}")
-    images = [ShardImages(raw, config.seed, factory.cache(config.cache)) for raw in config.raws]
-    if len({source.manifest.image_size for source in images}) > 1:
-        raise ConfigError(f"{', '.join(config.raws)}: are of different image sizes; shard them at one")
-    model = _model(config, images[0].manifest.image_size)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    _check(config, world)
+    cache = factory.cache(config.cache)
+    sources = [
+        ShuffledImages(ShardedImages(raw, manifests.load(raw, "raw"), cache), config.seed) for raw in config.raws
+    ]
+    image_sizes = {source.images.image_size for source in sources}
+    if len(image_sizes) > 1:
+        raise ConfigError(f"{', '.join(config.raws)}: have different image sizes; shard them at one size")
+    model = _model(config, image_sizes.pop())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     plan = (
-        f"{config.num_steps:,} steps of {config.batch_size} images from {', '.join(config.raws)}, {count:,} parameters, "
-        f"{'new' if config.initialize_from is None else config.initialize_from} -> {config.dest}"
+        f"{config.num_steps:,} steps of {config.batch_size} images from {', '.join(config.raws)}, "
+        f"{num_parameters:,} parameters, {config.initialize_from or 'new'} -> {config.dest}"
     )
     if config.dry_run:
         return AutoencoderResult(plan, None)
-    manifests.claim(config.dest, _recipe(config, images), overwrite=config.overwrite, owned=FILES)
+    manifests.claim(config.dest, _recipe(config, sources), overwrite=config.overwrite, owned=FILES)
     if storage.exists(storage.join(config.dest, CONFIG)):
-        return AutoencoderResult(f"{plan}: is there already", None)
-    trainer = Trainer(config, model, images, factory.device(world))
+        return AutoencoderResult(f"{plan}: already complete", None)
+    trainer = AutoencoderTrainer(config, model, sources, factory.device(world))
     psnr = trainer.run()
     trainer.export()
     return AutoencoderResult(plan, psnr)
 
 
-class ShardImages:
-    """The images of raw shards in the order of `Order`: any position can be asked for."""
+def _check(config: AutoencoderConfig, world: World) -> None:
+    if world.size > 1:
+        raise ConfigError(
+            f"`lfm autoencoder` trains in one process, but the launcher started {world.size}; run it without a launcher"
+        )
+    if not storage.is_local(config.dest):
+        raise ConfigError(f"{config.dest}: must be a local folder; copy the autoencoder afterwards")
+    if config.batch_size % len(config.raws):
+        raise ConfigError(
+            f"`batch_size` {config.batch_size}: must be a multiple of the number of raw data sets, {len(config.raws)}"
+        )
 
-    def __init__(self, folder: str, seed: int, cache: Cache) -> None:
-        self.folder, self.cache = folder, cache
-        self.manifest = manifests.load(folder, "raw")
-        self.order = Order([shard.samples for shard in self.manifest.shards], seed, window=1)
+
+def _recipe(config: AutoencoderConfig, sources: Sequence[ShuffledImages]) -> dict[str, Any]:
+    """Everything that decides the weights. The keys are part of the file format."""
+    free = {"raws", "dest", "cache", "save_every", "overwrite", "dry_run"}
+    options = {key: value for key, value in asdict(config).items() if key not in free}
+    return {"kind": "autoencoder", "raws": [source.images.digest for source in sources], **options}
+
+
+def _model(config: AutoencoderConfig, image_size: int) -> Any:
+    """A new AutoencoderKL, or the one to fine-tune."""
+    if config.initialize_from is not None:
+        model = load_autoencoder(config.initialize_from).model.requires_grad_(True)
+        if "KL" not in type(model).__name__:
+            raise ConfigError(f"`initialize_from` {config.initialize_from}: is not an AutoencoderKL")
+        return model
+    levels = len(config.block_channels)
+    if image_size % 2 ** (levels - 1):
+        raise ConfigError(f"`block_channels`: {levels} levels need an image size divisible by {2 ** (levels - 1)}")
+    torch.manual_seed(config.seed)
+    return import_diffusers().AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.block_channels,
+        layers_per_block=1,
+        latent_channels=config.latent_channels,
+        norm_num_groups=8,
+        sample_size=image_size,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+class ShuffledImages:
+    """The images of raw shards in the order of `Order`, from any position on."""
+
+    def __init__(self, images: ShardedImages, seed: int) -> None:
+        self.images, self.order = images, Order(images.blocks, seed, window=1)
         self._decoded = lru_cache(maxsize=2)(self._decode)
 
     def at(self, position: int, count: int) -> Tensor:
-        """uint8 (count, 3, H, W)."""
+        """The images from `position` on: uint8 (count, 3, H, W)."""
         shards, rows = self.order.at(position, count)
         images = np.stack([self._decoded(int(shard))[row] for shard, row in zip(shards, rows, strict=True)])
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
-    def _decode(self, index: int) -> np.ndarray:
+    def _decode(self, shard: int) -> np.ndarray:
         """All images of a shard: uint8 (samples, H, W, 3)."""
-        shard = self.manifest.shards[index]
-        path = storage.join(self.folder, shard.name)
-        with self.cache.fetch(path, shard.bytes, shard.crc32, verify_local=True).open("rb") as stream:
-            return np.stack([sample.image for sample in read_raw(stream, path)])
+        return np.stack([sample.image for sample in self.images.read(shard)])
 
 
-class Trainer:
-    """The optimization, resumable."""
+class AutoencoderTrainer:
+    """Trains a model on shuffled images, each batch with the same number from every source; resumes from its state file."""
 
     def __init__(
-        self, config: AutoencoderConfig, model: Any, images: Sequence[ShardImages], device: torch.device
+        self, config: AutoencoderConfig, model: Any, sources: Sequence[ShuffledImages], device: torch.device
     ) -> None:
-        self.config, self.model, self.images, self.device = config, model.to(device).train(), images, device
+        self.config, self.model, self.sources, self.device = config, model.to(device).train(), sources, device
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
         self.ema = Ema(self.parameters)
@@ -122,49 +160,71 @@ class Trainer:
             self._resume()
 
     def run(self) -> float | None:
-        """Train; returns the PSNR of the last images in dB, or None where no step was left to do."""
+        """Train; return the PSNR of the last batch in dB, or None if no step was left."""
         psnr = None
-        with Progress("autoencoder", self.config.num_steps, "steps", done=self.step) as bar:
+        with Progress("autoencoder", self.config.num_steps, "steps", done=self.step) as progress:
             while self.step < self.config.num_steps:
                 psnr = self._train_step(self._batch(self.step))
                 self.step += 1
                 if self.step % self.config.save_every == 0:
                     self._save()
-                bar.advance(1, psnr=f"{psnr:.2f} dB")
+                progress.advance(1, psnr=f"{psnr:.2f} dB")
         return psnr
 
     def export(self) -> None:
-        """Write the averaged weights, with the scale factor that they need."""
+        """Write the averaged weights with their scale factor in the format of diffusers; the configuration comes last."""
         with self.ema.in_place():
             model = copy.deepcopy(self.model).eval()
-        total = squares = values = 0.0
-        with torch.inference_mode():
-            for start in range(0, SCALE_IMAGES, self.config.batch_size):
-                mean = model.encode(self._batch(start // self.config.batch_size)).latent_dist.mean.double()
-                total, squares, values = total + mean.sum(), squares + (mean**2).sum(), values + mean.numel()
-        deviation = math.sqrt(squares / values - (total / values) ** 2)
-        model.register_to_config(scaling_factor=round(1 / deviation, 5))
+        model.register_to_config(scaling_factor=self._scale_factor(model))
         storage.sweep(self.config.dest)
         with tempfile.TemporaryDirectory(dir=self.config.dest, prefix=storage.TEMPORARY_PREFIX) as folder:
             model.save_pretrained(folder)
-            written = sorted(
-                Path(folder).iterdir(), key=lambda path: path.name == CONFIG
-            )  # what makes it complete, last
-            for path in written:
-                path.chmod(0o644)  # safetensors writes for the owner alone
+            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == CONFIG):
+                path.chmod(0o644)  # safetensors makes files that only the owner can read
                 path.replace(Path(self.config.dest, path.name))
         self.state_path.unlink(missing_ok=True)
 
+    def _scale_factor(self, model: Any) -> float:
+        """The factor that gives the posterior means of the first images unit deviation."""
+        total = squares = values = 0.0
+        with torch.inference_mode():
+            for step in range(math.ceil(SCALE_IMAGES / self.config.batch_size)):
+                mean = model.encode(self._batch(step)).latent_dist.mean.double()
+                total, squares, values = total + mean.sum(), squares + (mean**2).sum(), values + mean.numel()
+        return round(1 / math.sqrt(squares / values - (total / values) ** 2), 5)
+
     def _batch(self, step: int) -> Tensor:
-        """The images of a step, float32 (B, 3, H, W) in [-1, 1]."""
-        share = self.config.batch_size // len(self.images)
-        images = torch.cat([source.at(step * share, share) for source in self.images])
+        """The images of a step: float32 (B, 3, H, W) in [-1, 1]."""
+        share = self.config.batch_size // len(self.sources)
+        images = torch.cat([source.at(step * share, share) for source in self.sources])
         return to_unit_range(images.to(self.device))
 
     def _train_step(self, images: Tensor) -> float:
-        warmup, progress = min(1.0, (self.step + 1) / 50), self.step / self.config.num_steps
+        """Update the weights; return the PSNR of the reconstructions in dB."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * warmup * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = self._learning_rate()
+        loss, reconstruction = self._loss(images)
+        if not math.isfinite(loss.item()):
+            raise DataError(
+                f"{self.config.dest}: the loss is {loss.item()} at step {self.step}; lower `learning_rate` or `kl_weight`, "
+                "and set `overwrite`"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.ema.update(decay_after(self.step + 1, self.config.ema_decay))
+        error = to_levels(reconstruction.detach()).float() - to_levels(images).float()
+        return 10 * math.log10(255**2 / max((error**2).mean().item(), 1e-9))
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then half a cosine down to `LAST_RATE`."""
+        warmup, progress = min(1.0, (self.step + 1) / WARMUP_STEPS), self.step / self.config.num_steps
+        decay = LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.config.learning_rate * warmup * decay
+
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and its reconstruction (B, 3, H, W)."""
         generator = torch.Generator().manual_seed((self.config.seed << 32) + self.step)
         precision = factory.DTYPES[self.config.precision]
         with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
@@ -175,18 +235,7 @@ class Trainer:
         error = reconstruction.float() - images
         divergence = 0.5 * (mean**2 + std**2 - 1 - log_variance).mean()
         loss = error.abs().mean() + 2 * (error**2).mean() + self.config.kl_weight * divergence
-        if not math.isfinite(loss.item()):
-            raise DataError(
-                f"{self.config.dest}: the loss is {loss.item()} at step {self.step}; lower --learning-rate or --kl-weight, "
-                "and give --overwrite"
-            )
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.ema.update(decay_after(self.step + 1, self.config.ema_decay))
-        levels = to_levels(reconstruction.detach()).float() - to_levels(images).float()
-        return 10 * math.log10(255**2 / max((levels**2).mean().item(), 1e-9))
+        return loss, reconstruction
 
     def _save(self) -> None:
         with self.ema.in_place():
@@ -209,40 +258,4 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
         except Exception as error:  # pickle raises anything
-            raise CheckpointError(f"{self.state_path}: cannot be read; remove it to begin again") from error
-
-
-def _recipe(config: AutoencoderConfig, images: Sequence[ShardImages]) -> dict[str, Any]:
-    """Everything that decides the weights, as it reads back from JSON."""
-    free = {"raws", "dest", "cache", "save_every", "overwrite", "dry_run"}
-    options = {key: value for key, value in asdict(config).items() if key not in free}
-    return {"kind": "autoencoder", "raws": [source.manifest.digest for source in images], **options}
-
-
-def _model(config: AutoencoderConfig, image_size: int) -> Any:
-    """A new AutoencoderKL, or the one to go on from."""
-    if config.initialize_from is not None:
-        model = load_autoencoder(config.initialize_from).model.requires_grad_(True)
-        if (
-            not hasattr(model, "encode")
-            or not hasattr(model.config, "latent_channels")
-            or "KL" not in type(model).__name__
-        ):
-            raise ConfigError(f"--initialize-from {config.initialize_from}: is no AutoencoderKL")
-        return model
-    levels = len(config.block_channels)
-    if image_size % 2 ** (levels - 1):
-        raise ConfigError(f"--block-channels: {levels} levels need an image size divisible by {2 ** (levels - 1)}")
-    torch.manual_seed(config.seed)
-    return import_diffusers().AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.block_channels,
-        layers_per_block=1,
-        latent_channels=config.latent_channels,
-        norm_num_groups=8,
-        sample_size=image_size,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+            raise CheckpointError(f"{self.state_path}: cannot be read; remove it to start again") from error

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from lfm import autoencoder as autoencoders
-from pipelines.data import train_autoencoder
-from pipelines.data.train_autoencoder import AutoencoderConfig, Trainer, run
+from lfm.data import manifest as manifests
+from lfm.data.image_sets import ShardedImages
+from lfm.errors import ConfigError, DataError
+from lfm.storage.cache import Cache
+from lfm.world import World
+from pipelines.data.train_autoencoder import AutoencoderConfig, AutoencoderTrainer, ShuffledImages, run
 from tests.support.commands import ALONE, SmallSet, assert_one_line, lfm
 
 
@@ -22,15 +26,15 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
     small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(config(small_set, tmp_path / "a"), ALONE)
-    step = Trainer._train_step
+    step = AutoencoderTrainer._train_step
 
-    def killed(self: Trainer, images: torch.Tensor) -> float:
+    def killed(self: AutoencoderTrainer, images: torch.Tensor) -> float:
         if self.step == 7:
             raise KeyboardInterrupt
         return step(self, images)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_autoencoder.Trainer, "_train_step", killed)
+        patch.setattr(AutoencoderTrainer, "_train_step", killed)
         run(config(small_set, tmp_path / "b"), ALONE)
     run(config(small_set, tmp_path / "b"), ALONE)
     one, other = (autoencoders.load(str(tmp_path / name)) for name in "ab")
@@ -45,7 +49,8 @@ def test_it_learns_and_its_latents_have_unit_deviation(small_set: SmallSet, tmp_
     many = run(config(small_set, tmp_path / "many", num_steps=60, learning_rate=3e-3), ALONE).psnr
     assert few is not None and many is not None and many > few + 3
     model = autoencoders.load(str(tmp_path / "many"))
-    images = train_autoencoder.ShardImages(str(small_set.raw), 0, train_autoencoder.factory.cache(None)).at(0, 40)
+    raw = ShardedImages(str(small_set.raw), manifests.load(str(small_set.raw), "raw"), Cache())
+    images = ShuffledImages(raw, 0).at(0, 40)
     assert (model.encode(images).mean * model.scale_factor).std() == pytest.approx(1, abs=0.1)
 
 
@@ -53,7 +58,7 @@ def test_a_finished_one_is_kept_and_another_is_refused(small_set: SmallSet, tmp_
     run(config(small_set, tmp_path / "a", num_steps=1), ALONE)
     before = (tmp_path / "a" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert run(config(small_set, tmp_path / "a", num_steps=1), ALONE).psnr is None
-    with pytest.raises(train_autoencoder.ConfigError, match="kl_weight"):
+    with pytest.raises(ConfigError, match="kl_weight"):
         run(config(small_set, tmp_path / "a", num_steps=1, kl_weight=0.5), ALONE)
     assert (tmp_path / "a" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert run(config(small_set, tmp_path / "a", num_steps=1, kl_weight=0.5, overwrite=True), ALONE).psnr is not None
@@ -63,11 +68,11 @@ def test_a_finished_one_is_kept_and_another_is_refused(small_set: SmallSet, tmp_
 def test_a_run_killed_after_its_last_step_is_exported_by_the_next(
     small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(self: Trainer) -> None:
+    def killed(self: AutoencoderTrainer) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_autoencoder.Trainer, "export", killed)
+        patch.setattr(AutoencoderTrainer, "export", killed)
         run(config(small_set, tmp_path / "a", num_steps=5), ALONE)
     run(config(small_set, tmp_path / "a", num_steps=5), ALONE)
     run(config(small_set, tmp_path / "b", num_steps=5), ALONE)
@@ -77,15 +82,26 @@ def test_a_run_killed_after_its_last_step_is_exported_by_the_next(
 
 def test_overwrite_leaves_an_autoencoder_of_somebody_else(small_set: SmallSet, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in small_set.autoencoder.iterdir()}
-    with pytest.raises(train_autoencoder.ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="something else"):
         run(config(small_set, small_set.autoencoder, num_steps=1, overwrite=True), ALONE)
     assert {path.name: path.read_bytes() for path in small_set.autoencoder.iterdir()} == before
 
 
 def test_a_loss_that_is_not_finite_stops_it(small_set: SmallSet, tmp_path: Path) -> None:
-    with pytest.raises(train_autoencoder.DataError, match="lower --learning-rate"):
+    with pytest.raises(DataError, match="lower `learning_rate`"):
         run(config(small_set, tmp_path / "a", learning_rate=1e30), ALONE)
     assert not (tmp_path / "a" / "config.json").exists()
+
+
+def test_several_ranks_are_refused_before_they_write_anything(small_set: SmallSet, tmp_path: Path) -> None:
+    """They would all write the same files."""
+    with pytest.raises(ConfigError, match="run it without a launcher"):
+        run(config(small_set, tmp_path / "out"), World(1, 1, 2))
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    assert_one_line(
+        lfm("autoencoder", small_set.raw, tmp_path / "out", env=launched), "started 2", "without a launcher"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_one_line(small_set: SmallSet, tmp_path: Path) -> None:
