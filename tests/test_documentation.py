@@ -1,0 +1,151 @@
+"""The manual: its links resolve, its command lines parse, and its overrides are keys of the configuration."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from pipelines.cli.main import main
+from pipelines.cli.model_commands import train
+from pipelines.common import config_schema
+from tests.support.commands import REPOSITORY
+
+PAGES = [
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *(REPOSITORY / name for name in ("README.md", "CHANGELOG.md", "configs/README.md", "benchmarks/README.md")),
+]
+EXPERIMENTS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+EXAMPLE = REPOSITORY / "configs" / "pictures_256.yaml"  # what overrides that stand alone are applied to
+STARTS = {"lfm": main, "pipelines.cli.main": main, "launch/train.py": train}
+
+
+def relative_name(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line of the manual."""
+
+    start: str  # a key of STARTS
+    arguments: tuple[str, ...]
+    complete: bool  # False inside a sentence, where required options may be left out
+
+
+def code_blocks(text: str) -> Iterator[str]:
+    """The lines of indented and fenced code."""
+    fenced = False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            yield line.strip()
+
+
+def command_lines(text: str) -> Iterator[CommandLine]:
+    """The command lines of a page or of the head of an experiment."""
+    lines = [(line, True) for line in code_blocks(text)]
+    lines += [(re.sub(r"^#\s*(\w+:)?\s*", "", line), True) for line in text.splitlines() if line.startswith("#")]
+    lines += [(code, False) for code in re.findall(r"`([^`\n]+)`", text)]
+    for line, complete in lines:
+        for part in re.split(r"\s&&\s|;\s", line):
+            try:
+                words = shlex.split(part, comments=True)
+            except ValueError:  # a sentence with an apostrophe
+                continue
+            at = next((i for i, word in enumerate(words) if word in STARTS), None)
+            launcher = words[:1] and words[0] in ("lfm", "deepspeed", "torchrun", "srun", "python", "sbatch")
+            if at is None or not launcher:
+                continue
+            arguments = tuple(word for word in words[at + 1 :] if word != "...")
+            yield CommandLine(words[at], arguments, complete and "..." not in words)
+
+
+def parse(line: CommandLine) -> dict[str, object]:
+    """Parse a command line as click does, without running it; returns the parameters."""
+    command: click.Command = STARTS[line.start]
+    arguments = list(line.arguments)
+    if isinstance(command, click.Group):
+        if not arguments or arguments[0] == "--help":
+            return {}
+        name, *arguments = arguments
+        found = command.get_command(click.Context(command), name)
+        assert found, f"lfm {name}: no such command"
+        command = found
+    try:
+        return command.make_context(command.name, arguments).params if arguments or line.complete else {}
+    except (click.MissingParameter, click.BadOptionUsage):  # an option without its value
+        if line.complete:
+            raise
+        return {}
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative_name)
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{target}: no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *EXPERIMENTS], ids=relative_name)
+def test_command_lines_parse(page: Path) -> None:
+    for line in command_lines(page.read_text()):
+        try:
+            parse(line)
+        except click.UsageError as error:
+            pytest.fail(f"{line.start} {shlex.join(line.arguments)}: {error.format_message()}")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *EXPERIMENTS], ids=relative_name)
+def test_experiments_and_overrides_are_valid(page: Path) -> None:
+    text = page.read_text()
+    for line in command_lines(text):
+        if line.start == "launch/train.py" and line.complete and "NAME" not in str(line.arguments):
+            values = parse(line)
+            config_schema.load(str(REPOSITORY / str(values["config"])), values["overrides"])
+    for line in code_blocks(text):
+        if line.startswith("--set "):
+            words = shlex.split(line, comments=True)
+            config_schema.load(str(EXAMPLE), [word for word in words if word != "--set"])
+    for override in re.findall(r"`--set ([a-z][^`\s]*)`", text):  # not KEY=VALUE
+        config_schema.load(str(EXAMPLE), [override])
+
+
+def test_the_manual_shows_every_command() -> None:
+    """So that a new command gets its page."""
+    shown = {
+        line.arguments[0]
+        for page in PAGES
+        for line in command_lines(page.read_text())
+        if line.start != "launch/train.py" and line.arguments
+    }
+    commands = {name for name, command in main.commands.items() if not command.hidden}
+    assert commands - shown == set()
+
+
+def test_wrong_command_lines_are_noticed() -> None:
+    page = (
+        "    lfm shard A\n\n    lfm sample R --out D --nope 1\n\n    lfm fly away  # no\n\nand `lfm sample R --nope`\n"
+    )
+    lines = list(command_lines(page))
+    assert len(lines) == 4
+    for line in lines:
+        with pytest.raises((click.UsageError, AssertionError)):
+            parse(line)
