@@ -31,10 +31,10 @@ def encode(config: EncodeConfig) -> None:
 
     Under torchrun, deepspeed or Slurm each rank encodes its part, and then the shards of ranks that died.
     """
-    from pipelines.common.processes import on_every_gpu
+    from pipelines.common.processes import run_on_every_gpu
     from pipelines.data.encode import run
 
-    results = on_every_gpu(run, config, 1 if config.dry_run else config.num_gpus)
+    results = run_on_every_gpu(run, config, 1 if config.dry_run else config.num_gpus)
     plan = results[0].plan
     if config.dry_run:
         return show(config, plan)
@@ -48,19 +48,19 @@ def encode(config: EncodeConfig) -> None:
 @stage_command(InspectConfig)
 def inspect(config: InspectConfig) -> None:
     """Describe the shards in PATH, and save a sheet of their first images."""
-    from pipelines.common import factory
+    from pipelines.common import launcher
     from pipelines.data.inspect_shards import run
 
-    click.echo(run(config, factory.world()).report)
+    click.echo(run(config, launcher.world()).report)
 
 
 @stage_command(AutoencoderConfig)
 def autoencoder(config: AutoencoderConfig) -> None:
     """Train an AutoencoderKL on the raw shards RAWS and write it to DEST."""
-    from pipelines.common import factory
+    from pipelines.common import launcher
     from pipelines.data.train_autoencoder import run
 
-    result = run(config, factory.world())
+    result = run(config, launcher.world())
     if config.dry_run:
         return show(config, result.plan)
     click.echo(result.plan if result.psnr is None else f"{result.plan}, reconstructs at {result.psnr:.2f} dB")

@@ -16,10 +16,10 @@ BOUND_OPTIONS = ("targets", "bound", "out", "num", "first_seed", "batch_size", "
 @stage_command(ReferenceConfig)
 def reference(config: ReferenceConfig) -> None:
     """Measure the real images of SOURCE once and write their statistics to OUT."""
-    from pipelines.common.processes import on_every_gpu
+    from pipelines.common.processes import run_on_every_gpu
     from pipelines.evaluation.make_reference import run
 
-    results = on_every_gpu(run, config, 1 if config.dry_run else config.num_gpus)
+    results = run_on_every_gpu(run, config, 1 if config.dry_run else config.num_gpus)
     if config.dry_run:
         return show(config, results[0].plan)
     if not any(result.reference for result in results):
@@ -31,14 +31,14 @@ def reference(config: ReferenceConfig) -> None:
 @stage_command(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> None:
     """Compare the images of TARGETS with references: of runs, folders of images, or raw shards."""
-    from pipelines.common.processes import on_every_gpu
+    from pipelines.common.processes import run_on_every_gpu
     from pipelines.evaluation.evaluate import run
 
     if config.bound:
         return _bound(config, config.bound)
     if not config.reference:
         raise click.UsageError("Missing option '--reference'; make one with `lfm reference`")
-    results = on_every_gpu(run, config, 1 if config.dry_run else config.num_gpus)
+    results = run_on_every_gpu(run, config, 1 if config.dry_run else config.num_gpus)
     if config.dry_run:
         return show(config, results[0].plan)
     table = next((result.table for result in results if result.table), None)
@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def _bound(config: EvaluateConfig, raw: str) -> None:
     """Run `lfm evaluate RUN --bound RAW`."""
-    from pipelines.common import factory
+    from pipelines.common import launcher
     from pipelines.evaluation.distance_bound import run
 
     for field in fields(config):
@@ -66,7 +66,7 @@ def _bound(config: EvaluateConfig, raw: str) -> None:
         cache=config.cache,
         dry_run=config.dry_run,
     )
-    result = run(bound, factory.world())
+    result = run(bound, launcher.world())
     if config.dry_run:
         return show(bound, result.plan)
     click.echo(f"{result.table}\n{config.out}/bound.json")
@@ -75,10 +75,10 @@ def _bound(config: EvaluateConfig, raw: str) -> None:
 @stage_command(LikelihoodConfig)
 def likelihood(config: LikelihoodConfig) -> None:
     """Compute the negative log-likelihood of LATENTS under RUN, in bits per dimension."""
-    from pipelines.common import factory
+    from pipelines.common import launcher
     from pipelines.evaluation.latent_likelihood import run
 
-    result = run(config, factory.world())
+    result = run(config, launcher.world())
     if result.bits_per_dim is None:
         return show(config, result.plan)
     click.echo(

@@ -17,10 +17,10 @@ def sample(config: SampleConfig) -> None:
 
     Under torchrun, deepspeed or Slurm each rank generates its part.
     """
-    from pipelines.common.processes import on_every_gpu
+    from pipelines.common.processes import run_on_every_gpu
     from pipelines.sampling.sample import run
 
-    results = on_every_gpu(run, config, 1 if config.dry_run else config.num_gpus)
+    results = run_on_every_gpu(run, config, 1 if config.dry_run else config.num_gpus)
     if config.dry_run:
         return show(config, results[0].plan)
     for result in results:
@@ -67,11 +67,11 @@ def train_hint(rest: tuple[str, ...]) -> None:
 @stage_command(TrainOptions)
 def train(options: TrainOptions) -> None:
     """Train a model on latent shards. Run the same command to resume."""
-    from pipelines.common import config_schema, factory
+    from pipelines.common import config_schema, launcher
     from pipelines.training.train import run
 
     experiment = config_schema.load(options.config, options.overrides)
-    world = factory.world()
+    world = launcher.world()
     result = run(
         experiment,
         world,

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import lfm
 from lfm import autoencoder as autoencoders
-from lfm import storage
 from lfm.autoencoder import Autoencoder
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream.latent_stream import StreamOptions
@@ -24,27 +18,7 @@ from lfm.storage.cache import Cache
 from lfm.world import World
 from pipelines.common.config_schema import ExperimentConfig
 
-_PLACE = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def world() -> World:
-    """This process's place, as torchrun and the deepspeed launcher tell it; alone where there is no launcher.
-
-    Raises:
-        ConfigError: a variable of the launcher is no number, or they contradict each other.
-    """
-    try:
-        place = World(*(int(os.environ.get(*variable)) for variable in _PLACE))
-    except ValueError as error:
-        raise ConfigError(
-            f"RANK, LOCAL_RANK, WORLD_SIZE: must be numbers ({error}); unset them, or use a launcher"
-        ) from error
-    if not 0 <= place.rank < place.size or place.local_rank < 0:
-        raise ConfigError(
-            f"RANK {place.rank}, WORLD_SIZE {place.size}: contradict each other; unset them, or use a launcher"
-        )
-    return place
 
 
 def device(world: World) -> torch.device:
@@ -176,34 +150,3 @@ def deepspeed_settings(config: ExperimentConfig, world: World) -> dict[str, Any]
         },
         "bf16": {"enabled": train.precision == "bf16"},
     }
-
-
-@functools.lru_cache(maxsize=1)
-def code_version() -> str:
-    """The package's version and, in a checkout, its commit."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return lfm.__version__
-    return f"{lfm.__version__} ({commit})"
-
-
-def wait_for(path: str, content: Any, *, seconds: float = 120.0) -> None:
-    """Wait until another rank has written `content` to a JSON file.
-
-    Raises:
-        DataError: it did not.
-    """
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if storage.exists(path) and storage.read_json(path) == content:
-            return
-        time.sleep(0.2)
-    raise DataError(f"{path}: the first rank did not write it within {seconds:.0f} s; look at its message")

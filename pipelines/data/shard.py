@@ -6,11 +6,8 @@ job that any process can do at any time, and repeat.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +24,7 @@ from lfm.data.transforms import Rejected, binary, crop, crop_ids
 from lfm.errors import ConfigError, DataError
 from lfm.types import RawSample, SourceItem
 from lfm.world import World
-from pipelines.common.processes import SPAWN, begin_worker
+from pipelines.common.processes import map_processes, part_of
 from pipelines.common.progress import Progress
 from pipelines.data.data_options import ShardConfig
 from pipelines.data.shard_set import complete_records, write_shard
@@ -92,13 +89,10 @@ def _check(config: ShardConfig) -> World:
     """Refuse wrong options; return this command's place among the parts."""
     if config.layout not in ("auto", *LAYOUTS):
         raise ConfigError(f"`layout` {config.layout}: unknown; one of auto, {', '.join(LAYOUTS)}")
-    match = re.fullmatch(r"(\d+)/(\d+)", config.part)
-    number, count = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= number <= count:
-        raise ConfigError(f"`part` {config.part}: must have the form 3/16, the third of sixteen parts")
-    if count > 1 and config.overwrite:
+    part = part_of(config.part)
+    if part.size > 1 and config.overwrite:
         raise ConfigError("`overwrite`: would remove the shards of other parts; use it once, without `part`")
-    return World(rank=number - 1, size=count)
+    return part
 
 
 def plan(config: ShardConfig, source: Source) -> list[ShardJob]:
@@ -150,24 +144,9 @@ def _write_jobs(config: ShardConfig, jobs: list[ShardJob], own_jobs: list[ShardJ
     total = sum(job.num_items for job in own_jobs)
     done_before = sum(job.num_items for job in own_jobs if job.name in done)
     with Progress("shard", total, "images", done=done_before) as progress:
-        for record in _write_all([job for job in own_jobs if job.name not in done], config.workers):
+        for record in map_processes(write_job, [job for job in own_jobs if job.name not in done], config.workers):
             rejections.add(record.rejects)
             progress.advance(record.samples + len(record.rejects), rejected=str(rejections.count))
-
-
-def _write_all(jobs: list[ShardJob], workers: int) -> Iterator[ShardRecord]:
-    """Yield the record of each shard when it is written, by as many processes as `workers`."""
-    if workers == 1 or len(jobs) <= 1:
-        yield from map(write_job, jobs)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), SPAWN, begin_worker)
-    try:
-        for future in as_completed([pool.submit(write_job, job) for job in jobs]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise DataError("a worker process died; run the same command to resume") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def write_job(job: ShardJob) -> ShardRecord:

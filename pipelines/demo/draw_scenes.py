@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +14,7 @@ from lfm.errors import ConfigError
 from lfm.synthetic.dead_leaves import draw_leaves
 from lfm.synthetic.scenes import CLASS_NAMES, SEGMENT_NAMES, draw_scene
 from pipelines.common import image_files
+from pipelines.common.processes import map_processes
 from pipelines.common.progress import Progress
 from pipelines.demo.demo_options import ScenesConfig
 
@@ -59,9 +58,8 @@ def run(config: ScenesConfig) -> ScenesResult:
     plan = f"{config.num:,} {config.kind} of {config.image_size} x {config.image_size} pixels -> {config.dest}/images"
     if config.dry_run:
         return ScenesResult(plan)
-    spawn = multiprocessing.get_context("spawn")
-    with Progress("scenes", config.num, "images") as bar, ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
-        for _ in pool.map(partial(_draw, config), range(config.num), chunksize=64):
+    with Progress("scenes", config.num, "images") as bar:
+        for _ in map_processes(partial(_draw, config), range(config.num), os.cpu_count() or 1):
             bar.advance(1)
     if config.kind == "scenes":
         storage.write_bytes(storage.join(config.dest, "labels.txt"), "\n".join(SEGMENT_NAMES).encode())

@@ -24,6 +24,7 @@ from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.progress import Progress
+from pipelines.common.provenance import code_version
 from pipelines.evaluation import feature_files
 from pipelines.evaluation.evaluation_options import BoundConfig
 
@@ -79,7 +80,7 @@ def run(config: BoundConfig, world: World) -> BoundResult:
         "settings": asdict(config) | {"num": num, "samples_seen": header.samples_seen, "data_digest": real.digest},
         "autoencoder": header.autoencoder.model_dump(),
         "trained_by": header.code_version,
-        "measured_by": factory.code_version(),
+        "measured_by": code_version(),
         "terms": asdict(bound),
         "bound": {"paper": _finite(bound.paper), "by_time": _finite(bound.by_time)},
     }

@@ -25,6 +25,7 @@ from lfm.solvers import Solving
 from lfm.weights_file import WEIGHTS
 from lfm.world import World
 from pipelines.common import factory
+from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.evaluation import metric_table, report
 from pipelines.evaluation.candidates import PairedImages, Run, StoredImages, Target
@@ -178,6 +179,6 @@ def _neighbours(config: EvaluateConfig, reference: Reference, pooled: list[torch
 
 
 def _versions() -> dict[str, str]:
-    return {"lfm": factory.code_version(), "python": platform.python_version()} | {
+    return {"lfm": code_version(), "python": platform.python_version()} | {
         package: version(package) for package in PACKAGES
     }

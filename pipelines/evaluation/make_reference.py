@@ -17,6 +17,7 @@ from lfm.metrics import reference as references
 from lfm.metrics.reference import Reference, ReferenceHeader
 from lfm.world import World
 from pipelines.common import factory
+from pipelines.common.provenance import code_version
 from pipelines.evaluation import feature_files
 from pipelines.evaluation.evaluation_options import ReferenceConfig
 
@@ -84,7 +85,7 @@ def _header(config: ReferenceConfig, images: ImageSet, network: networks.Feature
         network_name=network.name,
         network_hash=network.content_hash,
         network_description=network.description,
-        code_version=factory.code_version(),
+        code_version=code_version(),
     )
 
 
@@ -110,7 +111,7 @@ def _import(config: ReferenceConfig) -> ReferenceResult:
     if config.image_size is None:
         raise ConfigError(f"{config.source}: does not say of what size its images were; give --image-size")
     plan = f"the statistics of {config.source}, of the original FID's network -> {config.out}"
-    reference = references.import_npz(config.source, config.image_size, factory.code_version())
+    reference = references.import_npz(config.source, config.image_size, code_version())
     if config.dry_run:
         return ReferenceResult(plan, None)
     if _there(config, reference.header) is None:

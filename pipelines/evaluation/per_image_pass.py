@@ -13,7 +13,7 @@ from lfm.metrics.features import FeatureNetwork, file_hash, load_module
 from lfm.metrics.paired import psnr, ssim
 from lfm.metrics.segmentation import Confusion
 from lfm.world import World
-from pipelines.common import factory
+from pipelines.common.provenance import code_version
 from pipelines.evaluation import feature_files
 from pipelines.evaluation.candidates import GeneratedBatch, Target
 
@@ -30,7 +30,7 @@ class Scorer:
 
     def folder(self, target: Target) -> str:
         """Where the blocks of a target are: named after all that decides them."""
-        measured_by = [factory.code_version(), [network.content_hash for network in self.networks], self.hashes]
+        measured_by = [code_version(), [network.content_hash for network in self.networks], self.hashes]
         recipe = [target.identity, target.counts, *measured_by]
         return storage.join(self.out, f"blocks-{manifests.digest(recipe)[:16]}")
 

@@ -20,6 +20,7 @@ from lfm.models import registry
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
+from pipelines.common.provenance import code_version
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
 
 FORMATS = ("safetensors", "diffusers")
@@ -75,7 +76,7 @@ def _converted(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader]:
         classes=classes,
         samples_seen=0,
         manifest_digest=f"imported from {config.path}",
-        code_version=factory.code_version(),
+        code_version=code_version(),
         prediction="noise" if config.source == "dit" else "velocity",
     )
     return weights, header

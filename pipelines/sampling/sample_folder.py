@@ -14,7 +14,7 @@ from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.errors import ConfigError
 from lfm.world import World
-from pipelines.common import factory, image_files
+from pipelines.common import image_files, processes
 from pipelines.sampling.sample_job import SampleJob
 from pipelines.sampling.sample_plan import PlannedImage, plan_images
 
@@ -30,7 +30,7 @@ def claim_folder(job: SampleJob, world: World) -> None:
     config = job.plan.config
     path = storage.join(config.out, manifests.RECIPE)
     if not world.is_main:
-        return factory.wait_for(path, job.recipe)
+        return processes.wait_for_json(path, job.recipe)
     previous = storage.read_json(path) if storage.exists(path) else {"kind": "samples"}
     if not isinstance(previous, dict) or previous.get("kind") != "samples":
         raise ConfigError(f"{config.out}: holds something else than samples of lfm; choose another folder")

@@ -11,7 +11,8 @@ from PIL import Image
 from lfm import storage
 from lfm.data.masks import hide
 from lfm.inference.condition_inputs import Conditions
-from pipelines.common import factory, image_files
+from pipelines.common import image_files
+from pipelines.common.provenance import code_version
 from pipelines.sampling.sample_job import SampleJob
 from pipelines.sampling.sample_plan import PlannedImage
 
@@ -75,7 +76,7 @@ def make_record(job: SampleJob, finished: dict[str, int]) -> dict[str, Any]:
         "known_pixels": known_pixels,
         "autoencoder": header.autoencoder.model_dump(),
         "trained_by": header.code_version,
-        "sampled_by": factory.code_version(),
+        "sampled_by": code_version(),
         "pictures": [_image_record(job, image, finished[image.file]) for image in job.plan.images],
     }
 

@@ -32,6 +32,7 @@ from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig, TrainConfig
 from pipelines.common.progress import Progress
+from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import BestWeights, load_reference_set
 from pipelines.training.resume_checks import check_continues, describe, initial_weights
@@ -285,7 +286,7 @@ def _header(config: ExperimentConfig, manifest: Manifest, model_config: ModelCon
         "classes": manifest.classes if "class" in config.conditions else (),
         "labels": manifest.labels if "semantic" in config.conditions else {},
         "manifest_digest": manifest.digest,
-        "code_version": factory.code_version(),
+        "code_version": code_version(),
         "config": config.model_dump(mode="json"),
     }
 

@@ -17,7 +17,7 @@ from lfm.training.ema import decay_after, power_decay_after
 from lfm.training.engine import Engine
 from lfm.training.step_guard import StepGuard
 from lfm.world import World
-from pipelines.common import factory
+from pipelines.common import factory, launcher
 
 BATCH, LEARNING_RATE, CLIPPING, DECAY, WIDTH = 16, 3e-3, 1.0, 0.99, 0.1
 
@@ -92,7 +92,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def main() -> None:
     zero, precision, out = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    world = factory.world()
+    world = launcher.world()
     found: dict[str, Any] = {}
 
     # 200 steps: losses, and the averages against float64.

@@ -61,15 +61,6 @@ def test_batches_add_up_or_are_refused_naming_the_keys(global_batch: int, micro_
         assert micro * steps * ranks == global_batch
 
 
-def test_a_launcher_that_contradicts_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variables in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x"}, {"WORLD_SIZE": "0"}):
-        with monkeypatch.context() as patch:
-            for name, value in variables.items():
-                patch.setenv(name, value)
-            with pytest.raises(ConfigError, match="unset them"):
-                factory.world()
-
-
 def test_differences_name_every_changed_key() -> None:
     before, after = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4}, "e": 5}
     assert list(configs.differences(before, after)) == [("b.c", 2, 4), ("b.d", 3, None), ("e", None, 5)]
