@@ -1,4 +1,4 @@
-# Two targets do all the set-up on a fresh machine: `make demo` and `make test`.
+# `make demo` and `make test` install everything they need on a fresh machine.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -15,8 +15,8 @@ test: $(VENV)/ready
 	$(BIN)/mypy
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-# torch first, and alone: what comes after takes the one that is there. DeepSpeed's build asks for it. In its other modes
-# an editable install is found after a folder `lfm` of the working directory, such as this clone seen from above.
+# torch is installed first: the build of DeepSpeed imports it. Only in compat mode does an editable install take precedence
+# over a folder `lfm` in the working directory, such as this clone seen from its parent folder.
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch
@@ -25,7 +25,7 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	touch $@
 	@echo "installed; for the commands in this shell: . $(VENV)/bin/activate"
 
-# Makes again the autoencoder that comes with the package: about half an hour on two cores.
+# Train the autoencoder that comes with the package again: about half an hour on two cores.
 autoencoder: $(VENV)/ready
 	$(BIN)/lfm scenes build/autoencoder/scenes --num 6000 --seed 1
 	$(BIN)/lfm scenes build/autoencoder/leaves --num 6000 --seed 1 --kind leaves

@@ -1,4 +1,4 @@
-"""A small real data set, made once by the stages themselves: drawn scenes -> raw shards -> latents."""
+"""Fixtures: a small data set made by the stages themselves (scenes, raw shards, latents), and untrained models for it."""
 
 from __future__ import annotations
 

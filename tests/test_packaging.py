@@ -1,4 +1,4 @@
-"""What a wheel holds: both packages, the autoencoder's weights, and nothing of launch/ or tests/."""
+"""The content of a wheel: both packages, the autoencoder's weights, and nothing of launch/ or tests/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests share: where things are, command lines run in this process, and ranks started by hand."""
+"""Small data sets, command lines run in this process, and ranks started without a launcher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALONE = World()
 
 @dataclass(frozen=True)
 class SmallSet:
-    """Where its parts are."""
+    """Paths of a small data set: images, raw shards, latent shards, and the autoencoder of the latents."""
 
     images: Path
     raw: Path
@@ -32,7 +32,7 @@ class SmallSet:
 
 
 def make_autoencoder(folder: Path, seed: int) -> Path:
-    """A tiny AutoencoderKL with random weights, in diffusers' format."""
+    """Write a tiny AutoencoderKL with random weights in the format of diffusers, and return its folder."""
     torch.manual_seed(seed)
     model = import_diffusers().AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -49,7 +49,7 @@ def make_autoencoder(folder: Path, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Scenes with maps and masks, and a model of random weights for each task."""
+    """Paths of scenes with segmentations and masks, their shards, and a run of random weights for each task."""
 
     scenes: Path
     raw: Path
@@ -59,7 +59,7 @@ class Tasks:
 
 
 def lfm(*arguments: object, env: dict[str, str] | None = None, command: click.Command = main) -> Result:
-    """Run a command line, in this process: a start of Python and torch for each would take the tests' whole time."""
+    """Run a command line in this process: starting Python and torch for each would dominate the time of the tests."""
     result = CliRunner(env=env).invoke(command, list(map(str, arguments)))
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -67,7 +67,7 @@ def lfm(*arguments: object, env: dict[str, str] | None = None, command: click.Co
 
 
 def assert_one_line(result: Result, *parts: object) -> None:
-    """The command ended as a user's mistake must: exit code 2 and one line that holds `parts`."""
+    """Assert that a command failed as after a user's mistake: exit code 2 and one error line that contains `parts`."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.exit_code == 2, result.output
     assert len(lines) == 1, result.stderr
@@ -76,13 +76,14 @@ def assert_one_line(result: Result, *parts: object) -> None:
 
 
 def free_port() -> int:
+    """Return a loopback port that is free now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
 def start_ranks(command: Sequence[object], ranks: int) -> list[subprocess.Popen[str]]:
-    """Start a command on some ranks as torchrun would, without its seconds."""
+    """Start a command on several ranks as torchrun does, without the seconds that torchrun takes."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(ranks):
@@ -96,6 +97,10 @@ def start_ranks(command: Sequence[object], ranks: int) -> list[subprocess.Popen[
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> subprocess.CompletedProcess[str]:
-    """Wait for all; returns the first rank's result, with what all said on stderr."""
-    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    """Wait for all ranks; return the result of the first one, with the stderr of all. Ranks that hang are killed."""
+    try:
+        results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # no effect on those that have ended
     return subprocess.CompletedProcess([], results[0][2], results[0][0], "".join(result[1] for result in results))

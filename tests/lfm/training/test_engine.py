@@ -46,7 +46,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         arguments = [json.dumps(zero), precision, root / name, *([root / origin] if origin else [])]
         result = finish(start_ranks([sys.executable, WORKER, *arguments], ranks))
         assert result.returncode == 0, result.stderr
-        found[name] = json.loads((root / name / "found-0.json").read_text())
+        found[name] = json.loads((root / name / "measured-0.json").read_text())
     return found
 
 
