@@ -1,1 +1,1 @@
-"""The probability path, times, coupling, guidance and likelihood of flow matching."""
+"""The probability path and its loss, time samplers, coupling, guidance, the null condition and likelihoods."""

@@ -1,26 +1,45 @@
-"""The network as a velocity field that counts its evaluations, and guidance of such fields.
+"""Velocity fields of networks, which count their evaluations, and guidance of such fields.
 
-    v = v_weak + s (v - v_weak)          on all channels, where time is in the interval; s = 1 is v alone
+    v = v_weak + s (v_cond - v_weak)          on all channels, where time is in the interval
 
-v, the velocity under the condition; s, the guidance scale. v_weak is v under the null condition (Ho & Salimans 2022, with
-s = 1 + w), or the velocity of a smaller or earlier model under the same condition: autoguidance (Karras et al. 2024). An
-interval in the middle of the times costs less and keeps variety (Kynkaanniemi et al. 2024). NFE, the number of function
-evaluations, counts the calls of a network for each image: a guided evaluation counts twice.
+v_cond is the velocity under the condition and s the guidance scale; s = 1 means no guidance. v_weak is the velocity of the
+same network under the null condition (classifier-free guidance, Ho & Salimans 2022, with s = 1 + w), or that of a smaller
+or earlier network under the same condition (autoguidance, Karras et al. 2024). An interval in the middle of the times
+costs less and keeps variety (Kynkaanniemi et al. 2024).
+
+NFE, the number of function evaluations, counts the evaluations of a network for each image: a guided one counts twice.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lfm.types import Condition, Velocity
 
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
+"""Velocity (B, C, h, w) at state (B, C, h, w), time (B,) and the condition of B images."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Settings of guidance."""
+
+    scale: float = 1.0
+    """Guidance scale; 1 means none."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance applies."""
+    weak: Network | None = None
+    """Weaker network for autoguidance; None for classifier-free guidance."""
+
 
 class CountedVelocity(Velocity, Protocol):
-    """A velocity field that knows what it cost."""
+    """A velocity field that counts its evaluations."""
 
     @property
     def nfe(self) -> Tensor:
@@ -28,10 +47,10 @@ class CountedVelocity(Velocity, Protocol):
 
 
 class NetworkVelocity:
-    """A network under the conditions of one batch, without gradients."""
+    """The velocity field of a network under the conditions of one batch, without gradients."""
 
-    def __init__(self, model: nn.Module, condition: Condition, batch_size: int) -> None:
-        self.model = model
+    def __init__(self, network: Network, condition: Condition, batch_size: int) -> None:
+        self.network = network
         self.condition = condition
         self.nfe = torch.zeros(batch_size, dtype=torch.int64)
 
@@ -39,13 +58,13 @@ class NetworkVelocity:
     def __call__(self, state: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         self.nfe = self.nfe.to(rows.device)
         self.nfe[rows] += 1
-        return self.model(state, time, self.condition.rows(rows))
+        return self.network(state, time, self.condition.rows(rows))
 
 
-class Guided:
-    """Two velocity fields as one that leads away from the second, where time is in `interval`.
+class GuidedVelocity:
+    """Guidance: extrapolate from `weak` through `velocity` while time is in `interval`.
 
-    At scale 1, and outside of the interval, the second is never evaluated.
+    At scale 1, and outside of the interval, `weak` is not evaluated.
     """
 
     def __init__(
@@ -56,7 +75,8 @@ class Guided:
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.velocity, self.weak, self.scale = velocity, weak, scale
-        low, high = interval  # open at the ends of time, which torchdiffeq's last step goes beyond
+        low, high = interval
+        # An interval that ends at 0 or 1 is open there, since the last step of torchdiffeq goes beyond 0.
         self.interval = (low if low > 0 else -math.inf, high if high < 1 else math.inf)
 
     @property
@@ -65,9 +85,9 @@ class Guided:
         return self.velocity.nfe + self.weak.nfe.to(self.velocity.nfe.device)
 
     def __call__(self, state: Tensor, time: Tensor, rows: Tensor) -> Tensor:
-        towards = self.velocity(state, time, rows)
-        inside = (time >= self.interval[0]) & (time <= self.interval[1])
+        conditional = self.velocity(state, time, rows)  # (A, C, h, w)
+        inside = (time >= self.interval[0]) & (time <= self.interval[1])  # (A,)
         if self.scale == 1 or not inside.any():
-            return towards
-        away = self.weak(state[inside], time[inside], rows[inside])
-        return towards.index_put((inside,), away + self.scale * (towards[inside] - away))
+            return conditional
+        weak = self.weak(state[inside], time[inside], rows[inside])  # (I, C, h, w)
+        return conditional.index_put((inside,), weak + self.scale * (conditional[inside] - weak))

@@ -26,7 +26,7 @@ from lfm import weights_file
 from lfm.autoencoder import Autoencoder
 from lfm.data.random_draws import image_noise
 from lfm.errors import CheckpointError, ConfigError
-from lfm.flow.guidance import CountedVelocity, Guided, NetworkVelocity
+from lfm.flow.guidance import CountedVelocity, GuidedVelocity, NetworkVelocity
 from lfm.flow.null_condition import null_condition
 from lfm.inference.condition_inputs import encode_conditions
 from lfm.models import registry
@@ -231,4 +231,4 @@ def guided_velocity(
             condition, model.condition_dropout, num_classes=model.num_classes, num_labels=model.num_labels
         )
         weak = NetworkVelocity(network, null, count)
-    return Guided(own, weak, guidance.scale, guidance.interval)
+    return GuidedVelocity(own, weak, guidance.scale, guidance.interval)

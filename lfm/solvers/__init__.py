@@ -2,11 +2,12 @@
 
     dx/dt = v(x, t),    x(1) = noise,    x(0) = latents
 
-A solver is known by its name. Those with fixed steps take a grid of times, num_steps equal intervals of u from 1 to 0 that
+Fixed-step solvers take the steps of a grid of times: num_steps equal intervals of u from 1 to 0, which
 
     t = s u / (1 + (s - 1) u)
 
-shifts towards noise (s > 1) or data (s < 1) (Esser et al. 2024, Eq. 23); the others find their steps by tolerances.
+shifts towards noise (s > 1) or data (s < 1) (Esser et al. 2024, Eq. 23). Adaptive solvers choose their steps by tolerances.
+To add a solver, write its function in a module of this folder, and add a line to `SOLVERS`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor
 
 from lfm.errors import ConfigError
+from lfm.solvers.batch_adaptive import batch_adaptive_step
 from lfm.solvers.batching import StepCallback, no_callback
-from lfm.solvers.others import Normals, adams_bashforth, coupled, euler_maruyama
-from lfm.solvers.runge_kutta import TABLEAUS, adaptive_step, fixed_step
+from lfm.solvers.multistep import adams_bashforth
+from lfm.solvers.runge_kutta import TABLEAUS, Tableau, adaptive_step, fixed_step
+from lfm.solvers.stochastic import Normals, euler_maruyama
 from lfm.types import Velocity
 
 DEFAULT_STEPS, DEFAULT_TOLERANCE = 25, 1e-5
@@ -32,76 +35,93 @@ DEFAULT_STEPS, DEFAULT_TOLERANCE = 25, 1e-5
 
 @dataclass(frozen=True)
 class Solver:
-    """How to solve, and what to expect of it."""
+    """A solver and its properties."""
 
-    order: int  # the error of fixed steps falls with their number to this power; of sde in the mean, weakly
-    adaptive: bool
+    order: int
+    """The error falls with the number of fixed steps to this power; for a stochastic solver, that of the moments."""
     run: Callable[..., Tensor]
-    evaluations: int = 0  # of the velocity in each fixed step
-    stochastic: bool = False
-    watchable: bool = True
+    """(velocity, noise, *, times) -> latents for fixed steps; atol and rtol in place of times for adaptive ones."""
+    evaluations: int = 0
+    """Evaluations of the velocity per fixed step."""
+    is_adaptive: bool = False
+    is_stochastic: bool = False
+    """Whether `run` takes `normals`."""
+    reports_steps: bool = True
+    """Whether `run` takes `on_step`."""
 
 
-SOLVERS: dict[str, Solver] = {
-    name: Solver(
-        tableau.order,
-        tableau.adaptive,
-        partial(adaptive_step if tableau.adaptive else fixed_step, tableau),
-        len(tableau.b),
-    )
-    for name, tableau in TABLEAUS.items()
-}
+def _runge_kutta(tableau: Tableau) -> Solver:
+    run = partial(adaptive_step if tableau.is_adaptive else fixed_step, tableau)
+    return Solver(tableau.order, run, len(tableau.b), is_adaptive=tableau.is_adaptive)
+
+
+def _torchdiffeq(name: str) -> Solver:
+    run = partial(batch_adaptive_step, name)
+    return Solver(TABLEAUS[name].order, run, is_adaptive=True, reports_steps=False)
+
+
+SOLVERS = {name: _runge_kutta(tableau) for name, tableau in TABLEAUS.items()}
 SOLVERS |= {
-    "ab2": Solver(2, False, adams_bashforth, 1),
-    "sde": Solver(1, False, euler_maruyama, 1, stochastic=True),
-}
-SOLVERS |= {  # as the paper has them: the whole batch takes the same steps
-    f"torchdiffeq-{name}": Solver(tableau.order, True, partial(coupled, name), watchable=False)
-    for name, tableau in TABLEAUS.items()
-    if tableau.adaptive
+    "ab2": Solver(2, adams_bashforth, evaluations=1),
+    "sde": Solver(1, euler_maruyama, evaluations=1, is_stochastic=True),
+    "torchdiffeq-adaptive_heun": _torchdiffeq("adaptive_heun"),
+    "torchdiffeq-bosh3": _torchdiffeq("bosh3"),
+    "torchdiffeq-dopri5": _torchdiffeq("dopri5"),
+    "torchdiffeq-dopri8": _torchdiffeq("dopri8"),
 }
 
 
 @dataclass(frozen=True)
 class Solving:
-    """Which solver, and its options; None: the solver's own default, 25 steps, or 1e-5 of each tolerance.
+    """A solver and its options; None stands for the default, which is 25 steps, or 1e-5 for each tolerance.
 
-    Raises ConfigError, naming the flag, unless these are options that the solver takes.
+    Raises:
+        ConfigError: the solver is unknown, or does not take an option; names the option.
     """
 
     solver: str = "heun"
     num_steps: int | None = None
+    """Number of steps of a fixed-step solver."""
     time_shift: float | None = None
-    times: tuple[float, ...] | None = None  # in place of both: from 1 to 0
+    """Shift of the grid of times; above 1, more steps are near noise."""
+    times: tuple[float, ...] | None = None
+    """Grid of times from 1 to 0, in place of `num_steps` and `time_shift`."""
     atol: float | None = None
+    """Absolute tolerance of an adaptive solver."""
     rtol: float | None = None
+    """Relative tolerance of an adaptive solver."""
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             near = get_close_matches(self.solver, SOLVERS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SOLVERS)}"
-            raise ConfigError(f"--solver {self.solver}: unknown; {hint}")
-        fixed = {"--num-steps": self.num_steps, "--time-shift": self.time_shift, "--times": self.times}
-        tolerances = {"--atol": self.atol, "--rtol": self.rtol}
-        adaptive = SOLVERS[self.solver].adaptive
-        for flag, value in (fixed if adaptive else tolerances).items():
-            if value is not None:
-                finds = (
-                    "finds its own steps; give --atol and --rtol" if adaptive else "takes fixed steps; give --num-steps"
-                )
-                raise ConfigError(f"{flag} {value}: {self.solver} {finds} instead")
-        for flag, value in (*tolerances.items(), ("--time-shift", self.time_shift)):
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(SOLVERS)}"
+            raise ConfigError(f"`solver` {self.solver}: unknown; {hint}")
+        self._check_options_of_solver()
+        for name in ("time_shift", "atol", "rtol"):
+            value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{flag} {value}: must be above 0")
+                raise ConfigError(f"`{name}` {value}: must be above 0")
         if self.num_steps is not None and self.num_steps < 1:
-            raise ConfigError(f"--num-steps {self.num_steps}: must be at least 1")
+            raise ConfigError(f"`num_steps` {self.num_steps}: must be at least 1")
         if self.times is not None:
             if self.num_steps is not None or self.time_shift is not None:
-                raise ConfigError("--times: gives the whole grid; leave out --num-steps and --time-shift")
+                raise ConfigError("`times`: is the whole grid; leave out `num_steps` and `time_shift`")
             if list(self.times) != sorted(set(self.times), reverse=True) or (self.times[0], self.times[-1]) != (1, 0):
-                raise ConfigError(
-                    f"--times {','.join(map(str, self.times))}: must decrease from 1 to 0, as in 1,0.7,0.3,0"
-                )
+                text = ",".join(map(str, self.times))
+                raise ConfigError(f"`times` {text}: must decrease from 1 to 0, as in 1,0.7,0.3,0")
+
+    def _check_options_of_solver(self) -> None:
+        """Refuse options of fixed-step solvers for an adaptive one, and the reverse."""
+        if SOLVERS[self.solver].is_adaptive:
+            refused, repair = (
+                ["num_steps", "time_shift", "times"],
+                "chooses its own steps; set `atol` and `rtol` instead",
+            )
+        else:
+            refused, repair = ["atol", "rtol"], "takes fixed steps; set `num_steps` instead"
+        for name in refused:
+            if getattr(self, name) is not None:
+                raise ConfigError(f"`{name}` {getattr(self, name)}: {self.solver} {repair}")
 
     @property
     def grid(self) -> Tensor:
@@ -113,35 +133,46 @@ class Solving:
     def __call__(
         self, velocity: Velocity, noise: Tensor, *, normals: Normals | None = None, on_step: StepCallback = no_callback
     ) -> Tensor:
-        """The latents (B, ...) that `velocity` makes of `noise` (B, ...), float32 or float64.
+        """Integrate `velocity` from noise to latents.
 
-        A stochastic solver draws from `normals`; `on_step` is told of each step, where there is any to tell of. Raises
-        LfmError where the state is not finite or no end is in sight.
+        Args:
+            velocity: the velocity field.
+            noise: float32 or float64 (B, ...).
+            normals: random draws of each step, which a stochastic solver needs.
+            on_step: called after each step of a solver that reports its steps.
+
+        Returns:
+            Latents in the shape and dtype of `noise`.
+
+        Raises:
+            LfmError: the state is not finite, or an adaptive solver does not reach its tolerances.
         """
         solver = SOLVERS[self.solver]
-        options: dict[str, Any] = {"on_step": on_step} if solver.watchable else {}
-        if solver.adaptive:
-            options |= {"atol": self.atol or DEFAULT_TOLERANCE, "rtol": self.rtol or DEFAULT_TOLERANCE}
+        options: dict[str, Any] = {}
+        if solver.reports_steps:
+            options["on_step"] = on_step
+        if solver.is_adaptive:
+            options["atol"], options["rtol"] = self.atol or DEFAULT_TOLERANCE, self.rtol or DEFAULT_TOLERANCE
         else:
             options["times"] = self.grid
-        if solver.stochastic:
+        if solver.is_stochastic:
             assert normals is not None, f"{self.solver} needs normals"
             options["normals"] = normals
         return solver.run(velocity, noise, **options)
 
     def __str__(self) -> str:
-        if SOLVERS[self.solver].adaptive:
+        if SOLVERS[self.solver].is_adaptive:
             return f"{self.solver}, atol {self.atol or DEFAULT_TOLERANCE:g}, rtol {self.rtol or DEFAULT_TOLERANCE:g}"
         shift = f", shifted by {self.time_shift:g}" if self.time_shift else ", at given times" if self.times else ""
         return f"{self.solver} in {len(self.grid) - 1} steps{shift}"
 
 
 def time_grid(num_steps: int, shift: float = 1.0) -> Tensor:
-    """`num_steps` intervals from 1 to 0, equal before the shift: float64 (num_steps + 1,)."""
+    """Return the grid of `num_steps` intervals from 1 to 0, equal before the shift: float64 (num_steps + 1,)."""
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return times / (times + (1 - times) / shift)  # the formula above, exact at both ends
+    return times / (times + (1 - times) / shift)  # the formula above, in a form that is exact at both ends
 
 
 def solve(name: str, velocity: Velocity, noise: Tensor, **options: Any) -> Tensor:
-    """The latents (B, ...) that `velocity` makes of `noise` (B, ...), by the solver `name` and options of `Solving`."""
+    """Integrate `velocity` from noise to latents (B, ...) by the solver `name` and options of `Solving`."""
     return Solving(name, **options)(velocity, noise)

@@ -88,7 +88,7 @@ def make_plan(config: SampleConfig) -> SamplePlan:
         ):
             if value is not None:
                 raise ConfigError(f"`{option}` {value}: has no effect at `guidance_scale` 1; choose another scale")
-    if config.trajectory and not SOLVERS[config.solver].watchable:
+    if config.trajectory and not SOLVERS[config.solver].reports_steps:
         raise ConfigError(f"`trajectory`: {config.solver} does not show its steps; choose another `solver`")
     return plan
 

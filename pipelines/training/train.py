@@ -19,7 +19,8 @@ from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
 from lfm.data.stream.latent_stream import LatentStream, shard_sizes
 from lfm.errors import DataError
-from lfm.flow.path import TIME_SAMPLERS, path_sample, shifted_time, velocity_loss
+from lfm.flow.path import path_sample, velocity_loss
+from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
 from lfm.models import registry
 from lfm.models.config import ModelConfig
 from lfm.training.ema import decay_after, power_decay_after

@@ -19,7 +19,8 @@ from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import DataError
 from lfm.flow.guidance import NetworkVelocity
 from lfm.flow.null_condition import class_condition
-from lfm.flow.path import path_sample, uniform_time, velocity_loss
+from lfm.flow.path import path_sample, velocity_loss
+from lfm.flow.time_samplers import uniform_time
 from lfm.models.config import ModelConfig
 from lfm.training import run_folder
 from lfm.training.engine import Engine
@@ -117,5 +118,5 @@ class Validation:
     def _latents(self) -> torch.Tensor:
         """Every rank makes all of them: under ZeRO 3 the ranks must compute in step."""
         condition = self.condition.to(self.engine.device)
-        velocity = NetworkVelocity(self.engine, condition, len(self.noise))  # type: ignore[arg-type]
+        velocity = NetworkVelocity(self.engine, condition, len(self.noise))
         return solvers.solve(SOLVER, velocity, self.noise.to(self.engine.device), num_steps=NUM_STEPS)

@@ -151,7 +151,7 @@ def test_a_image_depends_on_its_seed_and_class_alone(small_set: SmallSet, weight
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--class-index", 8), "class index 8: the model knows classes 0 to 7"),
+        (("--class-index", 8), "--class-index 8: the model knows classes 0 to 7"),
         (("--class-index", "x"), "--class-index x"),
         (("--seeds", "5-3"), "--seeds 5-3"),
         (("--seeds", "1,1"), "names a number twice"),

@@ -27,8 +27,8 @@ from lfm.data.random_draws import draw, draw_noise, kept_tokens
 from lfm.data.stream.ahead import Ahead
 from lfm.data.stream.sample_order import Order
 from lfm.errors import ConfigError, DataError
+from lfm.flow.coupling import couple
 from lfm.flow.null_condition import drop_condition
-from lfm.flow.path import couple
 from lfm.prefetch import prefetch
 from lfm.storage.cache import Cache
 from lfm.types import Condition, LatentBatch

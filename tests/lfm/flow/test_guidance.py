@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lfm.flow.guidance import Guided, NetworkVelocity
+from lfm.flow.guidance import GuidedVelocity, NetworkVelocity
 from lfm.flow.null_condition import null_condition
 from lfm.solvers import solve
 from lfm.types import Condition
@@ -32,11 +32,13 @@ class Pull(nn.Module):
         return self.gain * condition.class_index.view(-1, 1, 1, 1) * channel * torch.ones_like(state)
 
 
-def guided(scale: float, classes: list[int], model: nn.Module | None = None) -> Guided:
+def guided(scale: float, classes: list[int], model: nn.Module | None = None) -> GuidedVelocity:
     model = model or Pull()
     condition = Condition(torch.tensor(classes))
     null = null_condition(condition, 0.1, num_classes=NUM_CLASSES)
-    return Guided(NetworkVelocity(model, condition, len(classes)), NetworkVelocity(model, null, len(classes)), scale)
+    return GuidedVelocity(
+        NetworkVelocity(model, condition, len(classes)), NetworkVelocity(model, null, len(classes)), scale
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -98,7 +100,7 @@ def test_guided_output_is_that_of_the_paper(scale: float, name: str) -> None:
     condition = Condition(theirs["cfg.y"][:5])
     null = null_condition(condition, CONFIG.condition_dropout, num_classes=CONFIG.num_classes)
     assert null.class_index is not None and torch.equal(null.class_index, theirs["cfg.y"][5:])
-    field = Guided(NetworkVelocity(model, condition, 5), NetworkVelocity(model, null, 5), scale)
+    field = GuidedVelocity(NetworkVelocity(model, condition, 5), NetworkVelocity(model, null, 5), scale)
     time = theirs["t_scalar"].expand(5) if name.endswith("scalar") else theirs["t"]
     out = field(theirs["cfg.x"], time, torch.arange(5))
     torch.testing.assert_close(out, theirs[name], atol=1e-5, rtol=0)

@@ -67,7 +67,7 @@ def test_hutchinsons_estimate_has_the_exact_mean_and_no_row_depends_on_another()
 
 
 def test_a_stochastic_solver_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--solver sde: the likelihood needs"):
+    with pytest.raises(ConfigError, match="`solver` sde: the likelihood needs"):
         log_likelihood(OfNormalData(), torch.zeros(1, 2, 2, 2), Condition(), solving=Solving("sde"))
 
 

@@ -54,9 +54,9 @@ def test_a_condition_of_classes_is_int64() -> None:
 
 @pytest.mark.parametrize("index", [-1, 10, 12])
 def test_an_index_that_is_no_class_is_named(index: int) -> None:
-    with pytest.raises(ConfigError, match=f"^class index {index}: the model knows classes 0 to 9$"):
+    with pytest.raises(ConfigError, match=f"^`class_index` {index}: the model knows classes 0 to 9$"):
         class_condition([3, index], 10)
-    with pytest.raises(ConfigError, match=f"class index {index}"):
+    with pytest.raises(ConfigError, match=f"`class_index` {index}"):
         check_class_index(torch.tensor([index]), 10)
 
 
@@ -67,7 +67,7 @@ def test_a_class_for_a_model_without_classes_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["class_index", "spatial", "segmentation"])
 def test_guidance_without_dropout_is_refused_for_every_task(name: str) -> None:
-    with pytest.raises(ConfigError, match="condition_dropout 0: use guidance scale 1"):
+    with pytest.raises(ConfigError, match="condition_dropout 0; set it to 1"):
         null_condition(Condition(**{name: getattr(everything(2), name)}), 0.0, num_classes=10, num_labels=5)
 
 

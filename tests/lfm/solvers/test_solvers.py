@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lfm.errors import ConfigError, LfmError
-from lfm.flow.guidance import Guided, NetworkVelocity
+from lfm.flow.guidance import GuidedVelocity, NetworkVelocity
 from lfm.flow.null_condition import null_condition
 from lfm.solvers import SOLVERS, Solving, solve, time_grid
-from lfm.solvers.others import adams_bashforth, euler_maruyama
+from lfm.solvers.multistep import adams_bashforth
 from lfm.solvers.runge_kutta import TABLEAUS, adaptive_step, fixed_step
+from lfm.solvers.stochastic import euler_maruyama
 from lfm.types import Condition, Velocity
 from tests.support.recorded_values import recorded, recorded_model
 
-FIXED = [name for name, solver in SOLVERS.items() if not solver.adaptive]
-ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]  # with the step controlled by row
-COUPLED = [name for name, solver in SOLVERS.items() if solver.adaptive and name not in ADAPTIVE]
-DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.stochastic]
+FIXED = [name for name, solver in SOLVERS.items() if not solver.is_adaptive]
+ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.is_adaptive]  # with the step controlled by row
+COUPLED = [name for name, solver in SOLVERS.items() if solver.is_adaptive and name not in ADAPTIVE]
+DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.is_stochastic]
 
 
 class Counted:
@@ -256,27 +257,27 @@ def test_a_tolerance_out_of_reach_ends_with_the_repair() -> None:
     def rough(state: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         return torch.sin(1e5 * time)[:, None].expand_as(state) * 1e3
 
-    with pytest.raises(LfmError, match=r"after \d+ evaluations: raise --atol 1e-09 and --rtol 1e-09, or take"):
+    with pytest.raises(LfmError, match=r"after \d+ evaluations: raise `atol` 1e-09 and `rtol` 1e-09, or choose"):
         adaptive_step(TABLEAUS["dopri5"], rough, NOISE, atol=1e-9, rtol=1e-9, max_evaluations=500)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dopri-5", {}, r"^--solver dopri-5: unknown; did you mean dopri5\?$"),
-        ("zzz", {}, "^--solver zzz: unknown; there are euler, "),
-        ("dopri5", {"num_steps": 50}, "^--num-steps 50: dopri5 finds its own steps; give --atol and --rtol instead$"),
-        ("heun", {"num_steps": 50, "atol": 1e-5}, "^--atol 1e-05: heun takes fixed steps; give --num-steps instead$"),
-        ("heun", {"num_steps": 50, "rtol": 1e-5}, "^--rtol 1e-05: heun takes fixed steps"),
-        ("torchdiffeq-dopri5", {"num_steps": 5}, "^--num-steps 5: torchdiffeq-dopri5 finds its own steps"),
-        ("dopri5", {"time_shift": 3.0}, "^--time-shift 3.0: dopri5 finds its own steps"),
-        ("heun", {"time_shift": 0.0}, "^--time-shift 0.0: must be above 0$"),
-        ("heun", {"times": (1, 0.5)}, "^--times 1,0.5: must decrease from 1 to 0, as in 1,0.7,0.3,0$"),
-        ("heun", {"times": (1, 0.5, 0.6, 0)}, "^--times 1,0.5,0.6,0: must decrease"),
-        ("heun", {"times": (1, 0), "num_steps": 3}, "^--times: gives the whole grid; leave out --num-steps"),
-        ("heun", {"num_steps": 0}, "^--num-steps 0: must be at least 1$"),
-        ("dopri5", {"atol": 0.0}, "^--atol 0.0: must be above 0$"),
-        ("dopri5", {"rtol": math.nan}, "^--rtol nan: must be above 0$"),
+        ("dopri-5", {}, r"^`solver` dopri-5: unknown; did you mean dopri5\?$"),
+        ("zzz", {}, "^`solver` zzz: unknown; one of euler, "),
+        ("dopri5", {"num_steps": 50}, "^`num_steps` 50: dopri5 chooses its own steps; set `atol` and `rtol` instead$"),
+        ("heun", {"num_steps": 50, "atol": 1e-5}, "^`atol` 1e-05: heun takes fixed steps; set `num_steps` instead$"),
+        ("heun", {"num_steps": 50, "rtol": 1e-5}, "^`rtol` 1e-05: heun takes fixed steps"),
+        ("torchdiffeq-dopri5", {"num_steps": 5}, "^`num_steps` 5: torchdiffeq-dopri5 chooses its own steps"),
+        ("dopri5", {"time_shift": 3.0}, "^`time_shift` 3.0: dopri5 chooses its own steps"),
+        ("heun", {"time_shift": 0.0}, "^`time_shift` 0.0: must be above 0$"),
+        ("heun", {"times": (1, 0.5)}, "^`times` 1,0.5: must decrease from 1 to 0, as in 1,0.7,0.3,0$"),
+        ("heun", {"times": (1, 0.5, 0.6, 0)}, "^`times` 1,0.5,0.6,0: must decrease"),
+        ("heun", {"times": (1, 0), "num_steps": 3}, "^`times`: is the whole grid; leave out `num_steps`"),
+        ("heun", {"num_steps": 0}, "^`num_steps` 0: must be at least 1$"),
+        ("dopri5", {"atol": 0.0}, "^`atol` 0.0: must be above 0$"),
+        ("dopri5", {"rtol": math.nan}, "^`rtol` nan: must be above 0$"),
     ],
 )
 def test_options_that_a_solver_does_not_take_are_refused(name: str, options: dict, message: str) -> None:
@@ -292,7 +293,7 @@ def fields_of_the_paper(task: str, file: dict[str, Tensor]) -> tuple[Velocity, T
     if task == "cls":
         return plain, file["xT"]
     null = null_condition(condition, 0.1, num_classes=10)
-    return Guided(plain, NetworkVelocity(model, null, 4), 1.5), file["cfg.x"]
+    return GuidedVelocity(plain, NetworkVelocity(model, null, 4), 1.5), file["cfg.x"]
 
 
 @pytest.mark.parametrize("task", ["cls", "cfg1p5"])
@@ -324,8 +325,14 @@ def test_torchdiffeqs_own_control_does_what_it_did_for_the_paper(task: str, name
     # where an adaptive solver stops depends on the last bits of float32: 1.5e-5 was seen
     torch.testing.assert_close(latents, file[f"{task}.{name}_1e-5"], atol=3e-5, rtol=0)
     recorded_nfe = {
-        **{"cls.dopri5": 38, "cls.dopri8": 80, "cls.bosh3": 68, "cls.adaptive_heun": 195},
-        **{"cfg1p5.dopri5": 88, "cfg1p5.dopri8": 186, "cfg1p5.bosh3": 172, "cfg1p5.adaptive_heun": 474},
+        "cls.dopri5": 38,
+        "cls.dopri8": 80,
+        "cls.bosh3": 68,
+        "cls.adaptive_heun": 195,
+        "cfg1p5.dopri5": 88,
+        "cfg1p5.dopri8": 186,
+        "cfg1p5.bosh3": 172,
+        "cfg1p5.adaptive_heun": 474,
     }
     assert velocity.nfe.tolist() == [recorded_nfe[f"{task}.{name}"]] * 4
 
