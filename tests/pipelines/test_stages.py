@@ -136,7 +136,7 @@ def test_a_misspelt_command_or_flag_is_answered_with_the_nearest(tmp_path: Path)
 # --- sample -----------------------------------------------------------------------------------------------------
 
 
-def test_a_image_depends_on_its_seed_and_class_alone(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:
+def test_an_image_depends_on_its_seed_and_class_alone(small_set: SmallSet, weights: Path, tmp_path: Path) -> None:
     common = ("sample", weights, "--class-index", 2, "--num-steps", 2, "--guidance-scale", 2)
     assert lfm(*common, "--seeds", "0-5", "--batch-size", 4, "--out", tmp_path / "a").exit_code == 0
     assert lfm(*common, "--seeds", "5,3", "--batch-size", 1, "--out", tmp_path / "b").exit_code == 0

@@ -60,7 +60,7 @@ def test_the_words_are_those_of_splitmix() -> None:
 
 @SMALL
 @given(seeds=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=6, unique=True))
-def test_every_seed_has_a_image_of_its_own(seeds: list[int]) -> None:
+def test_every_seed_has_an_image_of_its_own(seeds: list[int]) -> None:
     noise = image_noise(seeds, SHAPE)
     assert len({image.tobytes() for image in noise}) == len(seeds)
     for seed, image in zip(seeds, noise, strict=True):

@@ -218,7 +218,7 @@ def test_a_damaged_exif_block_is_no_reason_to_stop(tag: int, kind: int, value: b
         assert error.reason
 
 
-def test_a_image_that_is_far_too_large_is_rejected_before_it_is_decoded() -> None:
+def test_an_image_that_is_far_too_large_is_rejected_before_it_is_decoded() -> None:
     import struct
     import zlib
 
@@ -273,7 +273,7 @@ def test_a_crop_of_the_right_size_is_the_centre_itself(size: int, extra: int, wi
     assert np.array_equal(crop(Image.fromarray(pixels), size), expected)
 
 
-def test_a_thread_of_a_image_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_of_an_image_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pixel wide and 60,000 high, it would be resized to 256 x 15,360,000: 12 GB."""
     sizes: list[int] = []
 

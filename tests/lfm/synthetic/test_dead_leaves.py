@@ -12,7 +12,7 @@ from lfm.synthetic.dead_leaves import draw_leaves
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32), index=st.integers(0, 2**32), size=st.integers(8, 40))
-def test_a_image_depends_on_its_number_alone(seed: int, index: int, size: int) -> None:
+def test_an_image_depends_on_its_number_alone(seed: int, index: int, size: int) -> None:
     image = draw_leaves(seed, index, size)
     assert image.shape == (size, size, 3) and image.dtype == np.uint8
     np.random.default_rng(0).random()

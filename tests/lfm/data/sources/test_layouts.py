@@ -1,4 +1,4 @@
-"""The layouts of the paper's data sets, on small real trees of each, and what is said of those that cannot be read."""
+"""The layouts of image collections: classes, databases, tars, tables and pairs, and the errors for unreadable ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.images import folder_contents, image_bytes, random_pixels, sa
 
 
 @pytest.mark.parametrize("layout", FACE_PARTS)
-def test_every_part_of_a_face_has_its_id_and_later_ones_lie_above(tmp_path: Path, layout: str) -> None:
+def test_every_part_of_a_face_has_its_id_and_later_parts_cover_earlier_ones(tmp_path: Path, layout: str) -> None:
     names = FACE_PARTS[layout].split()
     save_image(tmp_path / "CelebA-HQ-img" / "2000.jpg", random_pixels(36, 36, 3))
     for index, name in enumerate(names):
@@ -49,7 +49,7 @@ def test_imagenet_as_torchvision_unpacks_it_and_without_labels(tmp_path: Path) -
         read(str(tmp_path), split="val")
 
 
-def test_imagenets_only_split_needs_no_choosing_but_class_folders_beside_it(tmp_path: Path) -> None:
+def test_imagenets_only_split_is_the_default_unless_class_folders_lie_beside_it(tmp_path: Path) -> None:
     save_image(tmp_path / "train" / "n00000001" / "a.JPEG", random_pixels(8, 8, 3), format="JPEG")
     assert [item.image for item in read(str(tmp_path)).items] == ["n00000001/a.JPEG"]
     save_image(tmp_path / "n00000002" / "b.JPEG", random_pixels(8, 8, 3), format="JPEG")
@@ -57,7 +57,7 @@ def test_imagenets_only_split_needs_no_choosing_but_class_folders_beside_it(tmp_
         read(str(tmp_path))
 
 
-# --- data bases --------------------------------------------------------------------------------------------------
+# --- databases --------------------------------------------------------------------------------------------------
 
 
 def write_lmdb(path: Path, values: dict[str, bytes]) -> Path:
@@ -69,7 +69,7 @@ def write_lmdb(path: Path, values: dict[str, bytes]) -> Path:
     return path
 
 
-def test_raw_and_encoded_values_are_told_apart_by_content_in_cursor_order(tmp_path: Path) -> None:
+def test_raw_and_encoded_values_are_distinguished_by_content_in_cursor_order(tmp_path: Path) -> None:
     raw, image = random_pixels(16, 16, 3), random_pixels(9, 7, 3)
     jpeg_like = raw.copy()
     jpeg_like[0, 0] = (0xFF, 0xD8, 0xFF)
@@ -78,9 +78,9 @@ def test_raw_and_encoded_values_are_told_apart_by_content_in_cursor_order(tmp_pa
     values = {"0": raw.tobytes(), "1": png, "2": jpeg_like.tobytes(), "10": image_bytes(image)}
     source = read(str(write_lmdb(tmp_path / "train.lmdb", values)))
     assert [item.image for item in source.items] == ["0", "1", "10", "2"]
-    found = [np.asarray(source.decode_item(item).image) for item in source.items]
-    for ours, wanted in zip(found, (raw, image, image, jpeg_like), strict=True):
-        assert np.array_equal(ours, wanted)
+    decoded = [np.asarray(source.decode_item(item).image) for item in source.items]
+    for pixels, expected in zip(decoded, (raw, image, image, jpeg_like), strict=True):
+        assert np.array_equal(pixels, expected)
     assert pickle.loads(pickle.dumps(source)) == source
 
 
@@ -92,7 +92,7 @@ def test_a_cut_off_lmdb_is_refused_before_it_can_kill_the_process(tmp_path: Path
     assert_one_line(lfm("shard", root, tmp_path / "raw"), root, "copy or download it again")
 
 
-def test_a_pickled_cache_beside_an_lmdb_is_never_opened(tmp_path: Path) -> None:
+def test_a_pickled_cache_beside_an_lmdb_is_never_unpickled(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple:
             return (pytest.fail, ("unpickled",))
@@ -104,7 +104,7 @@ def test_a_pickled_cache_beside_an_lmdb_is_never_opened(tmp_path: Path) -> None:
     source.decode_item(source.items[0])
 
 
-def test_torchtoolboxs_lmdb_and_the_full_ade20k_are_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_torchtoolboxs_lmdb_and_the_full_ade20k_are_refused(tmp_path: Path) -> None:
     toolbox = write_lmdb(tmp_path / "imagenet.lmdb", {"0": b"x", "__len__": b"1", "__keys__": b"0"})
     with pytest.raises(DataError, match=r"imagenet.lmdb: is an LMDB of torchtoolbox, .*; give lfm the images"):
         read(str(toolbox))
@@ -125,7 +125,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def test_tars_of_others_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
+def test_tars_of_other_programs_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     image, ids = random_pixels(9, 9, 3), random_pixels(9, 9)
     members = {f"cat/{n}.PNG": image_bytes(image) for n in "ab"} | {
         "cat/b.cls": b"2\n",
@@ -135,18 +135,18 @@ def test_tars_of_others_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     write_tar(tmp_path / "val-000.tar", {"0.jpg": image_bytes(image, format="JPEG")})
     source = read(str(tmp_path), split="train")
     assert (source.layout, len(source.items), source.class_names) == ("webdataset", 2, ("0", "1", "2"))
-    found = source.decode_item(source.items[1])
-    assert np.array_equal(found.image, image) and np.array_equal(found.segmentation, ids)
+    item = source.decode_item(source.items[1])
+    assert np.array_equal(item.image, image) and np.array_equal(item.segmentation, ids)
     assert [item.class_index for item in source.items] == [None, 2]
 
 
-def test_a_class_that_is_no_number_is_named(tmp_path: Path) -> None:
+def test_a_class_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.png": b"x", "0.cls": b"cat"})
     with pytest.raises(DataError, match=r"a.tar: sample 0: class 'cat' is no number"):
         read(str(tmp_path))
 
 
-def test_a_sample_without_a_image_is_a_reject_and_not_left_out(tmp_path: Path) -> None:
+def test_a_sample_without_an_image_is_rejected_and_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.png": image_bytes(random_pixels(9, 9, 3)), "1.txt": b"x", "2.input.jpg": b"x"})
     assert lfm("shard", tmp_path, tmp_path / "raw", "--image-size", 8, "--max-rejected", 1).exit_code == 0
     rejects = manifests.load(str(tmp_path / "raw"), "raw").rejects
@@ -155,7 +155,7 @@ def test_a_sample_without_a_image_is_a_reject_and_not_left_out(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["cut between samples", "cut in an image", "header", "twice", "gzip"])
-def test_a_damaged_tar_is_refused_and_never_a_short_one(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_tar_is_refused_instead_of_read_in_part(tmp_path: Path, damage: str) -> None:
     images = {f"{n}.png": image_bytes(random_pixels(20, 20, 3)) for n in range(4)}
     path = write_tar(tmp_path / "a.tar", images)
     with tarfile.open(path) as tar:
@@ -189,9 +189,10 @@ def test_parquet_files_and_a_saved_data_set(tmp_path: Path) -> None:
     parquet.write_table(table.slice(0, 1), tmp_path / "p" / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "s" / "train").mkdir(parents=True)
     (tmp_path / "s" / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with arrow.OSFile(str(tmp_path / "s" / "train" / "data-00000-of-00001.arrow"), "wb") as file, arrow.ipc.new_stream(
-        file, table.schema
-    ) as writer:  # fmt: skip
+    with (
+        arrow.OSFile(str(tmp_path / "s" / "train" / "data-00000-of-00001.arrow"), "wb") as file,
+        arrow.ipc.new_stream(file, table.schema) as writer,
+    ):
         writer.write_table(table)
     for root in ("p", "s"):
         source = read(str(tmp_path / root), split="train")
@@ -207,7 +208,7 @@ def test_parquet_files_and_a_saved_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("library", "name"), [("lmdb", "data.mdb"), ("pyarrow", "a.parquet")])
-def test_a_missing_library_is_one_line_with_the_repair(
+def test_a_missing_library_is_one_line_that_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, name: str
 ) -> None:
     (tmp_path / name).write_bytes(b"x")
@@ -218,7 +219,7 @@ def test_a_missing_library_is_one_line_with_the_repair(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lmdb", "webdataset", "hf"])
-def test_worker_processes_open_the_source_anew_and_write_the_same_bytes(tmp_path: Path, kind: str) -> None:
+def test_worker_processes_reopen_the_source_and_write_the_same_bytes(tmp_path: Path, kind: str) -> None:
     contents = {str(n): image_bytes(random_pixels(20, 20 + n, 3)) for n in range(12)}
     if kind == "lmdb":
         write_lmdb(tmp_path / "source", contents)
@@ -229,8 +230,17 @@ def test_worker_processes_open_the_source_anew_and_write_the_same_bytes(tmp_path
         (tmp_path / "source").mkdir()
         parquet.write_table(arrow.table({"image": list(contents.values())}), tmp_path / "source" / "a.parquet")
     for workers in (1, 2):
-        result = lfm("shard", tmp_path / "source", tmp_path / str(workers), "--image-size", 16, "--workers", workers,
-                     "--samples-per-shard", 4)  # fmt: skip
+        result = lfm(
+            "shard",
+            tmp_path / "source",
+            tmp_path / str(workers),
+            "--image-size",
+            16,
+            "--workers",
+            workers,
+            "--samples-per-shard",
+            4,
+        )
         assert result.exit_code == 0 and f"{kind}: 12 images" in result.stdout, result.stderr
     assert folder_contents(tmp_path / "1") == folder_contents(tmp_path / "2")
 
@@ -250,10 +260,9 @@ def test_tars_and_pairs_are_read_from_a_url() -> None:
     for folder, layout, count in (("pairs", "paired", 2), ("tars", "webdataset", 1)):
         source = read(f"{root}/{folder}")
         assert (source.layout, len(source.items)) == (layout, count)
-        found = source.decode_item(source.items[0])
-        assert np.array_equal(found.image, random_pixels(9, 9, 3)) and np.array_equal(
-            found.segmentation, random_pixels(9, 9)
-        )
+        item = source.decode_item(source.items[0])
+        assert np.array_equal(item.image, random_pixels(9, 9, 3))
+        assert np.array_equal(item.segmentation, random_pixels(9, 9))
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
@@ -265,10 +274,15 @@ def pairs(root: Path, images: str, maps: str, count: int = 3) -> None:
         save_image(root / maps / f"{index}.png", random_pixels(12, 10, high=5))
 
 
-@pytest.mark.parametrize(("images", "maps", "split"),
-    [("images", "labels", None), ("images/val", "annotations/val", "val"), ("train", "trainannot", "train"),
-     ("train2017", "stuffthingmaps/train2017", "train2017")],
-)  # fmt: skip
+@pytest.mark.parametrize(
+    ("images", "maps", "split"),
+    [
+        ("images", "labels", None),
+        ("images/val", "annotations/val", "val"),
+        ("train", "trainannot", "train"),
+        ("train2017", "stuffthingmaps/train2017", "train2017"),
+    ],
+)
 def test_pairs_are_found_by_name_in_folders_of_known_names(
     tmp_path: Path, images: str, maps: str, split: str | None
 ) -> None:
@@ -278,12 +292,12 @@ def test_pairs_are_found_by_name_in_folders_of_known_names(
         (f"{images}/{index}.jpg", f"{maps}/{index}.png") for index in range(3)
     ]
     assert source.class_names == ()
-    found = source.decode_item(source.items[1])
-    assert np.array_equal(found.segmentation, random_pixels(12, 10, high=5))
+    item = source.decode_item(source.items[1])
+    assert np.array_equal(item.segmentation, random_pixels(12, 10, high=5))
 
 
 @pytest.mark.parametrize(("images", "maps"), [("train", "trainannot"), ("images/train", "annotations/train")])
-def test_the_only_split_of_pairs_needs_no_choosing(tmp_path: Path, images: str, maps: str) -> None:
+def test_the_only_split_of_pairs_is_the_default(tmp_path: Path, images: str, maps: str) -> None:
     pairs(tmp_path, images, maps)
     source = read(str(tmp_path), "paired")
     assert [item.image for item in source.items] == [f"{images}/{index}.jpg" for index in range(3)]
@@ -321,8 +335,8 @@ def test_drawn_scenes_have_classes_maps_and_masks(tmp_path: Path) -> None:
     source = read(str(tmp_path / "scenes"))
     assert source.layout == "paired" and len(source.class_names) > 1
     for item in source.items:
-        found = source.decode_item(item)
-        assert item.class_index is not None and found.mask is not None and found.segmentation is not None
+        decoded = source.decode_item(item)
+        assert item.class_index is not None and decoded.mask is not None and decoded.segmentation is not None
 
 
 @pytest.mark.parametrize(
@@ -333,14 +347,14 @@ def test_drawn_scenes_have_classes_maps_and_masks(tmp_path: Path) -> None:
         ("sky\ntree\n", {0: "sky", 1: "tree", 255: "unlabelled"}),
     ],
 )
-def test_the_list_of_labels_may_be_written_in_any_usual_way(tmp_path: Path, text: str, labels: dict) -> None:
+def test_labels_are_read_in_any_usual_format(tmp_path: Path, text: str, labels: dict) -> None:
     pairs(tmp_path, "images", "labels")
     (tmp_path / "labels.txt").write_text(text)
     source: Source = read(str(tmp_path))
     assert source.labels == labels and source.unlabelled == 255
 
 
-def test_an_unknown_layout_names_all(tmp_path: Path) -> None:
+def test_an_unknown_layout_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(ConfigError, match=f"--layout voc: unknown; one of auto, {', '.join(LAYOUTS)}"):
         read(str(tmp_path), "voc")

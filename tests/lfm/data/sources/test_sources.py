@@ -1,4 +1,4 @@
-"""Layouts of image collections as people have them, and each mistake's one line."""
+"""Class folders and flat folders of images, their splits, and the one-line errors for each mistake."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_flat_folder_has_no_classes(root: str) -> None:
     assert {item.class_index for item in source.items} == {None}
 
 
-def test_a_split_is_chosen_and_only_it_is_read(root: str) -> None:
+def test_a_split_must_be_chosen_and_only_that_one_is_read(root: str) -> None:
     make(root, "train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/emu/2.png")
     with pytest.raises(ConfigError) as error:
         folder(root)
@@ -71,7 +71,7 @@ def test_a_flat_split_has_no_classes(root: str) -> None:
     assert folder(root, "train").items == (SourceItem("1.png"),)
 
 
-def test_the_only_split_needs_no_choosing_and_a_image_beside_it_is_not_lost(root: str) -> None:
+def test_the_only_split_is_the_default_and_an_image_beside_it_is_an_error(root: str) -> None:
     make(root, "train/cat/1.png", "train/dog/1.png")
     assert folder(root) == folder(root, "train")
     make(root, "2.png")
@@ -80,8 +80,8 @@ def test_the_only_split_needs_no_choosing_and_a_image_beside_it_is_not_lost(root
 
 
 @pytest.mark.parametrize("splits", [("Train", "Test"), ("TRAIN", "VAL"), ("train", "Validation")])
-def test_splits_are_known_whatever_their_case(tmp_path: Path, splits: tuple[str, str]) -> None:
-    """Taken for classes, they would train a model to tell the training set from the test set."""
+def test_splits_are_recognised_in_any_case(tmp_path: Path, splits: tuple[str, str]) -> None:
+    """As classes, they would train a model to distinguish the training set from the test set."""
     make(str(tmp_path), *(f"{split}/cat/1.png" for split in splits))
     with pytest.raises(ConfigError, match="holds the splits"):
         folder(str(tmp_path))
@@ -92,7 +92,7 @@ def test_a_class_may_be_called_like_a_split_beside_others(root: str) -> None:
     assert folder(root).class_names == ("exam", "test")
 
 
-def test_loose_images_beside_class_folders_are_refused_by_name(root: str) -> None:
+def test_images_beside_class_folders_are_an_error_that_names_them(root: str) -> None:
     make(root, "cat/1.png", "dog/2.png", "stray.png")
     with pytest.raises(DataError) as error:
         folder(root)
@@ -100,7 +100,7 @@ def test_loose_images_beside_class_folders_are_refused_by_name(root: str) -> Non
 
 
 @pytest.mark.parametrize("names", [["a.txt"], [".git/x.png"], ["sub/.x.png", "b.csv"]])
-def test_no_images_is_one_line(root: str, names: list[str]) -> None:
+def test_a_folder_without_images_is_one_line(root: str, names: list[str]) -> None:
     make(root, *names)
     with pytest.raises(DataError) as error:
         folder(root)
@@ -117,7 +117,7 @@ def test_a_missing_folder_or_split_is_named(root: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(classes=st.dictionaries(NAMES, st.sets(NAMES, min_size=1, max_size=3), min_size=1, max_size=4))
-def test_every_image_is_there_once_under_its_class(classes: dict[str, set[str]]) -> None:
+def test_every_image_occurs_once_under_its_class(classes: dict[str, set[str]]) -> None:
     root = f"memory://{uuid.uuid4()}"
     paths = [f"{name}/{image}.png" for name, images in classes.items() for image in images]
     make(root, *paths)
@@ -129,7 +129,7 @@ def test_every_image_is_there_once_under_its_class(classes: dict[str, set[str]])
     assert read(root) == source
 
 
-def test_a_class_that_is_a_link_is_not_left_out(tmp_path: Path) -> None:
+def test_a_class_folder_may_be_a_link(tmp_path: Path) -> None:
     make(str(tmp_path), "elsewhere/1.png", "source/dog/1.png")
     (tmp_path / "source" / "cat").symlink_to(tmp_path / "elsewhere")
     assert folder(str(tmp_path / "source")).class_names == ("cat", "dog")
