@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def load(run: str, **options: Any) -> TrainedModel:
-    """The model of a run folder, a checkpoint folder or a weights file; see `lfm.inference.trained_model.load`."""
+    """Load the model of a run folder, a checkpoint folder or a weights file; see `lfm.inference.trained_model.load`."""
     from lfm.inference import trained_model  # here, so that `import lfm` needs no torch
 
     return trained_model.load(run, **options)

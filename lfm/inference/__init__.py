@@ -1,1 +1,1 @@
-"""The trained model as an object, and its condition inputs."""
+"""The trained model as an object, its precision and its condition inputs."""

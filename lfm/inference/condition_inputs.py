@@ -1,7 +1,7 @@
-"""What there is to tell a model, checked and encoded: classes, masked images, maps of class ids.
+"""Condition inputs of a model, checked and encoded: classes, masked images and segmentation maps.
 
-Inpainting is told the posterior mean of the image with grey in place of what is missing, scaled as latents are, and the
-mask at latent size; each image is encoded by itself, so that its condition does not depend on others.
+For inpainting the condition is the posterior mean of the image with grey in place of the missing pixels, scaled as latents
+are, and the mask at latent size. Each image is encoded by itself, so its condition does not depend on the others.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from lfm.flow.null_condition import class_condition
 from lfm.types import Condition
 from lfm.weights_file import WeightsHeader
 
+MAX_LABELS_NAMED = 8  # in an error message
+
 
 @dataclass(frozen=True)
 class Conditions:
-    """What there is to tell a model; images take the rows of each part in turns. Known pixels, where there are any."""
+    """Condition inputs, cycled if there are fewer than images, and the known pixels for inpainting."""
 
     class_index: Tensor | None = None  # int64 (classes,)
     spatial: Tensor | None = None  # float32 (masks, C + 1, h, w)
@@ -31,25 +33,20 @@ class Conditions:
     images: np.ndarray | None = None  # uint8 (masks, H, W, 3)
     masks: np.ndarray | None = None  # uint8 (masks, H, W), 1 = missing
 
-    def of(self, number: int) -> list[Tensor | np.ndarray | None]:
-        """All that is told of one image, its known pixels included."""
-        return [None if part is None else part[number % len(part)] for part in vars(self).values()]
-
     def condition(self, numbers: Sequence[int]) -> Condition:
-        """The condition of the images of these numbers, counted over all seeds."""
-        index = torch.as_tensor(numbers)
-        ids = self.segmentation
+        """Return the condition of the images of these numbers, which count the seeds from 0."""
+        index, ids = torch.as_tensor(numbers), self.segmentation
         return Condition(
-            None if self.class_index is None else self.class_index[index % len(self.class_index)],
-            None if self.spatial is None else self.spatial[index % len(self.spatial)],
-            None if ids is None else torch.from_numpy(ids[index.numpy() % len(ids)].astype(np.int64)),
+            class_index=None if self.class_index is None else self.class_index[index % len(self.class_index)],
+            spatial=None if self.spatial is None else self.spatial[index % len(self.spatial)],
+            segmentation=None if ids is None else torch.from_numpy(ids[index.numpy() % len(ids)].astype(np.int64)),
         )
 
     def composite(self, numbers: Sequence[int], images: np.ndarray) -> np.ndarray:
-        """Images uint8 (B, H, W, 3) of these numbers, with the pixels that are known put back."""
-        assert self.images is not None and self.masks is not None, "there are known pixels"
-        turns = np.asarray(numbers) % len(self.masks)
-        return np.where(self.masks[turns][..., None] == 1, images, self.images[turns])
+        """Return images uint8 (B, H, W, 3) of these numbers with the known pixels put back."""
+        assert self.images is not None and self.masks is not None, "there are no known pixels"
+        rows = np.asarray(numbers) % len(self.masks)
+        return np.where(self.masks[rows][..., None] == 1, images, self.images[rows])
 
 
 def encode_conditions(
@@ -61,31 +58,30 @@ def encode_conditions(
     segmentations: np.ndarray | None = None,
     names: Sequence[str] = (),
 ) -> Conditions:
-    """Images uint8 (N, H, W, 3), masks (N, H, W) and maps (N, H, W) for the model of `header`; classes, or all of them.
+    """Check and encode condition inputs for the model of `header`.
+
+    Args:
+        header: the model's description.
+        autoencoder: the model's.
+        class_index: classes; by default all of a class-conditional model.
+        images: uint8 (N, H, W, 3).
+        masks: uint8 or bool (N, H, W), 0 is known, anything else is to be filled.
+        segmentations: uint8 or uint16 (N, H, W), class ids.
+        names: of the N images or maps, for messages; by default their numbers.
 
     Raises:
-        ConfigError: names the first thing (by `names`, or its number) that the model does not take.
+        ConfigError: names the first input that the model does not take, or that it needs and is missing.
     """
     _check_tasks(header, images, masks, segmentations)
-    size = header.image_size
-    for kind, given in (("image", images), ("mask", masks), ("segmentation", segmentations)):
-        if given is None:
-            continue
-        names = names or [str(number) for number in range(len(given))]
-        if given.shape[1:3] != (size, size):
-            height, width = given.shape[1:3]
-            raise ConfigError(
-                f"{kind} {names[0]}: is {width} x {height} pixels, the model makes {size} x {size}; scale it first"
-            )
+    count = max((len(arrays) for arrays in (images, segmentations) if arrays is not None), default=0)
+    names = names or [str(number) for number in range(count)]
+    _check_size(header.image_size, images, masks, segmentations, names)
+    spatial = None
     if segmentations is not None:
         _check_labels(header.labels, segmentations, names)
-    spatial = None
     if images is not None and masks is not None:
         masks = (masks != 0).astype(np.uint8)
-        for name, mask in zip(names, masks, strict=True):
-            if mask.all() or not mask.any():
-                wrong = "everything is missing" if mask.all() else "nothing is missing"
-                raise ConfigError(f"mask of {name}: {wrong}; 1, or white, is what to fill, 0, or black, is known")
+        _check_masks(masks, names)
         spatial = torch.cat([_masked(autoencoder, image, mask) for image, mask in zip(images, masks, strict=True)])
     return with_classes(Conditions(None, spatial, segmentations, images, masks), class_index, header.model.num_classes)
 
@@ -93,47 +89,81 @@ def encode_conditions(
 def with_classes(
     conditions: Conditions, class_index: int | Sequence[int] | None, num_classes: int | None
 ) -> Conditions:
-    """What is told, and these classes, or all of them where the model takes any.
+    """Return `conditions` with these classes, or with all classes if the model takes any and `class_index` is None.
 
     Raises:
         ConfigError: the model has no such class.
     """
     if class_index is None and num_classes is None:
         return conditions
-    wanted = range(num_classes or 0) if class_index is None else np.atleast_1d(class_index).tolist()
-    return replace(conditions, class_index=class_condition(wanted, num_classes).class_index)
+    classes = range(num_classes or 0) if class_index is None else np.atleast_1d(class_index).tolist()
+    return replace(conditions, class_index=class_condition(classes, num_classes).class_index)
 
 
 def spatial_condition(autoencoder: Autoencoder, masked_mean: Tensor, mask: Tensor) -> Tensor:
-    """Condition.spatial of unscaled means (N, C, h, w) of masked images, and masks (N, 1, h, w), 1 = missing."""
+    """Return `Condition.spatial`, float32 (N, C + 1, h, w).
+
+    Args:
+        autoencoder: that of the latents.
+        masked_mean: unscaled posterior means (N, C, h, w) of the masked images.
+        mask: (N, 1, h, w), 1 = missing.
+    """
     return torch.cat([(masked_mean.float() - autoencoder.shift) * autoencoder.scale_factor, mask.float()], 1)
 
 
 def _masked(autoencoder: Autoencoder, image: np.ndarray, mask: np.ndarray) -> Tensor:
-    pixels = torch.from_numpy(hide(image, mask)).permute(2, 0, 1)[None]
-    holes = torch.from_numpy(at_latent_size(mask, autoencoder.downsample_factor))[None, None]
+    """Return `Condition.spatial` (1, C + 1, h, w) of one image (H, W, 3) and mask (H, W)."""
+    pixels = torch.from_numpy(hide(image, mask)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    holes = torch.from_numpy(at_latent_size(mask, autoencoder.downsample_factor))[None, None]  # (1, 1, h, w)
     return spatial_condition(autoencoder, autoencoder.encode(pixels).mean.cpu(), holes)
 
 
 def _check_tasks(
     header: WeightsHeader, images: np.ndarray | None, masks: np.ndarray | None, segmentations: np.ndarray | None
 ) -> None:
-    for takes, given, flags, task in (
-        (header.model.condition_channels > 0, (images, masks), "--image and --mask", "to inpaint"),
-        (header.model.num_labels is not None, (segmentations,), "--segmentation", "on segmentations"),
-    ):
-        if takes and any(value is None for value in given):
-            raise ConfigError(f"the model was trained {task}: give {flags}, or --shards")
-        if not takes and any(value is not None for value in given):
-            raise ConfigError(f"{flags}: the model was not trained {task}; leave it out")
+    """Refuse inputs of a task that the model was not trained for, and the absence of those it needs."""
+    inpaints, takes_maps = header.model.condition_channels > 0, header.model.num_labels is not None
+    if inpaints and (images is None or masks is None):
+        raise ConfigError("the model was trained to inpaint: needs `images` and `masks`")
+    if not inpaints and (images is not None or masks is not None):
+        raise ConfigError("the model was not trained to inpaint: leave out `images` and `masks`")
+    if takes_maps and segmentations is None:
+        raise ConfigError("the model was trained on segmentation maps: needs `segmentations`")
+    if not takes_maps and segmentations is not None:
+        raise ConfigError("the model was not trained on segmentation maps: leave out `segmentations`")
     if images is not None and masks is not None and len(masks) != len(images):
-        raise ConfigError(f"--mask: {len(masks)} for {len(images)} images; give as many")
+        raise ConfigError(f"`masks`: {len(masks)} for {len(images)} images; their numbers must be equal")
+
+
+def _check_size(
+    size: int,
+    images: np.ndarray | None,
+    masks: np.ndarray | None,
+    segmentations: np.ndarray | None,
+    names: Sequence[str],
+) -> None:
+    """Refuse arrays (N, H, W, ...) of another height or width than `size`."""
+    for kind, arrays in (("image", images), ("mask", masks), ("segmentation", segmentations)):
+        if arrays is not None and arrays.shape[1:3] != (size, size):
+            height, width = arrays.shape[1:3]
+            raise ConfigError(
+                f"{kind} {names[0]}: is {width} x {height} pixels, the model makes {size} x {size}; scale it first"
+            )
+
+
+def _check_masks(masks: np.ndarray, names: Sequence[str]) -> None:
+    """Refuse masks (N, H, W) in which everything or nothing is missing."""
+    for name, mask in zip(names, masks, strict=True):
+        if mask.all() or not mask.any():
+            problem = "everything is missing" if mask.all() else "nothing is missing"
+            raise ConfigError(f"mask of {name}: {problem}; 1, or white, is what to fill, 0, or black, is known")
 
 
 def _check_labels(labels: dict[int, str], segmentations: np.ndarray, names: Sequence[str]) -> None:
+    """Refuse class ids that are not labels of the model."""
     for name, ids in zip(names, segmentations, strict=True):
         if unknown := sorted(set(np.unique(ids).tolist()) - set(labels)):
-            known = ", ".join(f"{index} {label}" for index, label in list(labels.items())[:8])
+            known = ", ".join(f"{index} {label}" for index, label in list(labels.items())[:MAX_LABELS_NAMED])
             raise ConfigError(
                 f"segmentation {name}: class id {unknown[0]}: the model knows {len(labels)} labels: {known}, ..."
             )

@@ -14,9 +14,9 @@ from torch import Tensor
 from lfm.autoencoder import content_hash
 from lfm.data.image_sets import FolderImages, ImageSet, blocks_of
 from lfm.errors import ConfigError, DataError
+from lfm.flow.guidance import Guidance
 from lfm.inference import trained_model
 from lfm.inference.condition_inputs import Conditions, encode_conditions
-from lfm.inference.trained_model import Guidance
 from lfm.solvers import Solving
 from lfm.types import RawSample
 from lfm.world import World

@@ -97,6 +97,7 @@ def _read_files(config: SampleConfig, model: TrainedModel, classes: list[int] | 
     size, fill = header.image_size, unlabelled(header.labels)
     if config.crop and not (config.image or config.mask or config.segmentation):
         raise ConfigError(f"`crop` {rule}: there is no `image`, `mask` or `segmentation`; leave it out")
+    _check_task(config, model)
     reader = _FileReader(size, config.crop)
     images = reader.read("image", config.image, decode, lambda image: crop(image, size, rule))
     masks = reader.read("mask", config.mask, decode_mask, lambda mask: binary(crop(mask, size, rule)))
@@ -108,6 +109,21 @@ def _read_files(config: SampleConfig, model: TrainedModel, classes: list[int] | 
     )
     names = [path.rsplit("/", 1)[-1] for path in config.image or config.segmentation]
     return encode_conditions(header, model.autoencoder, classes, images, masks, segmentations, names), names
+
+
+def _check_task(config: SampleConfig, model: TrainedModel) -> None:
+    """Refuse files of a task that the model was not trained for, and the absence of those that it needs."""
+    shape = model.header.model
+    if shape.condition_channels and not (config.image and config.mask):
+        raise ConfigError("the model was trained to inpaint: set `image` and `mask`, or `shards`")
+    if not shape.condition_channels and (config.image or config.mask):
+        raise ConfigError("`image` and `mask`: the model was not trained to inpaint; leave them out")
+    if shape.num_labels and not config.segmentation:
+        raise ConfigError("the model was trained on segmentation maps: set `segmentation`, or `shards`")
+    if not shape.num_labels and config.segmentation:
+        raise ConfigError("`segmentation`: the model was not trained on segmentation maps; leave it out")
+    if len(config.image) != len(config.mask):
+        raise ConfigError(f"`mask`: {len(config.mask)} for {len(config.image)} images; give as many")
 
 
 def _read_shards(

@@ -13,9 +13,10 @@ import torch
 
 from lfm.data import manifest as manifests
 from lfm.errors import ConfigError
+from lfm.flow.guidance import Guidance
 from lfm.inference import trained_model
 from lfm.inference.condition_inputs import Conditions
-from lfm.inference.trained_model import Guidance, TrainedModel
+from lfm.inference.trained_model import TrainedModel
 from lfm.solvers.batching import StepCallback, no_callback
 from lfm.types import SolverResult
 from pipelines.sampling.read_conditions import read_conditions
@@ -66,7 +67,7 @@ class SampleJob:
 
     def guidance(self, scale: float) -> Guidance:
         """Return the guidance of the images of one scale."""
-        return Guidance(scale, self.plan.interval, self.weak)
+        return self.model.guidance(scale, self.plan.interval, self.weak)
 
     @property
     def composites(self) -> bool:

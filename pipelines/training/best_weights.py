@@ -21,7 +21,8 @@ from lfm.data.manifest import Manifest
 from lfm.data.random_draws import image_noise
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import ConfigError
-from lfm.inference.trained_model import Guidance, guided_velocity
+from lfm.flow.guidance import Guidance
+from lfm.inference.trained_model import guided_velocity
 from lfm.metrics.frechet import FeatureSums, frechet_distance
 from lfm.models.config import ModelConfig
 from lfm.training.engine import Engine
@@ -115,7 +116,7 @@ class BestWeights:
         """One image for each seed; fixed steps, so that under ZeRO 3 the ranks compute in step."""
         model, guidance = self.model, Guidance(self.evaluation.guidance_scale)
         noise = torch.from_numpy(image_noise(seeds.tolist(), (model.latent_channels, *[model.latent_size] * 2)))
-        velocity = guided_velocity(self.engine, model, condition, len(seeds), guidance)  # type: ignore[arg-type]
+        velocity = guided_velocity(self.engine, model, condition, len(seeds), guidance)
         return solvers.solve(SOLVER, velocity, noise.to(self.engine.device), num_steps=NUM_STEPS)
 
     def is_best(self, distance: float, samples_seen: int) -> bool:

@@ -16,7 +16,7 @@ from lfm.autoencoder import import_diffusers
 from lfm.conversion import published_checkpoints
 from lfm.data import manifest as manifests
 from lfm.errors import ConfigError
-from lfm.inference.trained_model import Guidance
+from lfm.flow.guidance import Guidance
 from lfm.models.dit import DiT
 from lfm.models.dit_config import DiTConfig
 from lfm.models.noise_prediction import NUM_DIFFUSION_STEPS, NoisePrediction
