@@ -140,6 +140,22 @@ def test_the_manual_shows_every_command() -> None:
     assert commands - shown == set()
 
 
+def test_files_and_tables_of_the_page_on_extending_exist() -> None:
+    """Code spans with a slash are paths; those in capitals are names in the path that the same cell of the table names."""
+    cells = re.findall(r"\|([^|\n]+)", (REPOSITORY / "docs" / "extending.md").read_text())
+    path = REPOSITORY
+    for cell in cells:
+        spans = re.findall(r"`([^`]+)`", cell)
+        paths = [
+            span for span in spans if re.fullmatch(r"[\w./-]+/[\w./-]*", span) and not re.search("NAME|FOLDER", span)
+        ]
+        for span in paths:
+            assert (REPOSITORY / span).exists(), f"{span}: no such file"
+            path = REPOSITORY / span
+        for name in (span for span in spans if re.fullmatch(r"[A-Z][A-Z_]+", span)):
+            assert name in path.read_text(), f"{name}: not in {path}"
+
+
 def test_wrong_command_lines_are_noticed() -> None:
     page = (
         "    lfm shard A\n\n    lfm sample R --out D --nope 1\n\n    lfm fly away  # no\n\nand `lfm sample R --nope`\n"
