@@ -1,1 +1,1 @@
-"""Published checkpoints to lfm weights, and lfm weights to other formats."""
+"""Conversion of published checkpoints to lfm weights, and of lfm weights to diffusers. Both are formats of the DiT."""

@@ -1,30 +1,34 @@
-"""Other people's checkpoints as weights that sample here, and ours as diffusers' DiT.
+"""Conversion of published DiT checkpoints to weights of `lfm.models.dit.DiT`.
 
-lfm    the paper's DiT: as ours, but for names and a time that is not scaled
-dit    facebookresearch/DiT: it predicts the noise of a diffusion, and a variance that is dropped; its prediction is
-       converted as it samples (lfm.models.noise_prediction)
-sit    facebookresearch/SiT: a variance that is dropped; its time is 0 at noise and its velocity points to data. With
-       t' = 1 - t, cos(w t') = cos w cos wt + sin w sin wt, and alike the sine, so turning each pair of weights of the
-       time's first layer, and the sign of the last layer, makes it ours exactly
+    lfm    the paper's DiT: the same network with other names, and time that is not scaled
+    dit    facebookresearch/DiT: predicts the noise of a diffusion, and a variance, which is dropped. The prediction is
+           converted to a velocity while sampling (`lfm.models.noise_prediction`).
+    sit    facebookresearch/SiT: predicts a variance too, which is dropped. Its time is 0 at noise, and its velocity points
+           to data. With t' = 1 - t, cos(w t') = cos w cos wt + sin w sin wt, and likewise for the sine. So a rotation of
+           each pair of weights of the first layer of the time embedding, and the opposite sign of the last layer, convert
+           it exactly.
+
+To add a family of checkpoints, add a line to `SOURCES`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import pickle
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lfm.errors import CheckpointError, ConfigError
-from lfm.models.config import ModelConfig
+from lfm.errors import CheckpointError, ConfigError, on_one_line
 from lfm.models.dit_config import DIT_SIZES, DiTConfig
 from lfm.models.embeddings import MAX_PERIOD
 
-SOURCES = ("lfm", "dit", "sit")
-# In this order; the first part of a name that is found is replaced.
+# Applied in this order; the first occurrence of each key in a name is replaced.
 NAMES = {
     "module.": "",
     "x_embedder.proj": "patch_embedding",
@@ -37,59 +41,110 @@ NAMES = {
     "adaLN_modulation": "modulation",
     "final_layer": "final",
 }
-TABLE, FIRST, BIAS = "class_embedding.table.weight", "time_embedding.mlp.0.weight", "time_embedding.mlp.2.bias"
+PATCH_EMBEDDING = "patch_embedding.weight"
+CLASS_TABLE = "class_embedding.table.weight"
+TIME_FIRST_WEIGHT = "time_embedding.mlp.0.weight"
+TIME_LAST_BIAS = "time_embedding.mlp.2.bias"
+LAST_WEIGHT, LAST_BIAS = "final.linear.weight", "final.linear.bias"
+_REQUIRED = (PATCH_EMBEDDING, TIME_FIRST_WEIGHT, LAST_WEIGHT, "blocks.0.attention.qkv.weight", "blocks.0.mlp.0.weight")
+
+# Keys under which training scripts store the weights, in order of preference.
+_STATE_KEYS = ("ema", "model", "state_dict")
+# The checkpoints do not record with which dropout their null class was trained; this is the usual one.
+_USUAL_DROPOUT = 0.1
+
+
+def _reverse_time(weights: dict[str, Tensor]) -> None:
+    """Convert a network of time 1 - t and velocity -v, in place, to one of time t and velocity v."""
+    half = weights[TIME_FIRST_WEIGHT].shape[1] // 2
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float64) / half)
+    cosine, sine = frequencies.cos(), frequencies.sin()
+    of_cosine, of_sine = weights[TIME_FIRST_WEIGHT].double().split(half, dim=1)  # two of (hidden, half)
+    rotated = [of_cosine * cosine + of_sine * sine, of_cosine * sine - of_sine * cosine]
+    weights[TIME_FIRST_WEIGHT] = torch.cat(rotated, 1).float()
+    for name in (LAST_WEIGHT, LAST_BIAS):
+        weights[name] = -weights[name]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A family of published checkpoints."""
+
+    prediction: str = "velocity"
+    """Output of the converted network: velocity or noise."""
+    convert: Callable[[dict[str, Tensor]], None] = lambda weights: None
+    """Converts renamed weights in place."""
+
+
+SOURCES = {
+    "lfm": Source(),
+    "dit": Source(prediction="noise"),
+    "sit": Source(convert=_reverse_time),
+}
 
 
 def our_name(name: str) -> str:
-    """Our name of a parameter of theirs."""
-    for theirs, ours in NAMES.items():
-        name = name.replace(theirs, ours, 1)
+    """Return our name of a parameter of a published checkpoint."""
+    for published, ours in NAMES.items():
+        name = name.replace(published, ours, 1)
     return name
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint on the local disk, of one GPU or several; the EMA if it has one.
+
+    Raises:
+        CheckpointError: it cannot be read without running code of the file, or it holds no tensors by name.
+    """
+    try:
+        content: Any = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors, and reading it would run its code; name the file of the weights alone"
+        ) from error
+    except Exception as error:  # the reader of torch raises anything on files that are not its own
+        raise CheckpointError(f"{path}: cannot be read ({on_one_line(error)}); is it a complete checkpoint?") from error
+    if isinstance(content, dict):
+        content = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), dict)), content)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: holds no weights by name")
+    return content
 
 
 def from_state_dict(
     state: dict[str, Tensor], source: str, *, num_heads: int | None = None, num_classes: int | None = None
 ) -> tuple[dict[str, Tensor], DiTConfig]:
-    """Weights and shape of a DiT from a checkpoint of `source`.
+    """Return the weights and the configuration of a DiT from a checkpoint.
 
     Args:
-        state: as its training script saved it, of one GPU or several.
-        source: one of SOURCES.
-        num_heads: where the width and depth are none of the published ones.
-        num_classes: by default one less than the rows of the class table, whose last is the null class. 0 makes it
-            unconditional: the null class becomes a part of the time's embedding.
+        state: the tensors as the training script saved them, of one GPU or several.
+        source: a key of SOURCES.
+        num_heads: required if width and depth are not those of a published model.
+        num_classes: by default one less than the rows of the class table, whose last row is the null class. 0 makes the
+            model unconditional: the null class becomes part of the time embedding.
 
     Raises:
-        CheckpointError: it is no such checkpoint; names what is missing or wrong.
-        ConfigError: `num_heads` is needed, or `num_classes` does not fit.
+        CheckpointError: it is not such a checkpoint; names what is missing or wrong.
+        ConfigError: `num_heads` is required, or `num_classes` does not fit.
     """
     position = next((value for name, value in state.items() if name.endswith("pos_embed")), None)
     weights = {our_name(name): value.float() for name, value in state.items() if not name.endswith("pos_embed")}
-    needed = ("patch_embedding.weight", FIRST, "final.linear.weight", "blocks.0.attention.qkv.weight")
-    if missing := [name for name in needed if name not in weights]:
-        raise CheckpointError(f"it has no {missing[0]}, by any name: it is no DiT of --from {source}")
+    if missing := [name for name in _REQUIRED if name not in weights]:
+        raise CheckpointError(f"missing weight {missing[0]}: not a checkpoint of {source}")
     if position is None:
-        raise CheckpointError("it has no pos_embed, which tells the size of its latents")
-    width, channels, patch, _ = weights["patch_embedding.weight"].shape
+        raise CheckpointError("missing weight pos_embed, which has the size of the latents")
+    width, channels, patch, _ = weights[PATCH_EMBEDDING].shape
     depth = 1 + max(int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if match)
-    rows = len(weights[TABLE]) if TABLE in weights else 0
-    classes, dropout = _classes(weights, rows, num_classes)
-    outputs = weights["final.linear.weight"].shape[0] // patch**2
-    if outputs == 2 * channels:
-        for name in ("final.linear.weight", "final.linear.bias"):
-            kept = weights[name].unflatten(0, (patch, patch, outputs))[:, :, :channels]
-            weights[name] = kept.flatten(0, 2).contiguous()
-    elif outputs != channels:
-        raise CheckpointError(f"it makes {outputs} channels of {channels}: it is no DiT of --from {source}")
-    if source == "sit":
-        _turn_time(weights)
+    classes, dropout = _convert_classes(weights, num_classes)
+    _drop_variance(weights, channels, patch, source)
+    SOURCES[source].convert(weights)
     config = DiTConfig(
         latent_channels=channels,
         latent_size=math.isqrt(position.shape[1]) * patch,
         patch_size=patch,
         hidden_size=width,
         depth=depth,
-        num_heads=num_heads or _num_heads(width, depth),
+        num_heads=num_heads or _published_num_heads(width, depth),
         mlp_ratio=weights["blocks.0.mlp.0.weight"].shape[0] / width,
         num_classes=classes,
         condition_dropout=dropout,
@@ -98,148 +153,38 @@ def from_state_dict(
     return weights, config
 
 
-def _classes(weights: dict[str, Tensor], rows: int, wanted: int | None) -> tuple[int | None, float]:
-    """The number of classes and, where there is a null class, the usual dropout: what it was is not in the file."""
+def _drop_variance(weights: dict[str, Tensor], channels: int, patch: int, source: str) -> None:
+    """Remove the outputs of the last layer that predict a variance, in place."""
+    outputs = weights[LAST_WEIGHT].shape[0] // patch**2
+    if outputs == channels:
+        return
+    if outputs != 2 * channels:
+        raise CheckpointError(f"it predicts {outputs} channels from {channels}: not a checkpoint of {source}")
+    for name in (LAST_WEIGHT, LAST_BIAS):
+        means = weights[name].unflatten(0, (patch, patch, outputs))[:, :, :channels]  # (p, p, C, ...)
+        weights[name] = means.flatten(0, 2).contiguous()
+
+
+def _convert_classes(weights: dict[str, Tensor], num_classes: int | None) -> tuple[int | None, float]:
+    """Return number of classes and condition dropout; for `num_classes` 0, move the null class into the time, in place."""
+    rows = len(weights[CLASS_TABLE]) if CLASS_TABLE in weights else 0
     if rows == 0:
-        if wanted:
-            raise ConfigError(f"--num-classes {wanted}: the checkpoint has no classes; leave it out")
+        if num_classes:
+            raise ConfigError(f"`num_classes` {num_classes}: the checkpoint has no classes; leave it out")
         return None, 0.0
-    if wanted == 0:
-        weights[BIAS] = weights[BIAS] + weights.pop(TABLE)[-1]
+    if num_classes == 0:
+        weights[TIME_LAST_BIAS] = weights[TIME_LAST_BIAS] + weights.pop(CLASS_TABLE)[-1]
         return None, 0.0
-    if wanted not in (None, rows, rows - 1):
-        raise ConfigError(f"--num-classes {wanted}: the checkpoint's class table has {rows} rows, with the null class")
-    return (rows, 0.0) if wanted == rows else (rows - 1, 0.1)
+    if num_classes not in (None, rows, rows - 1):
+        raise ConfigError(
+            f"`num_classes` {num_classes}: the class table of the checkpoint has {rows} rows, with the null class"
+        )
+    return (rows, 0.0) if num_classes == rows else (rows - 1, _USUAL_DROPOUT)
 
 
-def _num_heads(width: int, depth: int) -> int:
+def _published_num_heads(width: int, depth: int) -> int:
+    """Return the number of heads of the published model of this width and depth."""
     for hidden_size, layers, num_heads in DIT_SIZES.values():
         if (hidden_size, layers) == (width, depth):
             return num_heads
-    raise ConfigError(f"a DiT of width {width} and depth {depth} is none of the published ones: give --num-heads")
-
-
-def _turn_time(weights: dict[str, Tensor]) -> None:
-    """Of a network of time 1 - t and velocity -v make, in place, one of t and v."""
-    half = weights[FIRST].shape[1] // 2
-    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float64) / half)
-    cosine, sine = frequencies.cos(), frequencies.sin()
-    of_cosine, of_sine = weights[FIRST].double().split(half, dim=1)
-    turned = [of_cosine * cosine + of_sine * sine, of_cosine * sine - of_sine * cosine]
-    weights[FIRST] = torch.cat(turned, 1).float()
-    for name in ("final.linear.weight", "final.linear.bias"):
-        weights[name] = -weights[name]
-
-
-# --- to diffusers ------------------------------------------------------------------------------------------------
-
-DIFFUSERS_NULL = 1000  # the null class of diffusers' DiTPipeline, whatever the number of classes
-_EXPRESSIBLE = {
-    *(
-        "latent_channels",
-        "latent_size",
-        "patch_size",
-        "hidden_size",
-        "depth",
-        "num_heads",
-        "num_classes",
-        "condition_dropout",
-    ),
-    *("time_scale", "frequency_shift", "attention", "activation_checkpointing", "token_dropout", "downsample_factor"),
-}
-
-
-def expressible(config: ModelConfig) -> DiTConfig:
-    """Return `config` if it is of the backbone that diffusers' DiTTransformer2DModel can be.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not isinstance(config, DiTConfig):
-        raise ConfigError("diffusers' DiTPipeline has no such backbone; use --to safetensors")
-    return config
-
-
-def to_diffusers(weights: dict[str, Tensor], config: DiTConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and arguments of diffusers' DiTTransformer2DModel that computes the same.
-
-    Raises:
-        ConfigError: it cannot; names the key.
-    """
-    for field in dataclasses.fields(DiTConfig):
-        value = getattr(config, field.name)
-        if field.name not in _EXPRESSIBLE and value != field.default:
-            raise ConfigError(
-                f"{field.name} {value}: diffusers' DiTTransformer2DModel has no such part; use --to safetensors"
-            )
-    if (config.num_classes or 0) > DIFFUSERS_NULL:
-        raise ConfigError(f"num_classes {config.num_classes}: diffusers' DiTPipeline knows at most {DIFFUSERS_NULL}")
-    first = _refitted(weights[FIRST], config)
-    table = torch.zeros(DIFFUSERS_NULL + 1, config.hidden_size)
-    if config.num_classes is not None:
-        table[: config.num_classes] = weights[TABLE][: config.num_classes]
-        if config.condition_dropout:
-            table[DIFFUSERS_NULL] = weights[TABLE][config.num_classes]
-    embedding = {
-        "timestep_embedder.linear_1.weight": first,
-        "timestep_embedder.linear_1.bias": weights["time_embedding.mlp.0.bias"],
-        "timestep_embedder.linear_2.weight": weights["time_embedding.mlp.2.weight"],
-        "timestep_embedder.linear_2.bias": weights[BIAS],
-        "class_embedder.embedding_table.weight": table,
-    }
-    pairs = [
-        ("pos_embed.proj", "patch_embedding"),
-        ("proj_out_1", "final.modulation.1"),
-        ("proj_out_2", "final.linear"),
-    ]
-    theirs: dict[str, Tensor] = {}
-    for index in range(config.depth):
-        block, ours = f"transformer_blocks.{index}", f"blocks.{index}"
-        theirs |= {f"{block}.norm1.emb.{name}": value.clone() for name, value in embedding.items()}
-        for kind in ("weight", "bias"):
-            for name, part in zip("qkv", weights[f"{ours}.attention.qkv.{kind}"].chunk(3), strict=True):
-                theirs[f"{block}.attn1.to_{name}.{kind}"] = part.clone()
-        pairs += [
-            (f"{block}.norm1.linear", f"{ours}.modulation.1"),
-            (f"{block}.attn1.to_out.0", f"{ours}.attention.projection"),
-            (f"{block}.ff.net.0.proj", f"{ours}.mlp.0"),
-            (f"{block}.ff.net.2", f"{ours}.mlp.2"),
-        ]
-    theirs |= {f"{their}.{kind}": weights[f"{our}.{kind}"] for their, our in pairs for kind in ("weight", "bias")}
-    arguments = {
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.hidden_size // config.num_heads,
-        "in_channels": config.latent_channels,
-        "out_channels": config.latent_channels,
-        "num_layers": config.depth,
-        "sample_size": config.latent_size,
-        "patch_size": config.patch_size,
-        "num_embeds_ada_norm": DIFFUSERS_NULL,
-        "norm_eps": 1e-6,
-    }
-    return theirs, arguments
-
-
-def _refitted(first: Tensor, config: DiTConfig) -> Tensor:
-    """The time's first layer for diffusers' frequencies, P^(-i/(n - 1)).
-
-    With a frequency shift of 1 they are ours. With times that are not scaled every angle is in [0, 1], where the waves of
-    one set are linear combinations of the other's to the last bit of float32. Else they are not.
-    """
-    if config.frequency_shift == 1:
-        return first
-    if config.time_scale != 1:
-        raise ConfigError(
-            f"frequency_shift {config.frequency_shift}: diffusers' DiTTransformer2DModel has other time frequencies; "
-            "train with model.frequency_shift: 1, or use --to safetensors"
-        )
-    half, times = first.shape[1] // 2, torch.linspace(0, 1, 2001, dtype=torch.float64)
-
-    def waves(shift: int) -> Tensor:
-        angles = times[:, None] * MAX_PERIOD ** (-torch.arange(half, dtype=torch.float64) / (half - shift))
-        return torch.cat([angles.cos(), angles.sin()], 1)
-
-    combine = torch.linalg.lstsq(
-        waves(1), waves(0), rcond=1e-12, driver="gelsd"
-    ).solution  # waves(1) combine = waves(0)
-    return (first.double() @ combine.T).float()
+    raise ConfigError(f"`num_heads`: no published model has width {width} and depth {depth}; set it")

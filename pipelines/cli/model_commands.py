@@ -91,9 +91,9 @@ def train(options: TrainOptions) -> None:
 @stage_command(ImportConfig, name="import")
 def import_(config: ImportConfig) -> None:
     """Convert a third-party checkpoint PATH to lfm weights in DEST."""
-    from pipelines.exchange.import_export import bring_in
+    from pipelines.exchange.import_export import import_checkpoint
 
-    result = bring_in(config)
+    result = import_checkpoint(config)
     if config.dry_run:
         return show(config, result)
     click.echo(result)
@@ -103,9 +103,9 @@ def import_(config: ImportConfig) -> None:
 @stage_command(ExportConfig)
 def export(config: ExportConfig) -> None:
     """Write the EMA weights of RUN to DEST, in a format that other tools read."""
-    from pipelines.exchange.import_export import send_out
+    from pipelines.exchange.import_export import export_weights
 
-    result = send_out(config)
+    result = export_weights(config)
     if config.dry_run:
         return show(config, result)
     click.echo(result)

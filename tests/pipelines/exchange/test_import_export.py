@@ -14,6 +14,7 @@ import lfm as library
 from lfm import weights_file
 from lfm.autoencoder import import_diffusers
 from lfm.conversion import published_checkpoints
+from lfm.conversion.to_diffusers import to_diffusers
 from lfm.data import manifest as manifests
 from lfm.errors import ConfigError
 from lfm.flow.guidance import Guidance
@@ -31,7 +32,7 @@ PAPERS = FOLDER / "dit_class_model.pth"
 SHAPE = DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, condition_dropout=0.1, time_scale=1.0)
 
 
-def their_state(model: DiT, *, variance: bool) -> dict[str, Tensor]:
+def published_state(model: DiT, *, variance: bool) -> dict[str, Tensor]:
     """A model as DiT and SiT save theirs: other names, the position among the weights, a variance beside the mean."""
     config, state = model.config, {}
     for name, value in model.state_dict().items():
@@ -90,7 +91,7 @@ def test_without_classes_the_null_class_becomes_part_of_the_time() -> None:
 @torch.no_grad()
 def test_sit_is_turned_exactly() -> None:
     theirs, (state, time, condition) = randomized_dit(SHAPE).eval(), inputs()
-    weights, config = published_checkpoints.from_state_dict(their_state(theirs, variance=True), "sit", num_heads=2)
+    weights, config = published_checkpoints.from_state_dict(published_state(theirs, variance=True), "sit", num_heads=2)
     assert config == SHAPE
     ours = DiT(config).eval()
     ours.load_state_dict(weights)
@@ -100,10 +101,10 @@ def test_sit_is_turned_exactly() -> None:
 @torch.no_grad()
 def test_dit_predicts_noise_and_is_converted_as_it_samples(small_set: SmallSet, tmp_path: Path) -> None:
     theirs = randomized_dit(SHAPE).eval()
-    torch.save({"ema": their_state(theirs, variance=True), "model": {}}, tmp_path / "DiT.pt")
+    torch.save({"ema": published_state(theirs, variance=True), "model": {}}, tmp_path / "DiT.pt")
     flags = ("--from", "dit", "--num-heads", 2, "--autoencoder", small_set.autoencoder)
     result = lfm("import", tmp_path / "DiT.pt", tmp_path / "run", *flags)
-    assert result.exit_code == 0 and "converted as it samples" in result.stdout, result.stderr
+    assert result.exit_code == 0 and "converted to a velocity while sampling" in result.stdout, result.stderr
     network = library.load(str(tmp_path / "run")).network
     assert isinstance(network, NoisePrediction)
     state, _, condition = inputs()
@@ -139,7 +140,7 @@ def test_a_prediction_of_noise_leads_where_the_velocity_does(spread: float) -> N
 
 
 def test_import_then_export_then_import_is_the_identity(run: Path, small_set: SmallSet, tmp_path: Path) -> None:
-    torch.save(their_state(randomized_dit(SHAPE).eval(), variance=False), tmp_path / "theirs.pt")
+    torch.save(published_state(randomized_dit(SHAPE).eval(), variance=False), tmp_path / "theirs.pt")
     flags = ("--from", "lfm", "--num-heads", 2, "--autoencoder", small_set.autoencoder)
     assert lfm("import", tmp_path / "theirs.pt", tmp_path / "one", *flags).exit_code == 0
     for source, again in ((tmp_path / "one", tmp_path / "two"), (run, tmp_path / "three")):
@@ -156,7 +157,7 @@ def test_diffusers_alone_makes_our_images(
     run: Path, small_set: SmallSet, tmp_path: Path, guidance_scale: float, papers: bool
 ) -> None:
     if papers:  # time is not scaled, and its frequencies are not those of diffusers
-        torch.save(their_state(randomized_dit(SHAPE).eval(), variance=False), tmp_path / "theirs.pt")
+        torch.save(published_state(randomized_dit(SHAPE).eval(), variance=False), tmp_path / "theirs.pt")
         flags = ("--from", "lfm", "--num-heads", 2, "--autoencoder", small_set.autoencoder)
         run = tmp_path / "imported"
         assert lfm("import", tmp_path / "theirs.pt", run, *flags).exit_code == 0
@@ -191,11 +192,11 @@ def test_what_diffusers_cannot_express_is_refused(change: dict, said: str) -> No
     shape = {"num_classes": 8, "condition_dropout": 0.1, "frequency_shift": 1} | change
     config = DiTConfig(4, 8, 2, 32, 2, 2, **shape)
     with pytest.raises(ConfigError, match=said):
-        published_checkpoints.to_diffusers(DiT(config).state_dict(), config)
+        to_diffusers(DiT(config).state_dict(), config)
 
 
 def test_mistakes_are_one_line_and_write_nothing(run: Path, small_set: SmallSet, tmp_path: Path) -> None:
-    theirs = their_state(randomized_dit(SHAPE).eval(), variance=False)
+    theirs = published_state(randomized_dit(SHAPE).eval(), variance=False)
     codec, dest = ("--autoencoder", small_set.autoencoder), tmp_path / "dest"
     for name, content in {
         "ours.pt": theirs,
@@ -208,10 +209,14 @@ def test_mistakes_are_one_line_and_write_nothing(run: Path, small_set: SmallSet,
     (tmp_path / "junk.pt").write_bytes(b"junk")
     for name, flags, said in (
         ("ours.pt", ("--from", "sdxl"), "--from sdxl: unknown; one of lfm, dit, sit"),
-        ("ours.pt", ("--from", "lfm", *codec), "give --num-heads"),
+        ("ours.pt", ("--from", "lfm", *codec), "--num-heads: no published model has width 32 and depth 2; set it"),
         ("ours.pt", ("--from", "lfm", "--num-heads", 2, "--num-classes", 5, *codec), "has 9 rows"),
-        ("nothing.pt", ("--from", "sit"), "no patch_embedding.weight"),
-        ("part.pt", ("--from", "lfm", "--num-heads", 2), "is no checkpoint of --from lfm"),
+        (
+            "nothing.pt",
+            ("--from", "sit"),
+            "missing weight patch_embedding.weight: not a checkpoint of sit; check --from",
+        ),
+        ("part.pt", ("--from", "lfm", "--num-heads", 2), "is not a checkpoint of --from lfm"),
         ("state.pt", ("--from", "lfm"), "holds more than tensors"),
         ("list.pt", ("--from", "lfm"), "holds no weights by name"),
         ("junk.pt", ("--from", "lfm"), "junk.pt"),
@@ -220,8 +225,8 @@ def test_mistakes_are_one_line_and_write_nothing(run: Path, small_set: SmallSet,
         assert_one_line(lfm("import", tmp_path / name, dest, *flags), said)
     assert_one_line(lfm("export", run, dest, "--to", "onnx"), "--to onnx: unknown; one of safetensors, diffusers")
     assert_one_line(lfm("export", run, dest, "--to", "safetensors"), "must end with .safetensors")
-    assert_one_line(lfm("export", run, run, "--to", "diffusers"), "is there already")
-    assert_one_line(lfm("import", tmp_path / "ours.pt", run, "--from", "lfm", *codec), "is there already")
+    assert_one_line(lfm("export", run, run, "--to", "diffusers"), "exists already")
+    assert_one_line(lfm("import", tmp_path / "ours.pt", run, "--from", "lfm", *codec), "exists already")
     for command in (
         ("export", run, dest, "--to", "diffusers"),
         ("import", tmp_path / "ours.pt", dest, "--from", "lfm"),
