@@ -67,7 +67,7 @@ def _reverse_time(weights: dict[str, Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """A family of published checkpoints."""
 
     prediction: str = "velocity"
@@ -77,9 +77,9 @@ class Source:
 
 
 SOURCES = {
-    "lfm": Source(),
-    "dit": Source(prediction="noise"),
-    "sit": Source(convert=_reverse_time),
+    "lfm": CheckpointSource(),
+    "dit": CheckpointSource(prediction="noise"),
+    "sit": CheckpointSource(convert=_reverse_time),
 }
 
 

@@ -1,1 +1,1 @@
-"""Backbones, and the layers they share."""
+"""Velocity networks: the registry of backbones, their configurations, and the layers that they share."""

@@ -1,10 +1,10 @@
-"""Scaled dot-product attention, and which library computes it.
+"""Scaled dot-product attention, and the choice of the library that computes it.
 
     attend(q, k, v) = softmax(q k^T / sqrt(d)) v      over the tokens, for each head; d = head_dim
 
-Vaswani et al. 2017, Eq. 1. On CUDA xformers' memory-efficient kernels compute it, elsewhere torch's own
-scaled_dot_product_attention ("sdpa"). xformers is built against one CUDA and installs beside any torch, so that an
-import proves nothing: before its first use a small call is made, and when that fails "auto" goes on with sdpa.
+Vaswani et al. 2017, Eq. 1. On CUDA it is computed by the memory-efficient kernels of xformers, elsewhere by torch's own
+scaled_dot_product_attention ("sdpa"). xformers is built against one version of CUDA and installs beside any torch, so that
+it can be imported does not mean that it works. Before its first use a small call is made, and if it fails, "auto" uses sdpa.
 """
 
 from __future__ import annotations
@@ -13,49 +13,53 @@ import ctypes
 import logging
 from functools import cache
 from importlib import metadata
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lfm.errors import ConfigError
+from lfm.models.config import AttentionBackend
 from lfm.models.embeddings import rotate
-
-BACKENDS = ("auto", "xformers", "sdpa")
 
 logger = logging.getLogger(__name__)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Tensor:
-    """Attention of (B, tokens, heads, head_dim) tensors, of the same shape.
+    """Compute the attention of query, key and value (B, tokens, heads, head_dim), in the same shape.
 
-    Raises ConfigError when `backend` is "xformers" and it cannot be used on these tensors.
+    Args:
+        query: (B, tokens, heads, head_dim).
+        key: (B, tokens, heads, head_dim).
+        value: (B, tokens, heads, head_dim).
+        backend: auto, xformers or sdpa.
+
+    Raises:
+        ConfigError: the backend is xformers, and it cannot be used on these tensors.
     """
     if _use_xformers(query, backend):
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(query, key, value)
-    query, key, value = (
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-    )  # (B, heads, tokens, head_dim)
-    return scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    query = query.transpose(1, 2)  # (B, heads, tokens, head_dim)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)  # the same
+    return scaled_dot_product_attention(query, key, value).transpose(1, 2)  # (B, tokens, heads, head_dim)
 
 
 def _use_xformers(query: Tensor, backend: str) -> bool:
-    assert backend in BACKENDS, f"backend {backend!r}"
+    assert backend in get_args(AttentionBackend), f"backend {backend!r}"
     if backend == "sdpa" or (backend == "auto" and not query.is_cuda):
         return False
     problem = _xformers_problem(query.dtype, query.shape[-1]) if query.is_cuda else "it runs on CUDA only"
     if problem and backend == "xformers":
-        raise ConfigError(f"attention xformers cannot be used: {problem}; set attention to auto or sdpa")
+        raise ConfigError(f"`attention` xformers: cannot be used: {problem}; set it to auto or sdpa")
     return not problem
 
 
 @cache
 def _xformers_problem(dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why xformers fails on such tensors, None when it works: tried once, forwards and backwards, and logged."""
+    """Return why xformers fails on such tensors, or None if it works; tries it once, with gradients, and logs the result."""
     try:
         _preload_cuda_12_runtime()
         from xformers.ops import memory_efficient_attention
@@ -64,7 +68,7 @@ def _xformers_problem(dtype: torch.dtype, head_dim: int) -> str | None:
             probe = torch.zeros(1, 8, 1, head_dim, dtype=dtype, device="cuda", requires_grad=True)
             memory_efficient_attention(probe, probe, probe).sum().backward()
         torch.cuda.synchronize()
-    except Exception as error:  # whatever a library that does not fit its torch may raise
+    except Exception as error:  # a library that does not match its torch may raise anything
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         logger.warning("attention: torch's sdpa for %s, head_dim %d; xformers fails: %s", dtype, head_dim, problem)
         return problem
@@ -73,7 +77,7 @@ def _xformers_problem(dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def _preload_cuda_12_runtime() -> None:
-    """Load the CUDA 12 runtime that xformers links against, where its package is installed beside a newer torch."""
+    """Load the CUDA 12 runtime that xformers links against, if its package is installed beside a newer torch."""
     try:
         files = metadata.files("nvidia-cuda-runtime-cu12") or []
     except metadata.PackageNotFoundError:
@@ -84,10 +88,10 @@ def _preload_cuda_12_runtime() -> None:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: (B, tokens, hidden_size) -> the same. One linear makes q, k, v, then the heads.
+    """Multi-head self-attention: (B, tokens, hidden_size) -> the same.
 
-    With `qk_norm` queries and keys are divided by their root mean square over head_dim and scaled by learned weights,
-    so that no product of theirs exceeds sqrt(head_dim) at weights of 1 (Henry et al. 2020; Esser et al. 2024).
+    With `qk_norm` queries and keys are divided by their root mean square over head_dim and scaled by learned weights.
+    With weights of 1, no scaled product exceeds sqrt(head_dim) (Henry et al. 2020; Esser et al. 2024).
     """
 
     def __init__(self, hidden_size: int, num_heads: int, backend: str = "auto", qk_norm: bool = False) -> None:
@@ -102,7 +106,7 @@ class SelfAttention(nn.Module):
         self.key_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, tokens: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """`rotation`, by the tokens' positions, is what `embeddings.rotation_of` gives."""
+        """Attend among `tokens`, whose positions are in `rotation`, the result of `embeddings.rotation_of`."""
         query, key, value = (
             self.qkv(tokens)  # (B, tokens, 3 * hidden_size)
             .unflatten(-1, (3, self.num_heads, -1))  # (B, tokens, 3, heads, head_dim)
@@ -110,6 +114,6 @@ class SelfAttention(nn.Module):
         )
         query, key = self.query_norm(query), self.key_norm(key)  # the same shapes
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+            query, key = rotate(query, rotation), rotate(key, rotation)  # the same shapes
         mixed = attend(query, key, value, self.backend)  # (B, tokens, heads, head_dim)
         return self.projection(mixed.flatten(2))  # (B, tokens, hidden_size)

@@ -8,12 +8,16 @@ modules import no torch.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from lfm.errors import ConfigError
 
 LABEL_CHANNELS = 8  # channels of an embedded segmentation map
+
+AttentionBackend = Literal["auto", "xformers", "sdpa"]
+"""Library that computes the attention; auto is xformers on CUDA if it works there, else sdpa, which is torch's own."""
 
 
 @dataclass(frozen=True)

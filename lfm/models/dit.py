@@ -83,7 +83,7 @@ class DiT(VelocityNetwork):
         state: Tensor,
         time: Tensor,
         condition: Condition,
-        kept: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
         return_tokens: tuple[int, ...] = (),
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         assert all(0 <= index < self.config.depth for index in return_tokens), f"return_tokens {return_tokens}"
@@ -99,7 +99,7 @@ class DiT(VelocityNetwork):
         if self.class_embedding is not None:
             signal = signal + self.class_embedding(condition.class_index)  # (B, hidden)
         outputs = dict.fromkeys(return_tokens, tokens)  # replaced as the blocks run, each (B, tokens, hidden)
-        tokens = self._run_all_blocks(tokens, signal, rotation, kept, outputs)  # (B, tokens, hidden)
+        tokens = self._run_all_blocks(tokens, signal, rotation, kept_tokens, outputs)  # (B, tokens, hidden)
         velocity = self._unpatchify(self.final(tokens, signal)).float()  # (B, C, h, w)
         return (velocity, tuple(outputs[index] for index in return_tokens)) if return_tokens else velocity
 
@@ -121,17 +121,17 @@ class DiT(VelocityNetwork):
         tokens: Tensor,
         signal: Tensor,
         rotation: Tensor | None,
-        kept: Tensor | None,
+        kept_tokens: Tensor | None,
         outputs: dict[int, Tensor],
     ) -> Tensor:
-        """Run all blocks, the middle ones on the `kept` tokens only; the others bypass them unchanged."""
+        """Run all blocks, the middle ones on the kept tokens only; the others bypass them unchanged."""
         middle = self.config.middle_blocks
         tokens = self._run_blocks(range(middle.start), tokens, signal, rotation, outputs)
-        if kept is None:
+        if kept_tokens is None:
             tokens = self._run_blocks(middle, tokens, signal, rotation, outputs)
         else:
-            places = kept[..., None].expand(-1, -1, tokens.shape[-1])  # (B, kept, hidden)
-            kept_rotation = None if rotation is None else rotation[:, kept]  # (2, B, kept, 1, head_dim / 2)
+            places = kept_tokens[..., None].expand(-1, -1, tokens.shape[-1])  # (B, kept, hidden)
+            kept_rotation = None if rotation is None else rotation[:, kept_tokens]  # (2, B, kept, 1, head_dim / 2)
             inputs = tokens.gather(1, places)  # (B, kept, hidden)
             processed = self._run_blocks(middle, inputs, signal, kept_rotation, outputs)  # (B, kept, hidden)
             for index in middle:

@@ -8,10 +8,16 @@ from typing import Literal, get_args
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from lfm.errors import ConfigError
-from lfm.models.config import LABEL_CHANNELS, BackboneOptions, ModelConfig, require_positive, require_share
+from lfm.models.config import (
+    LABEL_CHANNELS,
+    AttentionBackend,
+    BackboneOptions,
+    ModelConfig,
+    require_positive,
+    require_share,
+)
 
 Size = Literal["Ti", "XS", "S", "B", "L", "XL"]
-Attention = Literal["auto", "xformers", "sdpa"]
 Position = Literal["sincos", "rope"]
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
@@ -31,7 +37,7 @@ DIT_SIZES: dict[Size, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class DiTConfig(ModelConfig):
-    """Configuration of a `lfm.models.dit.DiT`.
+    """Configuration of a `lfm.models.dit.DiT`; `DiTOptions` describes the fields that have no description here.
 
     Raises:
         ConfigError: names the fields that are out of range or contradict each other.
@@ -50,7 +56,7 @@ class DiTConfig(ModelConfig):
     """Factor of the time before its sinusoidal embedding; the paper's own checkpoints have 1."""
     frequency_shift: int = 0
     """Shift of the frequencies of the time embedding; diffusers' DiT has 1."""
-    attention: Attention = "auto"
+    attention: AttentionBackend = "auto"
     position: Position = "sincos"
     norm: Norm = "layer"
     mlp: Mlp = "gelu"
@@ -73,7 +79,7 @@ class DiTConfig(ModelConfig):
         if self.position == "rope" and self.head_dim % 4:
             raise ConfigError("`position` rope: `hidden_size` / `num_heads` must be a multiple of 4")
         require_share(self, "token_dropout")
-        for name, choices in (("attention", Attention), ("position", Position), ("norm", Norm), ("mlp", Mlp)):
+        for name, choices in (("attention", AttentionBackend), ("position", Position), ("norm", Norm), ("mlp", Mlp)):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"`{name}` {getattr(self, name)!r}: unknown; one of {', '.join(get_args(choices))}")
 
@@ -140,7 +146,7 @@ class DiTOptions(BackboneOptions):
     """Factor of the time before its sinusoidal embedding; the paper's code has 1."""
     frequency_shift: Literal[0, 1] = 1
     """Shift of the frequencies of the time embedding; the paper's code has 0, and diffusers' DiT can express 1 only."""
-    attention: Attention = "auto"
+    attention: AttentionBackend = "auto"
     """Library that computes the attention; auto chooses xformers on CUDA if it works there, and torch's own elsewhere."""
     activation_checkpointing: NonNegativeInt = 0
     """Recompute the activations of every n-th block in the backward pass, to save memory; 0 means none, 1 all."""

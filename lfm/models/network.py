@@ -23,7 +23,7 @@ class VelocityNetwork(nn.Module):
         state: Tensor,
         time: Tensor,
         condition: Condition,
-        kept: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
         return_tokens: tuple[int, ...] = (),
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Compute the velocity.
@@ -32,14 +32,14 @@ class VelocityNetwork(nn.Module):
             state: (B, C, h, w).
             time: float32 (B,) in [0, 1]; 0 is data, 1 is noise.
             condition: of B samples.
-            kept: int64 (B, config.num_kept_tokens), the tokens that the middle blocks process in training; None, as in
-                sampling, means all. Only a backbone with token dropout takes it.
+            kept_tokens: int64 (B, config.num_kept_tokens), numbers of the tokens that the middle blocks process in training;
+                None, as in sampling, means all. Only a backbone with token dropout takes it.
             return_tokens: numbers of blocks whose output tokens a loss term needs, counted from 0.
 
         Returns:
             The velocity, float32 (B, C, h, w). With `return_tokens`, a pair of the velocity and a tuple of tokens
             (B, tokens, hidden), one for each of these blocks in the same order; the velocity is bit for bit the same.
-            Where `kept` is given, a token that bypasses a middle block is returned as it was before the middle blocks.
+            Tokens that bypass the middle blocks are returned for these blocks as they entered them.
 
         Raises:
             ConfigError: the condition is not one that the model was trained with.

@@ -43,7 +43,7 @@ def test_self_attention_splits_into_q_k_v_then_heads() -> None:
 
 
 def test_xformers_by_name_on_a_cpu_is_one_line_with_the_repair() -> None:
-    with pytest.raises(ConfigError, match=r"^attention xformers cannot be used: .*CUDA only; set attention to .*sdpa$"):
+    with pytest.raises(ConfigError, match=r"^`attention` xformers: cannot be used: .*CUDA only; set it to .*sdpa$"):
         attend(*tensors(), backend="xformers")
 
 
@@ -96,7 +96,7 @@ class OnCuda:
 
 def test_on_cuda_auto_falls_back_and_a_name_does_not(broken_xformers: list[int]) -> None:
     assert not attention._use_xformers(OnCuda(), "auto")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="No operator found; set attention to auto or sdpa"):
+    with pytest.raises(ConfigError, match="No operator found; set it to auto or sdpa"):
         attention._use_xformers(OnCuda(), "xformers")  # type: ignore[arg-type]
 
 

@@ -92,7 +92,7 @@ def test_statistics_of_a_bfloat16_norm_are_float32() -> None:
 
 def test_the_backend_of_the_configuration_is_the_one_that_is_used() -> None:
     state, time, classes = dit_inputs()
-    with pytest.raises(ConfigError, match="attention xformers cannot be used"):
+    with pytest.raises(ConfigError, match="`attention` xformers: cannot be used"):
         DiT(dataclasses.replace(SMALL_DIT, attention="xformers"))(state, time, Condition(classes))
 
 
