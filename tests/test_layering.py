@@ -344,6 +344,12 @@ def test_test_modules_import_helpers_from_support_alone() -> None:
     assert not imports, "\n" + "\n".join(imports)
 
 
+def test_folders_of_tests_are_those_of_the_code() -> None:
+    tests = REPOSITORY / "tests"
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")} - {Path()}
+    assert not [str(folder) for folder in folders if not list((REPOSITORY / folder).glob("*.py"))]
+
+
 def test_launch_holds_one_python_file() -> None:
     """A second module there could hide a library of the same name: `launch/` is the first entry of sys.path."""
     assert [path.name for path in (REPOSITORY / "launch").rglob("*.py")] == ["train.py"]
