@@ -1,0 +1,35 @@
+"""Tests of the export to diffusers: what it cannot express is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lfm.conversion.to_diffusers import to_diffusers
+from lfm.errors import ConfigError
+from lfm.models.config import ModelConfig
+from lfm.models.dit import DiT
+from lfm.models.dit_config import DiTConfig
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frequency_shift": 0}, "other time frequencies; train with model.frequency_shift: 1"),
+        ({"condition_channels": 5}, "condition_channels 5: diffusers' DiTTransformer2DModel has no such part"),
+        ({"num_labels": 3}, "num_labels 3: diffusers"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio 2.0: diffusers"),
+        ({"num_classes": 1001}, "num_classes 1001"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_refused(change: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"num_classes": 8, "condition_dropout": 0.1, "frequency_shift": 1} | change
+    config = DiTConfig(4, 8, 2, 32, 2, 2, **options)
+    with pytest.raises(ConfigError, match=message):
+        to_diffusers(DiT(config).state_dict(), config)
+
+
+def test_another_backbone_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is another backbone"):
+        to_diffusers({}, ModelConfig(4, 8))
