@@ -7,10 +7,11 @@ modules import no torch.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from dataclasses import KW_ONLY
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from lfm.errors import ConfigError
 
@@ -18,9 +19,12 @@ LABEL_CHANNELS = 8  # channels of an embedded segmentation map
 
 AttentionBackend = Literal["auto", "xformers", "sdpa"]
 """Library that computes the attention; auto is xformers on CUDA if it works there, else sdpa, which is torch's own."""
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+VALIDATED = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=VALIDATED)
 class ModelConfig:
     """What the latents and the task prescribe to any backbone.
 
@@ -28,30 +32,38 @@ class ModelConfig:
         ConfigError: names the fields that are out of range or contradict each other.
     """
 
-    latent_channels: int
-    latent_size: int
+    latent_channels: PositiveInt
+    latent_size: PositiveInt
     """Height and width of a latent."""
     _: KW_ONLY
-    num_classes: int | None = None
+    num_classes: PositiveInt | None = None
     """Number of classes; None for a model without class condition."""
-    condition_dropout: float = 0.0
+    condition_dropout: Share = 0.0
     """Share of training samples whose condition is replaced by the null condition; 0 means no null condition."""
-    condition_channels: int = 0
+    condition_channels: NonNegativeInt = 0
     """Channels of `Condition.spatial`."""
-    num_labels: int | None = None
+    num_labels: PositiveInt | None = None
     """Number of class ids in segmentation maps; None for a model without segmentation condition."""
-    downsample_factor: int = 8
+    downsample_factor: PositiveInt = 8
     """Pixels per latent element along each side."""
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "latent_size", "num_classes", "num_labels", "downsample_factor"):
-            require_positive(self, name)
-        require_share(self, "condition_dropout")
         if self.condition_dropout and not self.is_conditional:
             raise ConfigError(
                 f"`condition_dropout` {self.condition_dropout}: needs a condition, such as `num_classes`; set one, or "
                 "`condition_dropout` to 0"
             )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _raise_config_error(cls, values: Any, handler: Any) -> Any:
+        """Describe the first field that is out of range in one line."""
+        try:
+            return handler(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            value = "" if first["type"] == "missing" else f" {first['input']}"
+            raise ConfigError(f"`{first['loc'][0]}`{value}: {first['msg'].lower()}") from error
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -97,12 +109,9 @@ class ModelConfig:
         return None
 
 
-class BackboneOptions(BaseModel):
+@dataclass(frozen=True, kw_only=True, config=VALIDATED)
+class BackboneOptions:
     """Keys of the `model:` section of an experiment that every backbone has."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
-    )
 
     backbone: str
     """Name of the network architecture."""
@@ -113,20 +122,6 @@ class BackboneOptions(BaseModel):
         """Return the full configuration of the network for what the latents and the task prescribe.
 
         Raises:
-            ConfigError: the options do not fit together or do not fit `base`.
+            ConfigError: the options do not fit `base`.
         """
         raise NotImplementedError
-
-
-def require_positive(config: ModelConfig, name: str) -> None:
-    """Raise ConfigError unless the field `name` is None or at least 1."""
-    value = getattr(config, name)
-    if value is not None and value < 1:
-        raise ConfigError(f"`{name}` {value}: must be at least 1")
-
-
-def require_share(config: ModelConfig, name: str) -> None:
-    """Raise ConfigError unless 0 <= the field `name` < 1."""
-    value = getattr(config, name)
-    if not 0 <= value < 1:
-        raise ConfigError(f"`{name}` {value}: must be at least 0 and below 1")

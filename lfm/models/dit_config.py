@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, asdict, dataclass
-from typing import Literal, get_args
+from dataclasses import asdict
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic.dataclasses import dataclass
 
 from lfm.errors import ConfigError
-from lfm.models.config import (
-    LABEL_CHANNELS,
-    AttentionBackend,
-    BackboneOptions,
-    ModelConfig,
-    require_positive,
-    require_share,
-)
+from lfm.models.config import LABEL_CHANNELS, VALIDATED, AttentionBackend, BackboneOptions, ModelConfig, Share
 
 Size = Literal["Ti", "XS", "S", "B", "L", "XL"]
-Position = Literal["sincos", "rope"]
-Norm = Literal["layer", "rms"]
-Mlp = Literal["gelu", "swiglu"]
 
 FREQUENCY_SIZE = 256  # channels of the sinusoidal time embedding
 
@@ -35,39 +26,51 @@ DIT_SIZES: dict[Size, tuple[int, int, int]] = {
 }
 
 
-@dataclass(frozen=True)
-class DiTConfig(ModelConfig):
-    """Configuration of a `lfm.models.dit.DiT`; `DiTOptions` describes the fields that have no description here.
+@dataclass(frozen=True, kw_only=True, config=VALIDATED)
+class DiTArchitecture:
+    """Architecture of a DiT, apart from its size."""
+
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
+    """Hidden width of the MLPs, in multiples of `hidden_size`."""
+    time_scale: PositiveFloat = 1000.0
+    """Factor of the time before its sinusoidal embedding; the paper's code has 1."""
+    frequency_shift: Literal[0, 1] = 0
+    """Shift of the frequencies of the time embedding; the paper's code has 0, and diffusers' DiT can express 1 only."""
+    attention: AttentionBackend = "auto"
+    """Library that computes the attention; auto chooses xformers on CUDA if it works there, and torch's own elsewhere."""
+    activation_checkpointing: NonNegativeInt = 0
+    """Recompute the activations of every n-th block in the backward pass, to save memory; 0 means none, 1 all."""
+    position: Literal["sincos", "rope"] = "sincos"
+    """Position embedding (beyond the paper): sincos is added to the tokens, rope rotates queries and keys."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Normalization of the tokens (beyond the paper): LayerNorm or RMSNorm, both without weights."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Activation of the MLPs (beyond the paper); a SwiGLU MLP has as many parameters as a GELU one."""
+    qk_norm: bool = False
+    """Normalize queries and keys (beyond the paper), which keeps the attention stable in bf16."""
+    token_dropout: Share = 0.0
+    """Share of the tokens that bypass the middle blocks in training (beyond the paper)."""
+
+
+@dataclass(frozen=True, config=VALIDATED)
+class DiTConfig(DiTArchitecture, ModelConfig):
+    """Configuration of a `lfm.models.dit.DiT`.
 
     Raises:
         ConfigError: names the fields that are out of range or contradict each other.
     """
 
-    patch_size: int
+    patch_size: PositiveInt
     """Height and width of a patch of latent elements, which becomes one token."""
-    hidden_size: int
-    depth: int
+    hidden_size: PositiveInt
+    """Channels of a token."""
+    depth: PositiveInt
     """Number of blocks."""
-    num_heads: int
-    _: KW_ONLY
-    mlp_ratio: float = 4.0
-    """Hidden width of the MLPs, in multiples of `hidden_size`."""
-    time_scale: float = 1000.0
-    """Factor of the time before its sinusoidal embedding; the paper's own checkpoints have 1."""
-    frequency_shift: int = 0
-    """Shift of the frequencies of the time embedding; diffusers' DiT has 1."""
-    attention: AttentionBackend = "auto"
-    position: Position = "sincos"
-    norm: Norm = "layer"
-    mlp: Mlp = "gelu"
-    qk_norm: bool = False
-    token_dropout: float = 0.0
-    activation_checkpointing: int = 0
+    num_heads: PositiveInt
+    """Number of attention heads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("patch_size", "hidden_size", "depth", "num_heads"):
-            require_positive(self, name)
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"`hidden_size` {self.hidden_size}: must be a multiple of `num_heads`, {self.num_heads}")
         if self.hidden_size % 4:
@@ -78,10 +81,6 @@ class DiTConfig(ModelConfig):
             )
         if self.position == "rope" and self.head_dim % 4:
             raise ConfigError("`position` rope: `hidden_size` / `num_heads` must be a multiple of 4")
-        require_share(self, "token_dropout")
-        for name, choices in (("attention", AttentionBackend), ("position", Position), ("norm", Norm), ("mlp", Mlp)):
-            if getattr(self, name) not in get_args(choices):
-                raise ConfigError(f"`{name}` {getattr(self, name)!r}: unknown; one of {', '.join(get_args(choices))}")
 
     @property
     def num_tokens(self) -> int:
@@ -126,40 +125,24 @@ class DiTConfig(ModelConfig):
         return 2 * (patching + time + blocks + final)
 
 
-class DiTOptions(BackboneOptions):
+@dataclass(frozen=True, kw_only=True, config=VALIDATED)
+class DiTOptions(DiTArchitecture, BackboneOptions):
     """Keys of the `model:` section for the DiT: either `size`, or all of hidden_size, depth and num_heads."""
 
     backbone: Literal["dit"] = "dit"
+    """Name of the network architecture."""
     size: Size | None = None
     """Size of the DiT family: S, B, L and XL as published, Ti and XS for a CPU."""
-    hidden_size: int | None = Field(default=None, ge=1, le=16_384)
+    hidden_size: Annotated[int, Field(ge=1, le=16_384)] | None = None
     """Channels of a token, in place of `size`."""
-    depth: int | None = Field(default=None, ge=1, le=1_000)
+    depth: Annotated[int, Field(ge=1, le=1_000)] | None = None
     """Number of blocks, in place of `size`."""
-    num_heads: int | None = Field(default=None, ge=1, le=1_024)
+    num_heads: Annotated[int, Field(ge=1, le=1_024)] | None = None
     """Number of attention heads, in place of `size`."""
     patch_size: PositiveInt = 2
     """Height and width of a patch of latent elements, which becomes one token."""
-    mlp_ratio: float = Field(default=4.0, gt=0, le=64)
-    """Hidden width of the MLPs, in multiples of `hidden_size`."""
-    time_scale: PositiveFloat = 1000.0
-    """Factor of the time before its sinusoidal embedding; the paper's code has 1."""
     frequency_shift: Literal[0, 1] = 1
     """Shift of the frequencies of the time embedding; the paper's code has 0, and diffusers' DiT can express 1 only."""
-    attention: AttentionBackend = "auto"
-    """Library that computes the attention; auto chooses xformers on CUDA if it works there, and torch's own elsewhere."""
-    activation_checkpointing: NonNegativeInt = 0
-    """Recompute the activations of every n-th block in the backward pass, to save memory; 0 means none, 1 all."""
-    position: Position = "sincos"
-    """Position embedding (beyond the paper): sincos is added to the tokens, rope rotates queries and keys."""
-    norm: Norm = "layer"
-    """Normalization of the tokens (beyond the paper): LayerNorm or RMSNorm, both without weights."""
-    mlp: Mlp = "gelu"
-    """Activation of the MLPs (beyond the paper); a SwiGLU MLP has as many parameters as a GELU one."""
-    qk_norm: bool = False
-    """Normalize queries and keys (beyond the paper), which keeps the attention stable in bf16."""
-    token_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the tokens that bypass the middle blocks in training (beyond the paper)."""
 
     @model_validator(mode="after")
     def _check_size(self) -> DiTOptions:
@@ -169,7 +152,7 @@ class DiTOptions(BackboneOptions):
 
     def build_config(self, base: ModelConfig) -> DiTConfig:
         """Return the configuration of the DiT for what the latents and the task prescribe."""
-        options = self.model_dump(exclude={"backbone", "size", "compile"})
+        options = {name: value for name, value in asdict(self).items() if name not in ("backbone", "size", "compile")}
         if self.size is not None:
             options["hidden_size"], options["depth"], options["num_heads"] = DIT_SIZES[self.size]
         return DiTConfig(**asdict(base), **options)

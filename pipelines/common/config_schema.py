@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
@@ -30,6 +31,7 @@ OWNED_BY_YAML = {
     "checkpoint": "train.checkpoint_every",
 }
 
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # types of pydantic errors
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -166,7 +168,7 @@ def validate(content: Any, name: str) -> ExperimentConfig:
         return ExperimentConfig.model_validate(content)
     except ValidationError as error:
         # An unknown key explains a missing one better than the other way round.
-        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        first = min(error.errors(), key=lambda item: item["type"] not in UNKNOWN_KEY)
         raise ConfigError(f"{name}: {_explain(first)}") from error
 
 
@@ -184,14 +186,17 @@ def _explain(error: Any) -> str:
     where = [str(part) for part in error["loc"] if part not in ("str", "dict[str,any]")]
     backbone = where.pop(1) if where[:1] == ["model"] and len(where) > 1 else DEFAULT_BACKBONE
     key = ".".join(where)
-    if error["type"] == "extra_forbidden":
+    if error["type"] in UNKNOWN_KEY:
         section: Any = ExperimentConfig
         for part in where[:-1]:
             kind = section.model_fields[part].annotation
             section = next(one for one in (*get_args(kind), kind) if one is not type(None))
-        section = BACKBONES[backbone].options if where[:-1] == ["model"] else section
-        near = difflib.get_close_matches(where[-1], section.model_fields, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(section.model_fields)}"
+        if where[:-1] == ["model"]:
+            known = [field.name for field in fields(BACKBONES[backbone].options)]
+        else:
+            known = list(section.model_fields)
+        near = difflib.get_close_matches(where[-1], known, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{key}: missing; add it"

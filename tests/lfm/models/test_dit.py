@@ -183,7 +183,7 @@ def test_a_segmentation_of_another_size_is_refused() -> None:
         ({"num_labels": 0}, "`num_labels` 0"),
         ({"condition_dropout": 1.0}, "`condition_dropout` 1.0"),
         ({"num_classes": None}, "`condition_dropout` 0.1: needs a condition, such as `num_classes`"),
-        ({"attention": "flash"}, "`attention` 'flash'"),
+        ({"attention": "flash"}, "`attention` flash"),
     ],
 )
 def test_a_configuration_that_does_not_fit_names_its_keys(change: dict[str, object], message: str) -> None:

@@ -267,9 +267,9 @@ def test_blocks_compiled_by_inductor_have_the_same_gradients() -> None:
     ("change", "message"),
     [
         ({"position": "rope", "hidden_size": 36, "num_heads": 6}, "`position` rope: `hidden_size` / `num_heads`"),
-        ({"position": "alibi"}, "`position` 'alibi'"),
-        ({"norm": "batch"}, "`norm` 'batch'"),
-        ({"mlp": "relu"}, "`mlp` 'relu'"),
+        ({"position": "alibi"}, "`position` alibi"),
+        ({"norm": "batch"}, "`norm` batch"),
+        ({"mlp": "relu"}, "`mlp` relu"),
         ({"token_dropout": 1.0}, "`token_dropout` 1.0"),
     ],
 )
