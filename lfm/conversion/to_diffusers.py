@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -19,23 +18,8 @@ from lfm.weights_file import WeightsHeader
 NULL_CLASS = 1000  # of diffusers' DiTPipeline, whatever the number of classes
 _REPAIR = "export to safetensors instead"
 
-# Fields of a DiTConfig that DiTTransformer2DModel can express, or that do not change the function in inference.
-_EXPRESSIBLE = {
-    "latent_channels",
-    "latent_size",
-    "patch_size",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "num_classes",
-    "condition_dropout",
-    "time_scale",
-    "frequency_shift",
-    "attention",
-    "activation_checkpointing",
-    "token_dropout",
-    "downsample_factor",
-}
+# Fields of a DiTConfig that change the function and that DiTTransformer2DModel does not have.
+_INEXPRESSIBLE = ("condition_channels", "num_labels", "mlp_ratio", "position", "norm", "mlp", "qk_norm")
 # Modules of DiTTransformer2DModel and ours, with a weight and a bias each; those of a block once for each block.
 _MODULES = {"pos_embed.proj": "patch_embedding", "proj_out_1": "final.modulation.1", "proj_out_2": "final.linear"}
 _BLOCK_MODULES = {
@@ -117,10 +101,10 @@ def _require_expressible(config: ModelConfig) -> DiTConfig:
     """Return the configuration if DiTTransformer2DModel can express it; raise ConfigError otherwise."""
     if not isinstance(config, DiTConfig):
         raise ConfigError(f"diffusers' DiTTransformer2DModel is another backbone; {_REPAIR}")
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in _EXPRESSIBLE and value != field.default:
-            raise ConfigError(f"{field.name} {value}: diffusers' DiTTransformer2DModel has no such part; {_REPAIR}")
+    for name in _INEXPRESSIBLE:
+        value = getattr(config, name)
+        if value != getattr(DiTConfig, name):
+            raise ConfigError(f"{name} {value}: diffusers' DiTTransformer2DModel has no such part; {_REPAIR}")
     if (config.num_classes or 0) > NULL_CLASS:
         raise ConfigError(
             f"num_classes {config.num_classes}: diffusers' DiTPipeline takes at most {NULL_CLASS}; {_REPAIR}"

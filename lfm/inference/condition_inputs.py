@@ -72,14 +72,24 @@ def encode_conditions(
     Raises:
         ConfigError: names the first input that the model does not take, or that it needs and is missing.
     """
-    _check_tasks(header, images, masks, segmentations)
-    count = max((len(arrays) for arrays in (images, segmentations) if arrays is not None), default=0)
-    names = names or [str(number) for number in range(count)]
-    _check_size(header.image_size, images, masks, segmentations, names)
+    arrays = {"image": images, "mask": masks, "segmentation": segmentations}
+    _check_tasks(header, {kind for kind, array in arrays.items() if array is not None})
+    for kind, array in arrays.items():
+        if array is None:
+            continue
+        names = names or [str(number) for number in range(len(array))]
+        height, width = array.shape[1:3]
+        size = header.image_size
+        if (height, width) != (size, size):
+            raise ConfigError(
+                f"{kind} {names[0]}: is {width} x {height} pixels, the model makes {size} x {size}; scale it first"
+            )
     spatial = None
     if segmentations is not None:
         _check_labels(header.labels, segmentations, names)
     if images is not None and masks is not None:
+        if len(masks) != len(images):
+            raise ConfigError(f"`masks`: {len(masks)} for {len(images)} images; their numbers must be equal")
         masks = (masks != 0).astype(np.uint8)
         _check_masks(masks, names)
         spatial = torch.cat([_masked(autoencoder, image, mask) for image, mask in zip(images, masks, strict=True)])
@@ -118,37 +128,17 @@ def _masked(autoencoder: Autoencoder, image: np.ndarray, mask: np.ndarray) -> Te
     return spatial_condition(autoencoder, autoencoder.encode(pixels).mean.cpu(), holes)
 
 
-def _check_tasks(
-    header: WeightsHeader, images: np.ndarray | None, masks: np.ndarray | None, segmentations: np.ndarray | None
-) -> None:
-    """Refuse inputs of a task that the model was not trained for, and the absence of those it needs."""
-    inpaints, takes_maps = header.model.condition_channels > 0, header.model.num_labels is not None
-    if inpaints and (images is None or masks is None):
-        raise ConfigError("the model was trained to inpaint: needs `images` and `masks`")
-    if not inpaints and (images is not None or masks is not None):
-        raise ConfigError("the model was not trained to inpaint: leave out `images` and `masks`")
-    if takes_maps and segmentations is None:
-        raise ConfigError("the model was trained on segmentation maps: needs `segmentations`")
-    if not takes_maps and segmentations is not None:
-        raise ConfigError("the model was not trained on segmentation maps: leave out `segmentations`")
-    if images is not None and masks is not None and len(masks) != len(images):
-        raise ConfigError(f"`masks`: {len(masks)} for {len(images)} images; their numbers must be equal")
-
-
-def _check_size(
-    size: int,
-    images: np.ndarray | None,
-    masks: np.ndarray | None,
-    segmentations: np.ndarray | None,
-    names: Sequence[str],
-) -> None:
-    """Refuse arrays (N, H, W, ...) of another height or width than `size`."""
-    for kind, arrays in (("image", images), ("mask", masks), ("segmentation", segmentations)):
-        if arrays is not None and arrays.shape[1:3] != (size, size):
-            height, width = arrays.shape[1:3]
-            raise ConfigError(
-                f"{kind} {names[0]}: is {width} x {height} pixels, the model makes {size} x {size}; scale it first"
-            )
+def _check_tasks(header: WeightsHeader, kinds: set[str]) -> None:
+    """Refuse kinds of inputs that the model was not trained with, and the absence of those it was trained with."""
+    for needed, task, parts in (
+        (header.model.condition_channels > 0, "to inpaint", {"image", "mask"}),
+        (header.model.num_labels is not None, "on segmentation maps", {"segmentation"}),
+    ):
+        arguments = " and ".join(f"`{part}s`" for part in sorted(parts))
+        if needed and not parts <= kinds:
+            raise ConfigError(f"the model was trained {task}: needs {arguments}")
+        if not needed and parts & kinds:
+            raise ConfigError(f"the model was not trained {task}: leave out {arguments}")
 
 
 def _check_masks(masks: np.ndarray, names: Sequence[str]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from lfm.conversion.to_diffusers import to_diffusers
+from lfm.conversion.to_diffusers import _INEXPRESSIBLE, to_diffusers
 from lfm.errors import ConfigError
 from lfm.models.config import ModelConfig
 from lfm.models.dit import DiT
@@ -28,6 +29,15 @@ def test_what_diffusers_cannot_express_is_refused(change: dict[str, Any], messag
     config = DiTConfig(4, 8, 2, 32, 2, 2, **options)
     with pytest.raises(ConfigError, match=message):
         to_diffusers(DiT(config).state_dict(), config)
+
+
+def test_every_field_is_expressed_or_refused() -> None:
+    """A new field of the DiT must be refused by the export, or added here once it is exported."""
+    exported = {"latent_channels", "latent_size", "patch_size", "hidden_size", "depth", "num_heads"}
+    exported |= {"num_classes", "condition_dropout", "time_scale", "frequency_shift"}
+    without_effect = {"attention", "activation_checkpointing", "token_dropout", "downsample_factor"}
+    names = {field.name for field in dataclasses.fields(DiTConfig)}
+    assert names == exported | without_effect | set(_INEXPRESSIBLE)
 
 
 def test_another_backbone_is_refused() -> None:
