@@ -101,7 +101,7 @@ def test_a_run_asked_to_leave_saves_and_goes_on(experiment: Path, tmp_path: Path
     wait_for_lines(left, 5, processes)
     processes[1].send_signal(signal.SIGTERM)
     result = finish(processes)
-    assert result.returncode == 130 and result.stderr.count("interrupted; the same command goes on") == 2
+    assert result.returncode == 130 and result.stderr.count("interrupted; run the same command to resume") == 2
     assert "Traceback" not in result.stderr
     seen = len(losses(left)) * 8
     assert seen < 800 and (left / "checkpoints" / f"samples-{seen:012d}").exists()

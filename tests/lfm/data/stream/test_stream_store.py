@@ -27,6 +27,7 @@ from lfm.errors import DataError
 from lfm.storage.cache import Cache
 from lfm.training.run_folder import RunFolder
 from lfm.world import World
+from tests.support import latents as known_latents
 from tests.support.commands import SmallSet
 from tests.support.fault_proxy import Fault, FaultProxy, is_download
 from tests.support.latents import OPTIONS, TOTAL, Latents, samples_of
@@ -39,7 +40,7 @@ FAULTS = ("cut", "reset", "drop", "status", "flip", "lost", "slow")
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
-    """A store behind a proxy, and the latents of test_stream in it."""
+    """A proxy in front of an object store, whose clients go through the proxy."""
     store = ObjectStore(tmp_path_factory.mktemp("store") / "weed")
     with FaultProxy(store.port) as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in (store.environment() | {"AWS_ENDPOINT_URL": proxy.url}).items():
@@ -109,9 +110,7 @@ def test_under_a_limit_each_shard_is_fetched_about_once_an_epoch(
     proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 shards of equal size, of which a cache may hold 4: two windows of two."""
-    import test_stream
-
-    monkeypatch.setattr(test_stream, "SIZES", (6,) * 20)
+    monkeypatch.setattr(known_latents, "SIZES", (6,) * 20)
     latents, epochs = Latents(f"s3://{BUCKET}/many"), 3
     size = latents.manifest.shards[0].bytes
     cache = Cache(tmp_path, limit=4 * size)
@@ -147,9 +146,9 @@ import json, sys
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from lfm.cache import Cache
+from lfm.storage.cache import Cache
 from lfm.data.manifest import load
-from lfm.data.stream import LatentStream, StreamOptions
+from lfm.data.stream.latent_stream import LatentStream, StreamOptions
 from lfm.world import World
 folder, cache, rank, size = sys.argv[1:]
 options = StreamOptions(seed=3, window=2, global_batch=8)
