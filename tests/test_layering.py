@@ -337,7 +337,8 @@ def test_an_image_is_called_an_image() -> None:
 # Personifications, riddles and inverted sentences that once stood in the code; docs/architecture.md, section 4.
 PHRASES = (
     r"go(es)? on (from|with)|(is|are|was) told|hears?\b|heard\b|leads? away|meets nobody|(take|in) turns|leaves behind"
-    r"|for people|what (there is|is there)|made otherwise|the same command goes on|asked to leave|looks? away|stands beside|by any name"
+    r"|for people|what (there is|is there)|made otherwise|the same command goes on|asked to leave|looks? away|stands beside"
+    r"|by any name"
 )
 
 
