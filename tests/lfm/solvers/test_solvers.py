@@ -160,15 +160,21 @@ def gaussian(state: Tensor, time: Tensor) -> Tensor:
 
 
 def sde_moments(num_steps: int) -> tuple[float, float]:
-    """The exact mean and variance that the sde solver ends with: it is affine in its start and in every step's draw."""
+    """Return the exact mean and variance at the end of the sde solver, which is affine in its start and in every draw.
 
-    def end(start: float, drawn: int | None = None) -> float:
-        noise = torch.full((1, 1), start, dtype=torch.float64)
-        normals = lambda step: torch.full_like(noise, float(step == drawn))  # noqa: E731
-        return float(euler_maruyama(Counted(gaussian, 1), noise, times=time_grid(num_steps), normals=normals))
+    One batch: row 0 starts at 0 without draws, row 1 starts at 1, and row 2 + n has a draw of 1 in step n alone.
+    """
+    noise = torch.zeros(2 + num_steps, 1, dtype=torch.float64)
+    noise[1] = 1
 
-    mean = end(0.0)
-    return mean, (end(1.0) - mean) ** 2 + sum((end(0.0, step) - mean) ** 2 for step in range(num_steps))
+    def normals(step: int) -> Tensor:
+        draws = torch.zeros_like(noise)
+        draws[2 + step] = 1
+        return draws
+
+    times = time_grid(num_steps)
+    end = euler_maruyama(Counted(gaussian, len(noise)), noise, times=times, normals=normals)[:, 0]
+    return float(end[0]), float((end[1:] - end[0]).square().sum())
 
 
 def test_the_variance_of_the_sde_converges_with_its_order_and_its_mean_is_exact() -> None:
