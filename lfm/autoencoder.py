@@ -1,7 +1,7 @@
-"""Pixels -> Posterior -> latents -> pixels, by any diffusers autoencoder.
+"""Autoencoders of diffusers: pixels -> posterior -> latents -> pixels.
 
-The posterior is stored unscaled; the model sees latents = (sample - shift) * scale_factor, with both numbers from the
-autoencoder's own configuration (Rombach et al., 2022). Which autoencoder it is, is known by the hash of its weights.
+The posterior is stored unscaled. The model is trained on latents = (sample - shift) * scale_factor, with both numbers from
+the configuration of the autoencoder (Rombach et al., 2022). An autoencoder is identified by a hash of its weights.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lfm.types import Posterior
 
 EMBEDDED = "embedded"
 LARGEST_FLOAT16 = 60_000.0
-# Where the classes' configurations list the encoder's levels, each half as large as the one before.
+# Keys under which autoencoders list the levels of the encoder, each at half the resolution of the one before.
 BLOCKS = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
 
 
 def embedded_path() -> Path:
-    """The folder of the autoencoder that comes with the package."""
+    """Return the folder of the autoencoder that is installed with the package."""
     return Path(str(files("lfm") / "assets" / "autoencoder"))
 
 
@@ -35,14 +35,14 @@ class Autoencoder:
 
     Args:
         model: AutoencoderKL or another diffusers autoencoder with `encode` and `decode`.
-        name: `embedded`, a path or a hub id: how it is found again.
+        name: embedded, a path or a hub id.
     """
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model.eval().requires_grad_(False), name
         config = model.config
         if "latent_channels" not in config or not any(key in config for key in BLOCKS):
-            raise ConfigError(f"autoencoder {name}: is a {type(model).__name__}, which is no autoencoder")
+            raise ConfigError(f"autoencoder {name}: is a {type(model).__name__}, not an autoencoder")
         self.scale_factor = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
         self.latent_channels = int(config["latent_channels"])
@@ -52,25 +52,25 @@ class Autoencoder:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     def latent_size(self, image_size: int) -> int:
-        """The height and width of the latents of images of this size.
+        """Return the height and width of the latents of images of this size.
 
         Raises:
             ConfigError: the size is not divisible by the downsample factor.
         """
         if image_size % self.downsample_factor:
             raise ConfigError(
-                f"image size {image_size}: not divisible by the autoencoder's downsample factor "
-                f"{self.downsample_factor}; choose another --image-size"
+                f"`image_size` {image_size}: not divisible by the autoencoder's downsample factor "
+                f"{self.downsample_factor}; choose another"
             )
         return image_size // self.downsample_factor
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Posterior:
-        """The posterior of uint8 images (B, 3, H, W), on this autoencoder's device."""
+        """Return the posterior of uint8 images (B, 3, H, W), on the device of the autoencoder."""
         encoded = self.model.encode(to_unit_range(images.to(self.device)).to(self.model.dtype))
         if hasattr(encoded, "latent_dist"):
             return Posterior(encoded.latent_dist.mean.float(), encoded.latent_dist.std.float())
@@ -79,27 +79,27 @@ class Autoencoder:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) as uint8 images (B, 3, H, W), rounded to the nearest level."""
+        """Decode scaled latents (B, C, h, w) to uint8 images (B, 3, H, W), rounded to the nearest level."""
         return to_levels(self.pixels(latents))
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) as pixels (B, 3, H, W) about [-1, 1]; gradients go through."""
+        """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W) of about [-1, 1], with gradients."""
         unscaled = latents.to(self.device) / self.scale_factor + self.shift
         return self.model.decode(unscaled.to(self.model.dtype)).sample
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 levels as float32 in [-1, 1]."""
+    """Return uint8 levels as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_levels(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as uint8 levels, rounded: truncation would darken every image by half a level."""
+    """Return pixels in [-1, 1] as uint8 levels, rounded, since truncation would darken every image by half a level."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def content_hash(model: torch.nn.Module, scale_factor: float, shift: float) -> str:
-    """A sha256 over every weight's name, shape and float32 value, and over scale factor and shift."""
+    """Return a SHA-256 over name, shape and float32 values of every weight, and over scale factor and shift."""
     sha256 = hashlib.sha256(f"{type(model).__name__} {scale_factor!r} {shift!r}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha256.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -108,11 +108,10 @@ def content_hash(model: torch.nn.Module, scale_factor: float, shift: float) -> s
 
 
 def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """The autoencoder of a path, a hub id or `embedded`; of a whole diffusers pipeline, its `vae`.
+    """Load an autoencoder by path or hub id, the one named embedded, or the `vae` of a whole diffusers pipeline.
 
     Raises:
-        ConfigError: there is none, or not all of its weights match: diffusers itself would only log that, and decode
-            rubbish.
+        ConfigError: there is none, or not all of its weights match, which diffusers itself only logs.
     """
     location = str(embedded_path()) if name == EMBEDDED else name
     subfolder = {"subfolder": "vae"} if (Path(location) / "vae" / "config.json").is_file() else {}
@@ -120,10 +119,10 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     try:
         config = diffusers.AutoencoderKL.load_config(location, **subfolder)
         if not isinstance(config, dict):
-            raise ConfigError(f"autoencoder {name}: its config.json holds no keys and values")
+            raise ConfigError(f"autoencoder {name}: its config.json is not a mapping")
         model_class = getattr(diffusers, config.get("_class_name", ""), None)
         if model_class is None:
-            raise ConfigError(f"autoencoder {name}: its config.json names no autoencoder that diffusers knows")
+            raise ConfigError(f"autoencoder {name}: its config.json names no class of diffusers")
         model, info = model_class.from_pretrained(
             location, **subfolder, low_cpu_mem_usage=False, output_loading_info=True
         )
@@ -135,29 +134,35 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
         counts = ", ".join(f"{len(keys)} {kind.replace('_', ' ')}" for kind, keys in wrong.items())
         example = next(iter(next(iter(wrong.values()))))
         raise ConfigError(f"autoencoder {name}: its weights do not match its config.json: {counts}, such as {example}")
-    loaded = Autoencoder(model, name)  # its hash is of the float32 weights, whatever it computes in
-    # diffusers' own `to` warns of every cast; channels last, since convolutions are a third faster so
+    loaded = Autoencoder(model, name)  # before the cast, since the hash is of float32 weights
+    # The `to` of diffusers warns of every cast. Channels last, since convolutions are a third faster that way.
     torch.nn.Module.to(model, device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return loaded
 
 
 def load_recorded(record: AutoencoderRecord, name: str | None, device: torch.device | str, user: str) -> Autoencoder:
-    """The autoencoder of a record, found under `name` if it has moved, and no other.
+    """Load the autoencoder of a record.
+
+    Args:
+        record: from a manifest or a weights file.
+        name: path or hub id, if the autoencoder has moved.
+        device: for the weights.
+        user: owner of the latents, for the message.
 
     Raises:
-        ConfigError: it is another one; names both, and whose latents `user` has.
+        ConfigError: the autoencoder is not that of the record.
     """
-    found = load(name or record.name, device)
-    if found.content_hash != record.content_hash:
+    autoencoder = load(name or record.name, device)
+    if autoencoder.content_hash != record.content_hash:
         raise ConfigError(
-            f"autoencoder {found.name} ({found.content_hash[:12]}): the latents of {user} are of {record.name} "
-            f"({record.content_hash[:12]}); name that one with --autoencoder"
+            f"autoencoder {autoencoder.name} ({autoencoder.content_hash[:12]}): the latents of {user} are of "
+            f"{record.name} ({record.content_hash[:12]}); name that one with `autoencoder`"
         )
-    return found
+    return autoencoder
 
 
 def import_diffusers() -> Any:
-    """diffusers, without the warning of the xformers that it imports on its own and that has no CPU operators."""
+    """Import diffusers without the warning of the xformers that it imports, which has no CPU operators."""
     logging.getLogger("xformers").setLevel(logging.ERROR)
     import diffusers
 
@@ -165,11 +170,7 @@ def import_diffusers() -> Any:
 
 
 def check_storable(posterior: Posterior, keys: list[str]) -> None:
-    """Refuse latents that float16 cannot hold.
-
-    Raises:
-        DataError: names the first such image.
-    """
+    """Raise DataError, naming the first image, if its posterior is beyond the range of float16."""
     magnitude = torch.maximum(posterior.mean.abs(), posterior.std).flatten(1).amax(1)
     bad = torch.nonzero(~(magnitude < LARGEST_FLOAT16)).flatten().tolist()
     if bad:

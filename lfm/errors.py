@@ -1,16 +1,16 @@
-"""The errors that a user can cause and repair. Each message is one line: what is wrong, where, and the repair."""
+"""Errors that a user can cause and repair. Each message is one line that names the problem, its place and the repair."""
 
 
 class LfmError(Exception):
-    """Base of all errors that end a command with exit code 2 and one line, without a traceback."""
+    """Base class of the errors that end a command with exit code 2 and one line, without a traceback."""
 
 
 class ConfigError(LfmError):
-    """A flag, a configuration key, or two of them together, cannot be used as given."""
+    """An argument or a configuration key has a value that cannot be used, or contradicts another."""
 
 
 class DataError(LfmError):
-    """An image, shard, manifest or data set is not what it should be."""
+    """An image, shard, manifest or data set is missing, damaged or not of the expected kind."""
 
 
 class StorageError(LfmError):
@@ -22,5 +22,5 @@ class CheckpointError(LfmError):
 
 
 def on_one_line(error: Exception) -> str:
-    """What another library's error says, short enough to stand within a message of ours; its kind if it says nothing."""
+    """Return the message of another library's error, shortened for a part of one line; its type if it has no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The values that cross a module's border, in the order of an image's way through the pipeline.
+"""The types that modules exchange, in the order in which an image passes through the pipeline.
 
 B batch; H W pixels; h w latent size; C latent channels; K condition channels. Time 0 is data, time 1 is noise.
 """
@@ -16,19 +16,21 @@ if TYPE_CHECKING:  # the stages that never touch a tensor start without torch
 
 @dataclass(frozen=True, slots=True)  # there is one for every image of a source
 class SourceItem:
-    """One image of a source, before anything of it is read: names that the source's store reads."""
+    """One image of a source before it is read: the names under which the source reads its parts."""
 
     image: str
     class_index: int | None = None
-    segmentation: str | tuple[tuple[int, str], ...] | None = None  # a map, or its parts: class id and mask
+    segmentation: str | tuple[tuple[int, str], ...] | None = (
+        None  # a map, or a class id and a mask for each of its parts
+    )
     mask: str | None = None
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One image as the raw shards hold it."""
+    """One image as stored in raw shards."""
 
-    key: str  # digits only: webdataset splits a member's name at its first dot
+    key: str  # digits only, since webdataset splits the name of a member at its first dot
     image: np.ndarray  # uint8 (H, W, 3)
     class_index: int | None = None
     mask: np.ndarray | None = None  # uint8 (H, W), 1 = missing, to be filled
@@ -38,7 +40,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the autoencoder knows of an image's latent: a diagonal Gaussian, unscaled."""
+    """Distribution of the latents of images: a diagonal Gaussian, unscaled."""
 
     mean: Tensor  # float32 (B, C, h, w)
     std: Tensor  # float32 (B, C, h, w); zero for a deterministic autoencoder
@@ -46,32 +48,32 @@ class Posterior:
 
 @dataclass(frozen=True)
 class LatentSample:
-    """One image as the latent shards hold it."""
+    """One image as stored in latent shards."""
 
     key: str
     posterior: np.ndarray  # float16 (2C, h, w): mean, then std, unscaled
     posterior_flip: np.ndarray | None = None  # the same of the mirrored image
     class_index: int | None = None
-    mask: np.ndarray | None = None  # uint8 (h, w), 1 = something in the cell is missing
-    masked: np.ndarray | None = None  # float16 (C, h, w): the posterior mean of the image without what is missing
+    mask: np.ndarray | None = None  # uint8 (h, w), 1 = part of the cell is missing
+    masked: np.ndarray | None = None  # float16 (C, h, w): posterior mean of the masked image
     masked_flip: np.ndarray | None = None
     segmentation: np.ndarray | None = None  # uint8 or uint16 (H, W), class ids
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the model is told about each image; None where the model does not take it."""
+    """Conditions of a batch; None for those that the model does not take."""
 
     class_index: Tensor | None = None  # int64 (B,); the number of classes stands for the null class
     spatial: Tensor | None = None  # float32 (B, K, h, w)
     segmentation: Tensor | None = None  # int64 (B, H, W), class ids; the number of labels stands for no label
 
     def rows(self, index: Tensor) -> Condition:
-        """The condition of some rows of the batch, in the order of `index` (int64)."""
+        """Return the condition of some rows of the batch, in the order of `index` (int64)."""
         return self._each(lambda value: value[index])
 
     def to(self, device: Any) -> Condition:
-        """The condition on `device`, copied without waiting where the memory is pinned."""
+        """Return the condition on `device`, copied asynchronously from pinned memory."""
         return self._each(lambda value: value.to(device, non_blocking=True))
 
     def _each(self, change: Any) -> Condition:
@@ -81,7 +83,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """A rank's part of one global batch, with all that is random about it.
+    """A rank's part of one global batch, with all of its random numbers.
 
     `noise` and `uniform` come with the data because they, too, are functions of (seed, sample number).
     """
@@ -89,12 +91,12 @@ class LatentBatch:
     sample_numbers: Tensor  # int64 (B,): each sample's number in the global order
     latents: Tensor  # float32 (B, C, h, w): drawn from the posterior, scaled
     noise: Tensor  # float32 (B, C, h, w): standard normal
-    uniform: Tensor  # float32 (B,) in [0, 1): what the time sampler makes a time of
+    uniform: Tensor  # float32 (B,) in [0, 1): the time sampler maps it to a time
     condition: Condition
-    kept_tokens: Tensor | None = None  # int64 (B, kept): of each sample, where the model drops tokens in training
+    kept_tokens: Tensor | None = None  # int64 (B, kept): numbers of the tokens that token dropout keeps
 
     def rows(self, index: Tensor) -> LatentBatch:
-        """Some rows of the batch, for one micro-batch."""
+        """Return some rows of the batch, for one micro-batch."""
         values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         parts = {name: value[index] for name, value in values.items() if value is not None and name != "condition"}
         return replace(self, **parts, condition=self.condition.rows(index))
@@ -102,7 +104,7 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class PathSample:
-    """A training example: a point of the probability path and the velocity there."""
+    """A batch of training examples: points of the probability path, and their velocities."""
 
     state: Tensor  # float32 (B, C, h, w)
     time: Tensor  # float32 (B,)
@@ -113,16 +115,16 @@ class Velocity(Protocol):
     """A velocity field over the rows of one batch, as the solvers call it."""
 
     def __call__(self, state: Tensor, time: Tensor, rows: Tensor) -> Tensor:
-        """Velocity (A, C, h, w) at `state` (A, C, h, w) and `time` (A,).
+        """Return the velocity (A, C, h, w) at `state` (A, C, h, w) and `time` (A,).
 
-        `rows` (int64 (A,)) tells which rows of the batch these are: an adaptive solver goes on with those that
-        are not finished, and each row has its own condition.
+        `rows`, int64 (A,), are the numbers of these rows in the batch: each row has its own condition, and an adaptive
+        solver continues with those that are not finished.
         """
 
 
 @dataclass(frozen=True)
 class SolverResult:
-    """Where the solver arrived, and at what cost."""
+    """Latents, and the cost of making them."""
 
     latents: Tensor  # float32 (B, C, h, w)
     nfe: Tensor  # int64 (B,): network evaluations per image, guidance counted double

@@ -86,7 +86,7 @@ def test_it_is_frozen_and_knows_its_sizes(saved: Path) -> None:
     assert not model.model.training and not any(p.requires_grad for p in model.model.parameters())
     assert (model.latent_channels, model.downsample_factor, model.latent_size(64)) == (4, 2, 32)
     assert (model.scale_factor, model.shift) == (0.18215, 0.0)
-    with pytest.raises(ConfigError, match=r"image size 63: not divisible .* factor 2; choose another --image-size"):
+    with pytest.raises(ConfigError, match=r"^`image_size` 63: not divisible .* factor 2; choose another$"):
         model.latent_size(63)
 
 

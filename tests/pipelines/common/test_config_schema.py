@@ -97,3 +97,27 @@ def test_every_option_of_the_model_is_a_key_and_reaches_it() -> None:
     assert {key: getattr(model, key) for key in changes} == changes
     options = factory.stream_options(config, model)
     assert options.num_kept_tokens == model.num_kept_tokens < options.num_tokens == model.num_tokens
+
+
+def test_a_configuration_that_names_no_backbone_is_of_the_dit(experiment: Path) -> None:
+    """Run folders from before there was more than one backbone do not name it."""
+    config = configs.load(str(experiment))
+    content = config.model_dump(mode="json")
+    assert content["model"].pop("backbone") == "dit"
+    assert configs.validate(content, "old") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.backbone=vgg", "model.backbone: vgg: unknown; one of dit"),
+        ("model.hiden_size=8", "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+        ("model.patch_size=0", "model.patch_size: 0: input should be greater than 0"),
+        ("model.size=S", "model: set either size, or all of hidden_size, depth and num_heads"),
+        ("model=S", "model: 'S': input should be a dictionary"),
+    ],
+)
+def test_a_mistake_in_the_model_section_names_its_key(experiment: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configs.load(str(experiment), [override])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
