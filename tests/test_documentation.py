@@ -7,10 +7,16 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+from pydantic import BaseModel
 
+from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, Member, Reject, ShardRecord
+from lfm.metrics.reference import ReferenceHeader
+from lfm.training.run_folder import RunState
+from lfm.weights_file import WeightsHeader
 from pipelines.cli.main import main
 from pipelines.cli.model_commands import train
 from pipelines.common import config_schema
@@ -154,6 +160,21 @@ def test_files_and_tables_of_the_page_on_extending_exist() -> None:
             path = REPOSITORY / span
         for name in (span for span in spans if re.fullmatch(r"[A-Z][A-Z_]+", span)):
             assert name in path.read_text(), f"{name}: not in {path}"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [Manifest, ShardRecord, Reject, ClassRecord, AutoencoderRecord, Member, WeightsHeader, RunState, ReferenceHeader],
+)
+def test_the_data_format_lists_every_field(record: Any) -> None:
+    fields = record.model_fields if issubclass(record, BaseModel) else record.__dataclass_fields__
+    page = (REPOSITORY / "docs" / "data-format.md").read_text()
+    assert not [name for name in fields if f"`{name}`" not in page]
+
+
+def test_the_glossary_is_sorted() -> None:
+    terms = re.findall(r"^\*\*(.+?)\*\*:", (REPOSITORY / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    assert len(terms) > 40 and terms == sorted(terms, key=str.lower)
 
 
 def test_wrong_command_lines_are_noticed() -> None:
