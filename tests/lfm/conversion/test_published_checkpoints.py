@@ -13,7 +13,7 @@ from tests.support.recorded_values import FOLDER, recorded
 
 
 @torch.no_grad()
-def test_without_classes_the_null_class_becomes_part_of_the_time() -> None:
+def test_without_classes_the_null_class_becomes_part_of_the_time_embedding() -> None:
     state, theirs = torch.load(FOLDER / "dit_class_model.pth", weights_only=True), recorded("dit_class_io")
     weights, config = published_checkpoints.from_state_dict(state, "lfm", num_heads=4, num_classes=0)
     assert config.num_classes is None and config.condition_dropout == 0

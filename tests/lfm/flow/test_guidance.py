@@ -1,4 +1,4 @@
-"""Guidance on all channels, what it costs, and the paper's recorded guided output."""
+"""Tests of guidance: its formula on all channels, its cost, and the guided output recorded from the paper's code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_CLASSES = 3
 
 
 class Pull(nn.Module):
-    """A network whose velocity is the class index, times the channel's number, at every point."""
+    """A network whose velocity is the class index times the number of the channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ def test_the_network_is_evaluated_without_gradients() -> None:
 
 @pytest.mark.parametrize(("scale", "name"), [(1.5, "cfg.out_1p5_t_batch"), (4.0, "cfg.out_4p0_t_scalar")])
 def test_guided_output_is_that_of_the_paper(scale: float, name: str) -> None:
-    theirs, model = recorded("dit_class_io"), recorded_model()
+    reference, model = recorded("dit_class_io"), recorded_model()
     assert CONFIG.num_classes is not None
-    condition = Condition(theirs["cfg.y"][:5])
+    condition = Condition(reference["cfg.y"][:5])
     null = null_condition(condition, CONFIG.condition_dropout, num_classes=CONFIG.num_classes)
-    assert null.class_index is not None and torch.equal(null.class_index, theirs["cfg.y"][5:])
+    assert null.class_index is not None and torch.equal(null.class_index, reference["cfg.y"][5:])
     field = GuidedVelocity(NetworkVelocity(model, condition, 5), NetworkVelocity(model, null, 5), scale)
-    time = theirs["t_scalar"].expand(5) if name.endswith("scalar") else theirs["t"]
-    out = field(theirs["cfg.x"], time, torch.arange(5))
-    torch.testing.assert_close(out, theirs[name], atol=1e-5, rtol=0)
+    time = reference["t_scalar"].expand(5) if name.endswith("scalar") else reference["t"]
+    out = field(reference["cfg.x"], time, torch.arange(5))
+    torch.testing.assert_close(out, reference[name], atol=1e-5, rtol=0)

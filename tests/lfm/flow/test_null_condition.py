@@ -1,4 +1,4 @@
-"""What is told and dropped for each task, and who may be guided."""
+"""Tests of conditions, their dropout, and the null condition of guidance."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from lfm.types import Condition
 
 
 def everything(rows: int) -> Condition:
-    """Every part that a condition can have, with no null in it."""
+    """Return a condition with all fields, none of them null."""
     return Condition(
         torch.arange(rows) % 10, torch.rand(rows, 3, 4, 4) + 2, torch.arange(rows)[:, None, None].expand(-1, 8, 8) % 5
     )
 
 
 @given(dropped=st.lists(st.booleans(), min_size=1, max_size=20))
-def test_dropped_rows_lose_all_that_they_say_and_others_nothing(dropped: list[bool]) -> None:
+def test_dropped_rows_get_the_null_condition_and_others_do_not_change(dropped: list[bool]) -> None:
     before = everything(len(dropped))
     after = drop_condition(before, torch.tensor(dropped), num_classes=10, num_labels=5)
     empty = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1).expand(3, 4, 4)  # no mean, and all is missing
     for row, drop in enumerate(dropped):
         one, other = before.rows(torch.tensor(row)), after.rows(torch.tensor(row))
         for name, null in (
-            *(("class_index", torch.tensor(10)), ("spatial", empty)),
+            ("class_index", torch.tensor(10)),
+            ("spatial", empty),
             ("segmentation", torch.full((8, 8), 5)),
         ):
             was, now = getattr(one, name), getattr(other, name)
@@ -35,7 +36,7 @@ def test_dropped_rows_lose_all_that_they_say_and_others_nothing(dropped: list[bo
 
 
 @given(rows=st.integers(1, 5), parts=st.sets(st.sampled_from(["class_index", "spatial", "segmentation"]), min_size=1))
-def test_the_null_condition_has_the_parts_of_the_condition_and_says_nothing(rows: int, parts: set[str]) -> None:
+def test_the_null_condition_has_the_fields_of_the_condition(rows: int, parts: set[str]) -> None:
     full = everything(rows)
     condition = Condition(**{name: getattr(full, name) for name in parts})
     null = null_condition(condition, 0.1, num_classes=10, num_labels=5)
@@ -53,7 +54,7 @@ def test_a_condition_of_classes_is_int64() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 10, 12])
-def test_an_index_that_is_no_class_is_named(index: int) -> None:
+def test_an_index_that_is_not_a_class_is_refused_by_name(index: int) -> None:
     with pytest.raises(ConfigError, match=f"^`class_index` {index}: the model knows classes 0 to 9$"):
         class_condition([3, index], 10)
     with pytest.raises(ConfigError, match=f"`class_index` {index}"):

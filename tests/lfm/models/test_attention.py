@@ -1,4 +1,4 @@
-"""Attention is the softmax of its formula, whichever library computes it, and falls back only where it may."""
+"""Tests of attention: every library computes the formula, and only `auto` chooses another one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forget_what_was_tried() -> Iterator[None]:
 
 
 def tensors(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[torch.Tensor]:
-    """Query, key and value (2, 7, 3, 16)."""
+    """Return query, key and value (2, 7, 3, 16)."""
     return list(torch.randn(3, 2, 7, 3, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype))
 
 
@@ -42,7 +42,7 @@ def test_self_attention_splits_into_q_k_v_then_heads() -> None:
     torch.testing.assert_close(module(tokens), expected)
 
 
-def test_xformers_by_name_on_a_cpu_is_one_line_with_the_repair() -> None:
+def test_xformers_on_a_cpu_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^`attention` xformers: cannot be used: .*CUDA only; set it to .*sdpa$"):
         attend(*tensors(), backend="xformers")
 
@@ -56,7 +56,7 @@ def test_auto_on_a_cpu_does_not_import_xformers(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def broken_xformers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An xformers that imports and then refuses every call, as one built for another CUDA does; counts the calls."""
+    """Install an xformers that can be imported and fails in every call, like one built for another CUDA; count the calls."""
     calls: list[int] = []
 
     def refuse(*_: torch.Tensor) -> torch.Tensor:
@@ -87,14 +87,14 @@ def test_an_xformers_that_fails_is_tried_once_and_its_reason_logged(
 
 
 class OnCuda:
-    """What the choice of a backend looks at in a tensor, as if it lay on a GPU."""
+    """The attributes of a CUDA tensor that the choice of the backend depends on."""
 
     is_cuda = True
     dtype = torch.bfloat16
     shape = (1, 8, 1, 64)
 
 
-def test_on_cuda_auto_falls_back_and_a_name_does_not(broken_xformers: list[int]) -> None:
+def test_on_cuda_only_auto_falls_back(broken_xformers: list[int]) -> None:
     assert not attention._use_xformers(OnCuda(), "auto")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="No operator found; set it to auto or sdpa"):
         attention._use_xformers(OnCuda(), "xformers")  # type: ignore[arg-type]

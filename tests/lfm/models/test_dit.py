@@ -1,4 +1,4 @@
-"""The network: its start, its gradients, its precision, what it refuses, and the paper's own recorded numbers."""
+"""Tests of the DiT: initialization, gradients, precision, refused inputs, and values recorded from the paper's code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_first_velocity_is_zero_and_every_block_the_identity() -> None:
     assert all(torch.equal(block(tokens, signal), tokens) for block in model.blocks)
 
 
-def test_weights_begin_with_the_published_spreads() -> None:
+def test_initial_weights_have_the_published_standard_deviations() -> None:
     torch.manual_seed(0)
     model = DiT(dataclasses.replace(SMALL_DIT, hidden_size=192, num_heads=3, num_classes=1000))
     spread = {name: float(parameter.detach().std()) for name, parameter in model.named_parameters()}
@@ -74,7 +74,7 @@ def test_train_and_eval_mode_agree() -> None:
     assert torch.equal(model.train()(state, time, Condition(classes)), model.eval()(state, time, Condition(classes)))
 
 
-def test_bfloat16_gives_float32_close_to_a_float32_model() -> None:
+def test_a_bfloat16_model_returns_float32_close_to_that_of_a_float32_model() -> None:
     state, time, classes = dit_inputs()
     exact = randomized_dit(SMALL_DIT)(state, time, Condition(classes))
     with torch.autocast("cpu", torch.bfloat16):
@@ -113,14 +113,14 @@ def test_a_scale_of_1000_makes_most_frequencies_vary() -> None:
     assert varying(1000.0) > 190 > 80 > varying(1.0)
 
 
-def test_the_null_class_has_a_row_only_where_labels_are_dropped() -> None:
+def test_the_null_class_has_a_row_only_with_condition_dropout() -> None:
     assert ClassEmbedding(10, 8, with_null=True).table.num_embeddings == 11
     assert DiT(SMALL_DIT).state_dict()["class_embedding.table.weight"].shape[0] == 11
     plain = DiT(dataclasses.replace(SMALL_DIT, condition_dropout=0.0))
     assert plain.state_dict()["class_embedding.table.weight"].shape[0] == 10
 
 
-def test_position_embeddings_tell_rows_from_columns() -> None:
+def test_position_embeddings_distinguish_rows_from_columns() -> None:
     grid = sincos_position_embedding(16, 3, 5).view(3, 5, 16)
     assert torch.equal(grid[0, :, :8], grid[2, :, :8])  # the first half is the column's
     assert torch.equal(grid[:, 0, 8:], grid[:, 4, 8:])  # the second half is the row's
@@ -142,7 +142,7 @@ def test_a_condition_that_the_model_does_not_take_is_refused() -> None:
         inpainting(state, time, Condition())
 
 
-def test_the_spatial_condition_is_heard() -> None:
+def test_the_spatial_condition_changes_the_velocity() -> None:
     model = randomized_dit(
         dataclasses.replace(SMALL_DIT, num_classes=None, condition_dropout=0.0, condition_channels=5)
     )
@@ -151,7 +151,7 @@ def test_the_spatial_condition_is_heard() -> None:
     assert (empty - full).abs().max() > 1e-3
 
 
-def test_every_pixel_of_a_segmentation_is_heard_where_it_lies() -> None:
+def test_a_pixel_of_a_segmentation_map_changes_the_embedding_of_its_cell_alone() -> None:
     config = dataclasses.replace(SMALL_DIT, num_classes=None, depth=1, num_labels=3, downsample_factor=4)
     model = randomized_dit(config)
     segmentation = torch.zeros(1, 32, 32, dtype=torch.int64)
@@ -206,32 +206,34 @@ def test_sizes_are_the_published_ones(size: str, millions: int, gigaflops: float
 
 
 def test_position_and_frequencies_are_those_of_the_paper() -> None:
-    theirs, model = recorded("dit_class_io"), recorded_model()
-    torch.testing.assert_close(model.position, theirs["act.pos_embed"][0], atol=1e-7, rtol=0)
-    torch.testing.assert_close(model.time_embedding.frequencies(theirs["t"]), theirs["act.t_freq"], atol=1e-6, rtol=0)
+    reference, model = recorded("dit_class_io"), recorded_model()
+    torch.testing.assert_close(model.position, reference["act.pos_embed"][0], atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        model.time_embedding.frequencies(reference["t"]), reference["act.t_freq"], atol=1e-6, rtol=0
+    )
 
 
 @torch.no_grad()
 def test_the_output_is_that_of_the_paper() -> None:
-    theirs, model = recorded("dit_class_io"), recorded_model()
-    state, time, classes = theirs["x"], theirs["t"], theirs["y"]
+    reference, model = recorded("dit_class_io"), recorded_model()
+    state, time, classes = reference["x"], reference["t"], reference["y"]
     null = torch.full_like(classes, 10)
     for name, out in {
         "out": model(state, time, Condition(classes)),
         "out_y_none": model(state, time, Condition(null)),
-        "out_t_scalar": model(state, theirs["t_scalar"].expand(5), Condition(classes)),
+        "out_t_scalar": model(state, reference["t_scalar"].expand(5), Condition(classes)),
     }.items():
-        torch.testing.assert_close(out, theirs[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(out, reference[name], atol=1e-5, rtol=0)
 
 
 def test_loss_and_gradients_are_those_of_the_paper() -> None:
-    theirs, model = recorded("loss"), recorded_model()
-    sample = path_sample(theirs["z0"], theirs["z1"], theirs["t"])
-    loss = velocity_loss(model(sample.state, sample.time, Condition(theirs["y"])), sample.velocity).mean()
-    torch.testing.assert_close(loss, theirs["loss"], atol=1e-6, rtol=0)
+    reference, model = recorded("loss"), recorded_model()
+    sample = path_sample(reference["z0"], reference["z1"], reference["t"])
+    loss = velocity_loss(model(sample.state, sample.time, Condition(reference["y"])), sample.velocity).mean()
+    torch.testing.assert_close(loss, reference["loss"], atol=1e-6, rtol=0)
     loss.backward()
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    expected = {our_name(name[5:]): value for name, value in theirs.items() if name.startswith("grad.")}
+    expected = {our_name(name[5:]): value for name, value in reference.items() if name.startswith("grad.")}
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
         rows = slice(None, None, GRADIENT_STRIDE if gradient.ndim > 1 else 1)

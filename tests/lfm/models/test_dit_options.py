@@ -1,4 +1,4 @@
-"""What the DiT has beyond the paper: each option does what its formula says, and costs what `flops_per_sample` says."""
+"""Tests of the options of the DiT beyond the paper: each follows its formula, and costs what `flops_per_sample` says."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def configured(option: str, **changes: Any) -> DiTConfig:
 
 
 def kept_tokens(config: DiTConfig) -> torch.Tensor | None:
-    """Some tokens of 3 rows, other ones in each; None where the model drops none."""
+    """Return the numbers of random tokens for each of 3 rows; None for a model without token dropout."""
     if not config.token_dropout:
         return None
     order = torch.rand(3, config.num_tokens, generator=torch.Generator().manual_seed(2)).argsort(1)
@@ -121,7 +121,7 @@ def test_rotated_products_depend_on_the_difference_of_positions_alone(
     assert torch.equal(rotate(query, rotation_of(0 * at, 16)), query)
 
 
-def test_rotations_tell_rows_from_columns_and_stay_exact_in_bfloat16() -> None:
+def test_rotations_distinguish_rows_from_columns_and_are_exact_in_bfloat16() -> None:
     grid = rotation_of(grid_coordinates(3, 5), 16).view(2, 3, 5, 8)
     assert torch.equal(grid[:, 0, :, :4], grid[:, 0, :1, :4].expand(-1, 5, -1))  # the first half is the row's
     assert torch.equal(grid[:, :, 0, 4:], grid[:, :1, 0, 4:].expand(-1, 3, -1))
@@ -131,7 +131,7 @@ def test_rotations_tell_rows_from_columns_and_stay_exact_in_bfloat16() -> None:
     assert torch.equal(model.bfloat16().position, grid_coordinates(4, 4))
 
 
-def test_order_is_heard_with_rope_alone() -> None:
+def test_rope_alone_makes_the_velocity_depend_on_positions() -> None:
     """Without any position, permuted patches give permuted velocities."""
     model = randomized_dit(configured("rope"))
     state, time, classes = dit_inputs()
@@ -139,7 +139,7 @@ def test_order_is_heard_with_rope_alone() -> None:
     assert (mirrored - velocity(model)).abs().max() > 1e-3
 
 
-def test_normalised_queries_and_keys_have_bounded_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normalized_queries_and_keys_have_bounded_products(monkeypatch: pytest.MonkeyPatch) -> None:
     products = []
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_keeping_every_token_in_any_order_changes_nothing(position: str) -> None
 
 
 @pytest.mark.parametrize("position", ["sincos", "rope"])
-def test_a_dropped_token_bypasses_the_middle_and_is_not_heard_there(position: str) -> None:
+def test_a_dropped_token_bypasses_the_middle_blocks_and_has_no_effect_there(position: str) -> None:
     model = randomized_dit(configured("dropping", position=position))  # of 2 blocks: both are in the middle
     state, time, classes = dit_inputs()
     kept = torch.arange(16)[None].repeat(3, 1)[:, 4:]  # all but the first row of patches
@@ -203,7 +203,7 @@ def test_the_first_and_last_blocks_see_every_token() -> None:
     seen: list[int] = []
     model = randomized_dit(configured("dropping", depth=8))
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     velocity(model, kept_tokens(model.config))
     assert seen == [16, 16, 10, 10, 10, 10, 16, 16]
     assert [len(configured("dropping", depth=depth).middle_blocks) for depth in (1, 4, 12, 28)] == [1, 2, 8, 24]

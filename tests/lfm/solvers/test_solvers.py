@@ -1,4 +1,4 @@
-"""Order, exactness, cost, independence of the batch, refusals, and the paper's recorded solutions."""
+"""Tests of solvers: order, exactness, cost, independence of the batch, refused options, and the paper's solutions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.is_stoch
 
 
 class Counted:
-    """A field of (state, time) that counts each row's evaluations, as NetworkVelocity does for a network."""
+    """A velocity field of (state, time) that counts the evaluations of each row, like NetworkVelocity."""
 
     def __init__(self, field: object, batch_size: int) -> None:
         self.field = field
@@ -54,7 +54,7 @@ def logistic_solution(noise: Tensor) -> Tensor:
 
 
 def stiff(state: Tensor, time: Tensor) -> Tensor:
-    """Attracted, backwards in time, to a curve that each row's level changes, faster in some rows than in others."""
+    """A field that, backwards in time, attracts each row to a curve of its own, in some rows faster than in others."""
     rate = 5 + 60 * state[:, :1].abs()
     return rate * (state - torch.sin(5 * time) * state.mean(1, keepdim=True).tanh())
 
@@ -102,14 +102,14 @@ def test_solvers_above_order_1_are_exact_on_a_field_linear_in_time(name: str) ->
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_adaptive_solvers_keep_what_they_are_asked_for(name: str) -> None:
+def test_the_error_of_adaptive_solvers_follows_the_tolerance(name: str) -> None:
     for tolerance in (1e-3, 1e-5, 1e-7):
         latents = solve(name, Counted(logistic, 3), NOISE, atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(latents, logistic_solution(NOISE), atol=10 * tolerance, rtol=0)
 
 
 def still(step: int) -> Tensor:
-    """Normals for a stochastic solver: none."""
+    """Return normals of zero for a stochastic solver."""
     return torch.zeros_like(NOISE)
 
 
@@ -126,14 +126,14 @@ def test_a_fixed_solver_takes_exactly_its_steps(name: str, per_step: int, num_st
     assert starts == pytest.approx([1 - step / num_steps for step in range(num_steps)])
 
 
-def test_a_fixed_solver_follows_the_times_it_is_given() -> None:
+def test_a_fixed_step_solver_takes_its_steps_at_the_given_times() -> None:
     velocity = Counted(logistic, 3)
     solve("euler", velocity, NOISE, times=(1, 0.75, 0.125, 0))
     assert velocity.times == [1.0, 0.75, 0.125]
 
 
 @given(num_steps=st.integers(1, 20), shift=st.floats(0.2, 5))
-def test_a_shifted_grid_keeps_its_ends_and_leans_to_one(num_steps: int, shift: float) -> None:
+def test_a_shifted_grid_keeps_its_ends_and_moves_towards_noise(num_steps: int, shift: float) -> None:
     uniform, times = time_grid(num_steps), time_grid(num_steps, shift)
     assert len(times) == num_steps + 1 and times[0] == 1 and times[-1] == 0
     assert (times.diff() < 0).all()
@@ -187,14 +187,14 @@ def test_the_variance_of_the_sde_converges_with_its_order_and_its_mean_is_exact(
 
 
 @pytest.mark.parametrize("name", [*FIXED, *ADAPTIVE])
-def test_a_watch_sees_every_row_at_every_step_to_the_end(name: str) -> None:
+def test_the_callback_gets_every_row_at_every_step(name: str) -> None:
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def watch(time: Tensor, state: Tensor, rows: Tensor) -> None:
+    def record(time: Tensor, state: Tensor, rows: Tensor) -> None:
         seen.append((time.clone(), state.clone(), rows.clone()))
 
     options = {"num_steps": 4} if name in FIXED else {}
-    latents = Solving(name, **options)(Counted(logistic, 3), NOISE, normals=still, on_step=watch)
+    latents = Solving(name, **options)(Counted(logistic, 3), NOISE, normals=still, on_step=record)
     for row in range(3):
         steps = [(float(t[r == row]), x[r == row]) for t, x, r in seen if (r == row).any()]
         assert [time for time, _ in steps] == sorted([time for time, _ in steps], reverse=True)
@@ -236,7 +236,7 @@ def test_results_do_not_depend_on_the_batch(name: str, tolerance: float, dtype: 
 
 
 @pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name not in COUPLED])
-def test_states_of_any_shape_and_an_even_empty_batch_keep_their_form(name: str) -> None:
+def test_states_of_any_shape_and_an_empty_batch_keep_shape_and_dtype(name: str) -> None:
     steps = 2 if name in FIXED else None
     noise = torch.randn(2, 3, 4, 5)
     assert solve(name, lambda x, t, rows: x, noise, num_steps=steps).shape == noise.shape
@@ -259,7 +259,7 @@ def test_a_velocity_that_is_never_finite_does_not_loop() -> None:
         solve("dopri5", lambda x, t, rows: torch.full_like(x, torch.nan), NOISE)
 
 
-def test_a_tolerance_out_of_reach_ends_with_the_repair() -> None:
+def test_a_tolerance_out_of_reach_is_an_error_with_the_repair() -> None:
     def rough(state: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         return torch.sin(1e5 * time)[:, None].expand_as(state) * 1e3
 
@@ -306,7 +306,7 @@ def fields_of_the_paper(task: str, file: dict[str, Tensor]) -> tuple[Velocity, T
 @pytest.mark.parametrize(
     ("name", "step"), [("euler", 0.04), ("midpoint", 0.04), ("rk4", 0.04), ("euler", 0.01), ("rk4", 0.125)]
 )
-def test_fixed_steps_arrive_where_those_of_the_paper_do(task: str, name: str, step: float) -> None:
+def test_fixed_step_solutions_are_those_of_the_paper(task: str, name: str, step: float) -> None:
     file = recorded("solvers")
     velocity, noise = fields_of_the_paper(task, file)
     latents = solve(name, velocity, noise, num_steps=round(1 / step))
@@ -315,7 +315,7 @@ def test_fixed_steps_arrive_where_those_of_the_paper_do(task: str, name: str, st
 
 @pytest.mark.parametrize("task", ["cls", "cfg1p5"])
 @pytest.mark.parametrize(("name", "error"), [("dopri5", 2e-3), ("dopri8", 1e-4), ("bosh3", 1e-4)])
-def test_adaptive_solvers_arrive_at_the_truth(task: str, name: str, error: float) -> None:
+def test_adaptive_solutions_are_close_to_the_exact_one(task: str, name: str, error: float) -> None:
     file = recorded("solvers")
     velocity, noise = fields_of_the_paper(task, file)
     truth = file[f"{task}.truth_float64"]
@@ -324,7 +324,7 @@ def test_adaptive_solvers_arrive_at_the_truth(task: str, name: str, error: float
 
 @pytest.mark.parametrize("task", ["cls", "cfg1p5"])
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_torchdiffeqs_own_control_does_what_it_did_for_the_paper(task: str, name: str) -> None:
+def test_batch_adaptive_solutions_are_those_of_the_paper(task: str, name: str) -> None:
     file = recorded("solvers")
     velocity, noise = fields_of_the_paper(task, file)
     latents = solve(f"torchdiffeq-{name}", velocity, noise)
@@ -343,7 +343,7 @@ def test_torchdiffeqs_own_control_does_what_it_did_for_the_paper(task: str, name
     assert velocity.nfe.tolist() == [recorded_nfe[f"{task}.{name}"]] * 4
 
 
-def test_tighter_tolerances_come_closer_to_the_truth() -> None:
+def test_tighter_tolerances_come_closer_to_the_exact_solution() -> None:
     file = recorded("solvers")
     velocity, noise = fields_of_the_paper("cls", file)
     latents = solve("dopri5", velocity, noise, atol=1e-7, rtol=1e-7)

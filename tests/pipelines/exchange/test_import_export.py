@@ -29,7 +29,7 @@ PAPERS = FOLDER / "dit_class_model.pth"
 
 @pytest.fixture
 def run(small_set: SmallSet, tmp_path: Path) -> Path:
-    """A run whose model diffusers can express."""
+    """Return a run whose model diffusers can express."""
     manifest = manifests.load(str(small_set.latents), "latents")
     assert manifest.autoencoder is not None
     model = randomized_dit(DiTConfig(4, 8, 2, 32, 2, 2, num_classes=8, condition_dropout=0.1, frequency_shift=1)).eval()
@@ -41,7 +41,7 @@ def run(small_set: SmallSet, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
 @torch.no_grad()
-def test_the_papers_checkpoint_gives_the_papers_outputs(small_set: SmallSet, tmp_path: Path, prefix: str) -> None:
+def test_the_checkpoint_of_the_paper_has_its_outputs(small_set: SmallSet, tmp_path: Path, prefix: str) -> None:
     state = torch.load(PAPERS, weights_only=True)
     torch.save({prefix + name.removeprefix("module."): value for name, value in state.items()}, tmp_path / "theirs.pth")
     flags = ("--from", "lfm", "--num-heads", 4, "--autoencoder", small_set.autoencoder)
@@ -56,7 +56,7 @@ def test_the_papers_checkpoint_gives_the_papers_outputs(small_set: SmallSet, tmp
 
 
 @torch.no_grad()
-def test_dit_predicts_noise_and_is_converted_as_it_samples(small_set: SmallSet, tmp_path: Path) -> None:
+def test_a_noise_predicting_dit_is_converted_while_sampling(small_set: SmallSet, tmp_path: Path) -> None:
     theirs = randomized_dit(PUBLISHED_DIT).eval()
     torch.save({"ema": published_state(theirs, variance=True), "model": {}}, tmp_path / "DiT.pt")
     flags = ("--from", "dit", "--num-heads", 2, "--autoencoder", small_set.autoencoder)
@@ -84,7 +84,7 @@ def test_import_then_export_then_import_is_the_identity(run: Path, small_set: Sm
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("papers", [False, True])
 @torch.no_grad()
-def test_diffusers_alone_makes_our_images(
+def test_the_exported_pipeline_makes_the_same_images(
     run: Path, small_set: SmallSet, tmp_path: Path, guidance_scale: float, papers: bool
 ) -> None:
     if papers:  # time is not scaled, and its frequencies are not those of diffusers
