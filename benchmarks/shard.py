@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import webdataset
 
@@ -56,14 +57,23 @@ def shard_writer(paths: list[Path], folder: Path) -> None:
                 writer.write(members)
 
 
-def stage(images: Path, dest: Path, image_format: str) -> None:
+def stage(images: Path, dest: Path, image_format: Literal["webp", "jpg"]) -> None:
     """`lfm shard` in this process."""
     run(ShardConfig(str(images), str(dest), "folder", SIZE, samples_per_shard=100, image_format=image_format))
 
 
 def command(images: Path, dest: Path, workers: int) -> None:
     """`lfm shard` as a user types it."""
-    arguments = [images, dest, "--image-size", str(SIZE), "--samples-per-shard", "50", "--workers", str(workers)]
+    arguments = [
+        str(images),
+        str(dest),
+        "--image-size",
+        str(SIZE),
+        "--samples-per-shard",
+        "50",
+        "--workers",
+        str(workers),
+    ]
     subprocess.run([sys.executable, "-m", "pipelines.cli.main", "shard", *arguments], check=True, capture_output=True)
 
 

@@ -86,7 +86,7 @@ def sequential_copy(folder: Path) -> Iterator[int]:
     """The bytes in the order of the disk: read() into one buffer, and a copy of each batch."""
     buffer = torch.empty(BATCH, *SHAPE, dtype=torch.float16)
     with (folder / RAW).open("rb", buffering=0) as file:
-        while count := file.readinto(buffer.numpy()):
+        while count := file.readinto(buffer.numpy().data):
             yield len(buffer[: count // buffer[0].nbytes].clone())
 
 
@@ -108,7 +108,7 @@ class HostPart(LatentStream):
         return torch.empty(shape, dtype=dtype) if index is None else self.spare.pop(index)
 
     def _finish(self, found: dict[str, torch.Tensor]) -> LatentBatch:
-        self.spare += [found[name] for name in self.fields]
+        self.spare.extend(found[name] for name in self.fields)
         return LatentBatch(found["number"], found["latent"], found["latent"], found["uniform"], Condition())
 
 

@@ -15,6 +15,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from lfm.types import RawSample
 
 CHECKOUT = Path(__file__).parents[1]
 SETS = {"train": (3072, 0), "test": (64, 7)}  # scenes and seed
-SOLVING = {"num_steps": 20, "solver": "heun"}
+SOLVING: dict[str, Any] = {"num_steps": 20, "solver": "heun"}
 
 
 def command(*arguments: object) -> None:

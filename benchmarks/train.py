@@ -73,7 +73,7 @@ class Ways:
         self.engine = Engine(registry.build_network(self.model), settings, ALONE, ("ema",), StepGuard(20.0))
         self.device, self.leave = self.engine.device, StopRequest()
         header = {"model": self.model, "autoencoder": manifest.autoencoder}
-        self.training = Training(self.config, manifest, header, self.engine, RunFolder(self.config.run))
+        self.training = Training(self.config, manifest, header, self.engine, RunFolder(self.config.run), None)
         self.batches = self.training.stream.batches(0)
         self.plain_model = registry.build_network(self.model).to(self.device)
         self.plain_ema = [parameter.detach().clone() for parameter in self.plain_model.parameters()]
@@ -175,7 +175,7 @@ def main() -> None:
             rounds.append(
                 {each: timed(getattr(ways, each), ways.device) for each in ("limit", "ours", "plain", "in_loop")}
             )
-            rounds[-1]["limit"] *= 3 * ways.model.flops_per_sample * options.batch / ways.limit_flops
+            rounds[-1]["limit"] *= 3 * (ways.model.flops_per_sample or 0) * options.batch / ways.limit_flops
         ways.batches.close()
         ways.engine.close()
     print(f"DiT-{options.size}/2, batch {options.batch}, {options.rounds} rounds: median (least to most)")
