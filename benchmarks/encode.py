@@ -24,8 +24,8 @@ import torch
 from lfm import autoencoder as autoencoders
 from lfm.autoencoder import Autoencoder, import_diffusers
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import read_raw
 from lfm.data.manifest import Manifest
+from lfm.data.raw_shards import read_raw
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.data.encode import EncodeConfig, run

@@ -23,7 +23,8 @@ from typing import Literal
 
 import webdataset
 
-from lfm.data.latent_shards import key_of, raw_members
+from lfm.data.raw_shards import raw_members
+from lfm.data.tar import sample_key
 from lfm.data.transforms import crop, decode
 from lfm.types import RawSample
 from pipelines.data.shard import ShardConfig, run
@@ -38,7 +39,7 @@ def prepared(paths: list[Path], image_format: str | None) -> list[dict]:
         pixels = crop(decode(path.read_bytes()), SIZE)
         if image_format:
             members.append(
-                raw_members(RawSample(key_of(0, row), pixels, 0, metadata={"source": path.name}), image_format)
+                raw_members(RawSample(sample_key(0, row), pixels, 0, metadata={"source": path.name}), image_format)
             )
     return members
 

@@ -33,9 +33,10 @@ import torch
 import webdataset
 
 from lfm import storage
-from lfm.data.latent_shards import key_of, latent_layout, latent_members, write_tar
+from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord, load, publish
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.tar import sample_key, write_tar
 from lfm.storage.cache import Cache
 from lfm.types import Condition, LatentBatch, LatentSample
 from lfm.world import World
@@ -46,7 +47,7 @@ RAW = "latents.bin"
 
 def sample(number: int) -> LatentSample:
     posterior = np.random.default_rng(number).standard_normal(SHAPE, np.float32).astype(np.float16)
-    return LatentSample(key_of(*divmod(number, PER_SHARD)), posterior, class_index=number % 1000)
+    return LatentSample(sample_key(*divmod(number, PER_SHARD)), posterior, class_index=number % 1000)
 
 
 def write(folder: Path) -> None:
@@ -107,9 +108,9 @@ class HostPart(LatentStream):
         index = next(fit, None)
         return torch.empty(shape, dtype=dtype) if index is None else self.spare.pop(index)
 
-    def _finish(self, found: dict[str, torch.Tensor]) -> LatentBatch:
-        self.spare.extend(found[name] for name in self.fields)
-        return LatentBatch(found["number"], found["latent"], found["latent"], found["uniform"], Condition())
+    def _to_batch(self, stored: dict[str, torch.Tensor]) -> LatentBatch:
+        self.spare.extend(stored[name] for name in self.fields)
+        return LatentBatch(stored["number"], stored["latent"], stored["latent"], stored["uniform"], Condition())
 
 
 def stream(folder: Path, kind: type[LatentStream] = HostPart) -> Iterator[int]:

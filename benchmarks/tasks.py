@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import lfm as library
-from lfm.data.latent_shards import read_raw
+from lfm.data.raw_shards import read_raw
 from lfm.inference.trained_model import TrainedModel
 from lfm.models import registry
 from lfm.synthetic.scenes import CLASS_NAMES, recognise, segment

@@ -12,8 +12,8 @@ import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import read_raw
 from lfm.data.manifest import Manifest
+from lfm.data.raw_shards import read_raw
 from lfm.data.sources.source import SUFFIXES
 from lfm.data.transforms import Rejected, crop, decode
 from lfm.errors import ConfigError, DataError, StorageError
@@ -98,7 +98,7 @@ class ShardedImages:
     def read(self, block: int) -> Iterator[RawSample]:
         shard = self.manifest.shards[block]
         path = storage.join(self.name, shard.name)
-        with self.cache.fetch(path, shard.bytes, shard.crc32, verify_local=True).open("rb") as stream:
+        with self.cache.open(path, shard.bytes, shard.crc32, verify_local=True) as stream:
             yield from read_raw(stream, path)
 
 

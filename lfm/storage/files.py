@@ -1,15 +1,15 @@
-"""Files by local path or by URL: every byte that is not local goes through here, and nothing else imports fsspec.
+"""Files by local path or URL. All access to remote files goes through this module, the only importer of fsspec.
 
-What a reader sees under its final name is whole: a local file is written under a temporary name, flushed to the disk and
-renamed; a remote one is written locally first and then put as one object. (Leaving fsspec's own `open(url, "wb")` by an
-exception would commit the truncated object.) While the network or the store fails, a request is made again for ten minutes.
+A file is complete as soon as it is visible under its final name: a local file is written under a temporary name, flushed
+to the disk and renamed; a remote file is written locally first and then uploaded as one object. (Leaving fsspec's own
+`open(url, "wb")` by an exception would commit the truncated object.) A request that fails because of the network or the
+store is retried for ten minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,25 +26,26 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from lfm.errors import ConfigError, DataError, LfmError, StorageError
-from lfm.storage.retry import T, patiently
+from lfm.storage.locks import is_at, lock, remove_unlocked
+from lfm.storage.retry import T, with_retries
 
 TEMPORARY_PREFIX = ".writing-"
-_PIECE = 1 << 20
-_NO_SPACE = "{}: no space left on the disk; make room and run the same command"
+CHUNK_BYTES = 1 << 20
+_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` is a plain local path and not a URL such as s3://bucket/name."""
+    """Return whether `path` is a plain local path and not a URL such as s3://bucket/name."""
     return "://" not in path
 
 
 def join(folder: str, *names: str) -> str:
-    """The path or URL of an entry of `folder`."""
+    """Return the path or URL of an entry of `folder`."""
     return "/".join([folder.removesuffix("/") if not folder.endswith("://") else folder[:-1], *names])
 
 
 def parent(folder: str) -> str:
-    """The folder that a folder is in; itself where there is none."""
+    """Return the folder that contains `folder`, or `folder` itself at the top."""
     if is_local(folder):
         return str(Path(folder).resolve().parent)
     above = folder.rstrip("/").rpartition("/")[0]
@@ -52,60 +53,64 @@ def parent(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Turn what the file system or fsspec raises into one line that names the path."""
+def storage_errors(path: str) -> Iterator[None]:
+    """Turn every error of the file system or fsspec into a StorageError of one line that begins with the path."""
     try:
         yield
     except FileNotFoundError as error:
         raise StorageError(f"{path}: no such file") from error
     except LfmError:
         raise
-    except Exception as error:  # each protocol's library raises its own kinds
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise StorageError(_NO_SPACE.format(path)) from error
+    except Exception as error:  # each protocol's library raises its own types
+        _raise_if_full(path, error)
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"{path}: {' '.join(str(reason).split())}") from error
 
 
-def _at(path: str, request: Callable[[AbstractFileSystem, str], T], *, anew: bool = False) -> T:
-    """What `request` makes of the file system of a URL and the name in it; `anew` forgets earlier listings."""
+def _raise_if_full(path: str, error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        raise StorageError(f"{path}: {_FULL[error.errno]}; make room and run the same command to resume") from error
+
+
+def _request(path: str, request: Callable[[AbstractFileSystem, str], T], *, refresh: bool = False) -> T:
+    """Return `request(file system of the URL, name in it)`, with retries; `refresh` drops cached listings first."""
 
     def once() -> T:
         filesystem, inner = url_to_fs(path)
-        if anew:
+        if refresh:
             filesystem.invalidate_cache(inner)
         return request(filesystem, inner)
 
-    with naming(path):
-        return patiently(path, once)
+    with storage_errors(path):
+        return with_retries(path, once)
 
 
 def require_apart(source: str, dest: str) -> None:
-    """See that what is read is not where the result goes, where `--overwrite` would remove it.
+    """Check that the result is not written into the folder that is read, which `overwrite` would empty.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: both are the same folder.
     """
     one, other = (Path(path).resolve() if is_local(path) else path.rstrip("/") for path in (source, dest))
     if one == other:
-        raise ConfigError(f"{dest}: is what is to be read; choose another folder for the result")
+        raise ConfigError(f"{dest}: source and destination are the same folder; choose another folder for the result")
 
 
 def exists(path: str) -> bool:
-    """Whether something is there."""
+    """Return whether a file or folder exists."""
     if is_local(path):
-        with naming(path):
+        with storage_errors(path):
             return Path(path).exists()
-    return _at(path, lambda filesystem, inner: bool(filesystem.exists(inner)), anew=True)
+    return _request(path, lambda filesystem, inner: bool(filesystem.exists(inner)), refresh=True)
 
 
 def sizes(folder: str) -> dict[str, int]:
-    """Names and sizes in bytes of the files directly in `folder`, by one listing; empty where there is no such folder."""
+    """Return names and sizes in bytes of the files directly in `folder`, by one listing; empty if it does not exist."""
     if is_local(folder):
         result = {}
-        with naming(folder), contextlib.suppress(FileNotFoundError), os.scandir(folder) as listing:
-            for entry in listing:
-                with contextlib.suppress(FileNotFoundError):  # another process removes files
+        with storage_errors(folder), contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another process renamed or removed it meanwhile
                     if entry.is_file():
                         result[entry.name] = entry.stat().st_size
         return result
@@ -117,14 +122,14 @@ def sizes(folder: str) -> dict[str, int]:
             return {}
         return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries if entry["type"] == "file"}
 
-    return _at(folder, listed, anew=True)
+    return _request(folder, listed, refresh=True)
 
 
 def find(folder: str) -> list[str]:
-    """The paths, relative to `folder` and sorted, of all files below it, leaving hidden ones out.
+    """Return the paths, relative to `folder` and sorted, of all files below it except hidden ones.
 
     Raises:
-        StorageError: there is no such folder.
+        StorageError: the folder does not exist.
     """
 
     def below(filesystem: AbstractFileSystem, inner: str) -> list[str]:
@@ -135,52 +140,52 @@ def find(folder: str) -> list[str]:
     if is_local(folder):
         if not Path(folder).is_dir():
             raise StorageError(f"{folder}: no such folder")
-        with naming(folder):
-            found = [path.relative_to(folder).as_posix() for path in _walk(Path(folder))]
+        with storage_errors(folder):
+            names = [path.relative_to(folder).as_posix() for path in _walk(Path(folder))]
     else:
-        found = _at(folder, below, anew=True)
-    return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
+        names = _request(folder, below, refresh=True)
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a local folder, through links too, but never round in a circle."""
+    """Yield all files below a local folder, following links but entering no folder twice."""
     seen: set[str] = set()
-    for at, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(at))
-        folders[:] = [name for name in folders if os.path.realpath(Path(at, name)) not in seen]
-        yield from (path for path in (Path(at, name) for name in names) if path.is_file() or path.is_symlink())
+    for current, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(current))
+        folders[:] = [name for name in folders if os.path.realpath(Path(current, name)) not in seen]
+        yield from (path for path in (Path(current, name) for name in names) if path.is_file() or path.is_symlink())
 
 
 def open_read(path: str) -> IO[bytes]:
-    """A binary file object for reading from the start."""
+    """Open a file for reading bytes from the start."""
     if is_local(path):
-        with naming(path):
+        with storage_errors(path):
             return Path(path).open("rb")
-    return _at(path, lambda filesystem, inner: filesystem.open(inner, "rb"))
+    return _request(path, lambda filesystem, inner: filesystem.open(inner, "rb"))
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole content."""
+    """Return the whole content."""
     if is_local(path):
-        with naming(path):
+        with storage_errors(path):
             return Path(path).read_bytes()
-    return _at(path, lambda filesystem, inner: bytes(filesystem.cat_file(inner)))
+    return _request(path, lambda filesystem, inner: bytes(filesystem.cat_file(inner)))
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset` on, or what there is of them, in one request."""
+    """Return up to `size` bytes from `offset` on, by one request; fewer at the end of the file."""
     if not is_local(path):
-        return _at(path, lambda filesystem, inner: bytes(filesystem.cat_file(inner, offset, offset + size)))
-    with naming(path), Path(path).open("rb") as file:
+        return _request(path, lambda filesystem, inner: bytes(filesystem.cat_file(inner, offset, offset + size)))
+    with storage_errors(path), Path(path).open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
 def read_json(path: str) -> Any:
-    """The parsed content.
+    """Return the parsed content of a JSON file.
 
     Raises:
-        DataError: the file is no JSON.
+        DataError: the file is not valid JSON.
     """
     try:
         return json.loads(read_bytes(path))
@@ -190,31 +195,41 @@ def read_json(path: str) -> Any:
 
 @contextlib.contextmanager
 def writing(path: str, *, flush: bool = True) -> Iterator[Path]:
-    """A local temporary file that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yield a local temporary file that is published as `path` after the block, or removed if the block raises.
 
-    It stays locked while it is written, so that `sweep` tells what a killed writer left from what is still being
-    written. Without `flush` it survives a killed process, but perhaps not a power cut.
+    The file is locked while it is written, so that `sweep` can tell a killed writer's leftover from a living writer's file.
+
+    Args:
+        flush: flush the file to the disk first. Without it the file survives a killed process, but maybe not a power cut.
     """
-    name = path.rsplit("/", 1)[-1]
-    unique = f"{TEMPORARY_PREFIX}{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    temporary = Path(path).with_name(unique) if is_local(path) else Path(tempfile.gettempdir()) / unique
+    temporary, file = _locked_temporary(path)
     try:
-        with naming(path):
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            lock = temporary.open("wb")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with lock:
+        with file:
             try:
                 yield temporary
             except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise StorageError(_NO_SPACE.format(path)) from error
+                _raise_if_full(path, error)
                 raise
-            with naming(path):
+            with storage_errors(path):
                 _publish(temporary, path, flush)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _locked_temporary(path: str) -> tuple[Path, IO[bytes]]:
+    """Create the temporary file of `path` and lock it; a sweep between both may remove it, then make another one."""
+    with storage_errors(path):
+        while True:
+            name = path.rsplit("/", 1)[-1]
+            unique = f"{TEMPORARY_PREFIX}{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+            temporary = Path(path).with_name(unique) if is_local(path) else Path(tempfile.gettempdir()) / unique
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            file = temporary.open("wb")
+            lock(file)
+            if is_at(file, temporary):
+                return temporary, file
+            file.close()
 
 
 def _publish(temporary: Path, path: str, flush: bool) -> None:
@@ -224,59 +239,51 @@ def _publish(temporary: Path, path: str, flush: bool) -> None:
                 os.fsync(file.fileno())
         temporary.replace(path)
     else:
-        _at(path, lambda filesystem, inner: filesystem.put_file(str(temporary), inner))
+        _request(path, lambda filesystem, inner: filesystem.put_file(str(temporary), inner))
 
 
 def write_bytes(path: str, content: bytes, *, flush: bool = True) -> None:
-    """Publish `content` under `path` in one step."""
+    """Write a file in one step: readers see the old content or the new one."""
     with writing(path, flush=flush) as temporary:
         temporary.write_bytes(content)
 
 
 def write_json(path: str, value: Any) -> None:
-    """Publish `value` as indented JSON in one step."""
+    """Write `value` as indented JSON in one step."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def remove(path: str) -> None:
-    """Remove a file, or a folder with all that is in it; nothing happens where there is none."""
+    """Remove a file or a folder with its content, if it exists."""
 
-    def gone(filesystem: AbstractFileSystem, inner: str) -> None:
+    def delete(filesystem: AbstractFileSystem, inner: str) -> None:
         if filesystem.exists(inner):
             filesystem.rm(inner, recursive=True)
 
-    _at(path, gone)
+    _request(path, delete)
 
 
 def sweep(folder: str) -> None:
-    """Remove the temporary files that killed writers left in a local `folder`; those of living writers stay."""
-    for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*") if is_local(folder) else ():
-        unlink_unlocked(path)
-
-
-def unlink_unlocked(path: Path) -> bool:
-    """Remove a local file that nobody holds a lock of; whether it was."""
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-        return True
-    return False
+    """Remove the temporary files that killed writers left in a local `folder`, but not those of living writers."""
+    if is_local(folder):
+        for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
+            remove_unlocked(path)
 
 
 @dataclass(frozen=True)
 class Checksums:
-    """What identifies a file's content."""
+    """Size and checksums of a file's content."""
 
     bytes: int
     sha256: str
-    crc32: int  # three times as fast to compute: checks every copy that arrives
+    crc32: int  # three times as fast as sha256; verifies every download
 
 
 def checksums(path: Path) -> Checksums:
-    """Size and checksums of a local file, read once."""
+    """Return size and checksums of a local file, reading it once."""
     sha256, crc32, size = hashlib.sha256(), 0, 0
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            sha256.update(piece)
-            crc32, size = zlib.crc32(piece, crc32), size + len(piece)
+        while chunk := file.read(CHUNK_BYTES):
+            sha256.update(chunk)
+            crc32, size = zlib.crc32(chunk, crc32), size + len(chunk)
     return Checksums(size, sha256.hexdigest(), crc32)

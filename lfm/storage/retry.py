@@ -1,44 +1,114 @@
-"""Trying again, where a failing network or a busy store is the reason: with growing, jittered pauses, for ten minutes."""
+"""Retries of requests that fail for a transient reason: exponential, jittered pauses, for at most ten minutes."""
 
 from __future__ import annotations
 
 import errno
 import logging
-import random
-import time
-from collections.abc import Callable
+import socket
+import ssl
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-PATIENCE = 600.0  # seconds
-_PAUSES = (0.5, 60.0)  # seconds before the second request, and the longest
-# Of the operating system's errors all may pass but these, and of the libraries' own those alone.
-_LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_PASSING = {
-    *("HTTPClientError", "EndpointConnectionError", "IncompleteReadError", "FlexibleChecksumError"),  # botocore
-    *("ClientPayloadError", "ServerDisconnectedError"),  # aiohttp
-    *("ServiceRequestError", "ServiceResponseError", "HttpError"),  # azure, gcsfs
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
+
+TIME_LIMIT = 600.0  # seconds
+# The errors of the operating system that may pass. Many libraries raise an OSError without a number.
+_TRANSIENT_NUMBERS = {
+    None,
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EINTR,
+    errno.EIO,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.EPIPE,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    socket.EAI_AGAIN,  # a name server that does not answer; an unknown host is EAI_NONAME
+}
+_LASTING_TYPES = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ssl.SSLCertVerificationError,
+)
+# Errors of the protocols' libraries, by name, since none of these libraries need be installed.
+_TRANSIENT_NAMES = {
+    # botocore
+    "HTTPClientError",
+    "EndpointConnectionError",
+    "IncompleteReadError",
+    "FlexibleChecksumError",
+    # aiohttp
+    "ClientPayloadError",
+    "ServerDisconnectedError",
+    # azure, gcsfs
+    "ServiceRequestError",
+    "ServiceResponseError",
+    "HttpError",
 }
 
 T = TypeVar("T")
 
 
-def patiently(name: str, request: Callable[[], T], on_retry: Callable[[], None] = lambda: None) -> T:
-    """What `request` returns, made again while its error may pass; `name` tells people what is waited for."""
-    began, pause = time.monotonic(), _PAUSES[0]
-    while True:
-        try:
-            return request()
-        except Exception as error:
-            wait = pause * random.uniform(0.5, 1.5)  # ranks that failed together do not come back together
-            if not _may_pass(error) or time.monotonic() - began + wait > PATIENCE:
-                raise
-            logging.getLogger(__name__).warning("%s: %s; trying again in %.1f s", name, error, wait)
+def with_retries(name: str, request: Callable[[], T], on_retry: Callable[[], None] = lambda: None) -> T:
+    """Return `request()`, calling it again while it fails for a transient reason.
+
+    The pauses are random, so that ranks that failed together do not retry together.
+
+    Args:
+        name: the path or URL, for the log.
+        on_retry: called before each retry.
+
+    Raises:
+        Exception: the last error of `request`, if it is lasting or the time limit is reached.
+    """
+
+    def before_sleep(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        logging.getLogger(__name__).warning(
+            "%s: %s; retrying in %.1f s", name, state.outcome.exception(), state.upcoming_sleep
+        )
         on_retry()
-        time.sleep(wait)
-        pause = min(2 * pause, _PAUSES[1])
+
+    retrying = Retrying(
+        retry=retry_if_exception(is_transient),
+        wait=wait_random_exponential(multiplier=1, min=0.2, max=60),
+        stop=stop_before_delay(TIME_LIMIT),
+        before_sleep=before_sleep,
+        reraise=True,
+    )
+    return retrying(request)
 
 
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, OSError) and not isinstance(error, _LASTING):
-        return error.errno != errno.ENOSPC
-    return any(kind.__name__ in _PASSING for kind in type(error).__mro__)
+def is_transient(error: BaseException) -> bool:
+    """Return whether a request that failed with `error` may succeed later.
+
+    A library's own error is judged by the operating system's error that caused it, if there is one: connecting to S3 fails
+    with the same `EndpointConnectionError` for a refused connection (transient) and for an unknown host (lasting).
+    """
+    if not isinstance(error, OSError) and not any(kind.__name__ in _TRANSIENT_NAMES for kind in type(error).__mro__):
+        return False
+    cause = next((link for link in _causes(error) if isinstance(link, OSError)), None)
+    if cause is None:
+        return True
+    if isinstance(cause, _LASTING_TYPES):
+        return False
+    return isinstance(cause, ssl.SSLError) or cause.errno in _TRANSIENT_NUMBERS
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error itself, then the errors that it was raised from."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream.latent_stream import StreamOptions
 from lfm.errors import ConfigError, DataError
 from lfm.models.config import ModelConfig
-from lfm.storage.cache import Cache
+from lfm.storage.cache import DEFAULT_LIMIT, Cache
 from lfm.world import World
 from pipelines.common.config_schema import ExperimentConfig
 
@@ -26,8 +27,9 @@ def device(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def cache(folder: str | None, gigabytes: float | None = None) -> Cache:
-    """Where copies of remote shards are kept, of so many 10^9 bytes in all."""
+@functools.cache  # all readers of a process share one cache, and its limit
+def cache(folder: str | None, gigabytes: float | None = DEFAULT_LIMIT / 1e9) -> Cache:
+    """Return the cache of remote shards in `folder`, of at most `gigabytes` of 10^9 bytes; None is no limit."""
     limit = math.inf if gigabytes is None else gigabytes * 1e9
     return Cache(Path(folder), limit) if folder else Cache(limit=limit)
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from lfm import storage
-from lfm.data.latent_shards import LATENT_MEMBERS, LatentShard, read_raw
+from lfm.data.latent_shards import LATENT_MEMBERS, LatentShard
 from lfm.data.manifest import AutoencoderRecord, Manifest, ShardRecord
+from lfm.data.raw_shards import read_raw
 from lfm.errors import ConfigError, DataError
 from lfm.inference.condition_inputs import Conditions, spatial_condition, with_classes
 from lfm.inference.trained_model import TrainedModel
@@ -59,12 +60,11 @@ def _read_shard(
 ) -> dict[int, dict[str, Any]]:
     """Return some samples of one shard, each a dictionary of its fields, by row within the shard."""
     path = storage.join(folder, shard.name)
-    local = cache.fetch(path, shard.bytes, shard.crc32)
-    if manifest.kind == "raw":
-        wanted = set(rows.tolist())
-        with local.open("rb") as stream:
-            return {row: vars(sample) for row, sample in enumerate(read_raw(stream, path)) if row in wanted}
-    columns = LatentShard(local, shard.samples, manifest.members, manifest.stride).columns
+    with cache.open(path, shard.bytes, shard.crc32) as file:
+        if manifest.kind == "raw":
+            wanted = set(rows.tolist())
+            return {row: vars(sample) for row, sample in enumerate(read_raw(file, path)) if row in wanted}
+        columns = LatentShard(file, shard.samples, manifest.members, manifest.stride).columns
     values = {LATENT_MEMBERS[suffix]: column[rows] for suffix, column in columns.items()}
     return {
         row: {field: column[position] for field, column in values.items()} for position, row in enumerate(rows.tolist())

@@ -20,8 +20,9 @@ import numpy as np
 from lfm import storage
 from lfm.autoencoder import Autoencoder
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import latent_layout, latent_members, read_raw
+from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import Manifest, ShardRecord
+from lfm.data.raw_shards import read_raw
 from lfm.errors import DataError
 from lfm.prefetch import prefetch
 from lfm.types import LatentSample, RawSample
@@ -165,8 +166,7 @@ def _raw_batches(config: EncodeConfig, raw: Manifest, world: World, claims: Shar
     cache = factory.cache(config.cache)
     for shard in _shards_to_encode(config, raw, world, claims):
         path = storage.join(config.raw, shard.name)
-        local = cache.fetch(path, shard.bytes, shard.crc32, verify_local=True)
-        with local.open("rb") as stream:
+        with cache.open(path, shard.bytes, shard.crc32, verify_local=True) as stream:
             samples = checked(read_raw(stream, path, threads=config.threads), raw, path)
             num_samples, is_last = 0, False
             while not is_last:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 
@@ -135,8 +136,9 @@ def _verify(config: InspectConfig, manifest: Manifest, cache: Cache) -> None:
         for shard in manifest.shards:
             path = storage.join(config.path, shard.name)
             try:
-                if storage.checksums(cache.fetch(path, shard.bytes, shard.crc32)).sha256 != shard.sha256:
-                    damaged.append(f"{path}: checksum")
+                with cache.open(path, shard.bytes, shard.crc32) as file:
+                    if storage.checksums(Path(file.name)).sha256 != shard.sha256:
+                        damaged.append(f"{path}: checksum")
             except (DataError, StorageError) as error:
                 damaged.append(str(error).split(";")[0])
             progress.advance(1)
@@ -178,8 +180,8 @@ def _decoded_images(config: InspectConfig, manifest: Manifest, cache: Cache, wor
 
 def _posterior_means(folder: str, manifest: Manifest, shard: ShardRecord, cache: Cache) -> Iterator[np.ndarray]:
     """Yield the posterior means of a shard in small batches: float16 (B, C, h, w)."""
-    path = cache.fetch(storage.join(folder, shard.name), shard.bytes, shard.crc32)
-    posterior = LatentShard(path, shard.samples, manifest.members, manifest.stride).columns["latent.npy"]
+    with cache.open(storage.join(folder, shard.name), shard.bytes, shard.crc32) as file:
+        posterior = LatentShard(file, shard.samples, manifest.members, manifest.stride).columns["latent.npy"]
     for start in range(0, shard.samples, DECODED_TOGETHER):
         moments = posterior[start : start + DECODED_TOGETHER]
         yield moments[:, : moments.shape[1] // 2]

@@ -15,11 +15,12 @@ import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import FORMATS, key_of, raw_members
 from lfm.data.manifest import ClassRecord, Manifest, Reject, ShardRecord
 from lfm.data.masks import MASKS
+from lfm.data.raw_shards import IMAGE_ENCODINGS, raw_members
 from lfm.data.sources.layouts import LAYOUTS, read
 from lfm.data.sources.source import Source
+from lfm.data.tar import sample_key
 from lfm.data.transforms import Rejected, binary, crop, crop_ids
 from lfm.errors import ConfigError, DataError
 from lfm.types import RawSample, SourceItem
@@ -157,7 +158,7 @@ def write_job(job: ShardJob) -> ShardRecord:
     def members() -> Iterator[dict[str, Any]]:
         for row, item in enumerate(job.source.items):
             try:
-                sample = _sample(job, item, key_of(job.number, row))
+                sample = _sample(job, item, sample_key(job.number, row))
             except Rejected as error:
                 rejects.append(Reject(source=item.image, reason=error.reason, detail=str(error)))
                 continue
@@ -241,7 +242,7 @@ def _recipe(config: ShardConfig, source: Source) -> dict[str, Any]:
         "image_size": config.image_size,
         "crop": config.crop,
         "image_format": config.image_format,
-        "encoding": FORMATS[config.image_format],
+        "encoding": IMAGE_ENCODINGS[config.image_format],
         "masks": config.masks,
         "labels": source.labels,
         "samples_per_shard": config.samples_per_shard,

@@ -8,8 +8,8 @@ from typing import Any
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import write_tar
 from lfm.data.manifest import ShardRecord
+from lfm.data.tar import write_tar
 
 
 def write_shard(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lfm.data.latent_shards import read_raw
+from lfm.data.raw_shards import read_raw
 from lfm.types import RawSample
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from lfm import storage
-from lfm.data.latent_shards import key_of, latent_layout, latent_members, write_tar
+from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.tar import sample_key, write_tar
 from lfm.storage.cache import Cache
 from lfm.types import LatentBatch, LatentSample
 from lfm.world import World
@@ -41,7 +42,7 @@ class Latents:
                 self.classes[shard, row] = int(random.integers(NUM_CLASSES))
                 samples.append(
                     LatentSample(
-                        key_of(shard, row),
+                        sample_key(shard, row),
                         self.posterior[shard, row, False],
                         self.posterior[shard, row, True] if flips else None,
                         self.classes[shard, row] if classes else None,

@@ -1,8 +1,9 @@
 """The order of samples: a pure function of (shard sizes, seed), for an endless stream of epochs.
 
-The stream's position q is sample q mod N of epoch q div N. In every epoch the shards are permuted; consecutive shards
-form a window; inside a window all samples are permuted. So a reader holds one window of shards, needs the next ones in a
-known sequence, and finds any position by computing one epoch's shard permutation and one window: nothing else is held.
+Position q of the stream is sample q mod N of epoch q div N, of N samples. In every epoch the shards are permuted;
+consecutive shards form a window; within a window all samples are permuted. A reader therefore keeps one window of shards
+open, knows the sequence of the next ones, and finds any position from the epoch's shard permutation and one window's
+sample permutation.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy as np
 
 
 class Order:
-    """Where each position of the stream lies.
+    """The shard and row of each position of the stream.
 
     Args:
         shard_sizes: samples in each shard.
-        seed: of the permutations.
-        window: how many shards are shuffled together.
+        seed: seed of the permutations.
+        window: number of shards that are shuffled together.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
@@ -28,51 +29,44 @@ class Order:
         if self.num_samples == 0:
             raise ValueError("an order needs at least one sample")
         self.seed, self.window = seed, window
-        # Two of each are in use while a batch crosses a border, and one more when it wraps round a small epoch.
+        # A batch that crosses a border uses two of each, and one more if it wraps round a small epoch.
         self._epoch = lru_cache(maxsize=3)(self._permute_shards)
         self._window = lru_cache(maxsize=3)(self._permute_window)
 
     def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row, int64 (count,) each, of `count` positions from `position` on."""
+        """Return shards and rows, int64 (count,) each, of `count` positions from `position` on."""
         shards, rows = np.empty(count, np.int64), np.empty(count, np.int64)
         filled = 0
         while filled < count:
             epoch, window = self.window_at(position + filled)
             start = epoch * self.num_samples + (int(self._epoch(epoch)[1][window - 1]) if window else 0)
             window_shards, window_rows = self._window(epoch, window)
-            taken = slice(position + filled - start, position + count - start)
-            length = len(window_shards[taken])
-            shards[filled : filled + length], rows[filled : filled + length] = window_shards[taken], window_rows[taken]
-            filled += length
+            part = slice(position + filled - start, position + count - start)
+            end = filled + len(window_shards[part])
+            shards[filled:end], rows[filled:end] = window_shards[part], window_rows[part]
+            filled = end
         return shards, rows
 
     def window_at(self, position: int) -> tuple[int, int]:
-        """The epoch and the window of a position."""
+        """Return the epoch of a position and its window within the epoch."""
         epoch, within = divmod(position, self.num_samples)
         return epoch, int(np.searchsorted(self._epoch(epoch)[1], within, side="right"))
 
-    def next_use(self, position: int) -> np.ndarray:
-        """For each shard, how many others come before it from the window of `position` on: int64 (shards,)."""
+    def upcoming_shards(self, position: int, count: int | None = None) -> list[int]:
+        """Return the shards in the order of their next use, from the window of `position` on; all or the first `count`."""
         epoch, window = self.window_at(position)
-        permutation, following = self._epoch(epoch)[0][window * self.window :], self._epoch(epoch + 1)[0]
-        uses = np.empty(len(following), np.int64)
-        uses[following] = len(following) + np.arange(len(following))
-        uses[permutation] = np.arange(len(permutation))
-        return uses
-
-    def upcoming_shards(self, position: int, count: int) -> list[int]:
-        """The next `count` different shards that the stream needs from `position` on, in its own sequence."""
-        sequence = np.argsort(self.next_use(position))
+        sequence = np.concatenate([self._epoch(epoch)[0][window * self.window :], self._epoch(epoch + 1)[0]])
+        sequence = sequence[np.sort(np.unique(sequence, return_index=True)[1])]  # each at its first place
         return sequence[self.shard_sizes[sequence] > 0][:count].tolist()
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's sequence of shards, and the position within the epoch at which each window ends."""
+        """Return an epoch's sequence of shards, and the position within the epoch at which each window ends."""
         permutation = _random(self.seed, epoch).permutation(len(self.shard_sizes))
         starts = np.arange(0, len(permutation), self.window)
         return permutation, np.cumsum(np.add.reduceat(self.shard_sizes[permutation], starts))
 
     def _permute_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of every position of a window."""
+        """Return shard and row of every position of a window."""
         shards = self._epoch(epoch)[0][window * self.window : (window + 1) * self.window]
         sizes = self.shard_sizes[shards]
         rows = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -81,5 +75,5 @@ class Order:
 
 
 def _random(seed: int, *place: int) -> np.random.Generator:
-    # As spawn_key: plain entropy is padded with zeros, so that (epoch,) and (epoch, 0) would be one and the same.
+    # As spawn_key: plain entropy is padded with zeros, so that (epoch,) and (epoch, 0) would give the same numbers.
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=place)))

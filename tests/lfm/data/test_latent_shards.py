@@ -18,32 +18,22 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lfm.data.latent_shards import (
-    BLOCK,
-    FORMATS,
-    LATENT_MEMBERS,
-    LatentShard,
-    encode_class,
-    key_of,
-    latent_layout,
-    latent_members,
-    raw_members,
-    read_raw,
-    write_tar,
-)
+from lfm.data.latent_shards import LATENT_MEMBERS, LatentShard, latent_layout, latent_members
 from lfm.data.manifest import Member
+from lfm.data.raw_shards import IMAGE_ENCODINGS, raw_members, read_raw
+from lfm.data.tar import BLOCK, encode_class, sample_key, write_tar
 from lfm.errors import DataError
 from lfm.types import LatentSample, RawSample
 
 SMALL = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-LOSSLESS = [name for name in FORMATS if name != "jpg"]
+LOSSLESS = [name for name in IMAGE_ENCODINGS if name != "jpg"]
 
 
 def raw_samples(count: int = 3, *, size: int = 9, everything: bool = True) -> list[RawSample]:
     random = np.random.default_rng(0)
     return [
         RawSample(
-            key=key_of(2, row),
+            key=sample_key(2, row),
             image=random.integers(0, 256, (size, size, 3)).astype(np.uint8),
             class_index=row * 7 if everything else None,
             mask=random.integers(0, 2, (size, size)).astype(np.uint8) if everything else None,
@@ -64,7 +54,7 @@ def latent_samples(
     stored = (2 * shape[0], *shape[1:])
     return [
         LatentSample(
-            key=key_of(0, row),
+            key=sample_key(0, row),
             posterior=random.standard_normal(stored).astype(np.float16),
             posterior_flip=random.standard_normal(stored).astype(np.float16) if flips else None,
             class_index=int(random.integers(10**8)) if classes else None,
@@ -306,7 +296,7 @@ def test_the_layout_is_the_tars_own(tmp_path: Path, shape: tuple[int, int, int],
         entries = tar.getmembers()
     for number, entry in enumerate(entries):
         row, column = divmod(number, len(members))
-        assert entry.name == f"{key_of(0, row)}.{members[column].suffix}"
+        assert entry.name == f"{sample_key(0, row)}.{members[column].suffix}"
         header = BLOCK if entry.name.endswith(".npy") else 0
         assert entry.offset_data + header == row * stride + members[column].offset
         data = np.dtype(members[column].dtype).itemsize * math.prod(members[column].shape)
@@ -354,6 +344,6 @@ def test_a_latent_shard_of_no_samples_is_empty(tmp_path: Path) -> None:
 
 @given(shard=st.integers(0, 10**7), row=st.integers(0, 10**7), other=st.tuples(*[st.integers(0, 10**7)] * 2))
 def test_keys_are_digits_and_sort_as_the_samples_do(shard: int, row: int, other: tuple[int, int]) -> None:
-    assert key_of(shard, row).isdigit()
+    assert sample_key(shard, row).isdigit()
     if max(shard, row, *other) < 10**6:
-        assert (key_of(shard, row) < key_of(*other)) == ((shard, row) < other)
+        assert (sample_key(shard, row) < sample_key(*other)) == ((shard, row) < other)

@@ -1,4 +1,4 @@
-"""A file is whole or not there, an error is one line that names it."""
+"""A visible file is complete, and an error is one line that names the file."""
 
 from __future__ import annotations
 
@@ -107,6 +107,19 @@ def test_a_missing_folder_is_empty_to_sizes_and_an_error_to_find(folder: str) ->
     assert one_line(error, missing)
 
 
+def test_a_file_that_vanishes_while_a_folder_is_listed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a temporary file that another process publishes."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"1")
+    with os.scandir(tmp_path) as listing:
+        entries = list(listing)
+    (tmp_path / "a").unlink()
+    monkeypatch.setattr(os, "scandir", lambda _: contextlib.nullcontext(entries))
+    assert storage.sizes(str(tmp_path)) == {"b": 1}
+
+
 def test_remove_takes_a_folder_with_all_that_is_in_it(folder: str) -> None:
     storage.write_bytes(f"{folder}/sub/a/b", b"1")
     storage.write_bytes(f"{folder}/keep", b"1")
@@ -195,6 +208,40 @@ def test_sweep_asks_for_a_lock_that_nfs_grants(tmp_path: Path, monkeypatch: pyte
     leftover.write_bytes(b"")
     storage.sweep(str(tmp_path))
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As Lustre without `-o flock`. A sweep leaves all temporary files: any of them may be a living writer's."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = str(tmp_path / "name")
+    with storage.writing(path) as temporary:
+        temporary.write_bytes(b"content")
+        storage.sweep(str(tmp_path))
+        assert temporary.exists()
+    assert storage.read_bytes(path) == b"content"
+
+
+def test_a_sweep_between_creating_and_locking_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, swept = fcntl.flock, []
+
+    def flock(file: Any, operation: int) -> None:
+        if not swept:
+            swept.append(file.name)
+            storage.sweep(str(tmp_path))
+            assert not Path(file.name).exists()
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    storage.write_bytes(str(tmp_path / "name"), b"content")
+    assert swept and storage.read_bytes(str(tmp_path / "name")) == b"content"
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
 
 
 def test_two_processes_leave_one_whole_version(tmp_path: Path) -> None:
@@ -333,23 +380,27 @@ def test_another_file_that_is_missing_is_the_one_that_is_named(tmp_path: Path) -
         (tmp_path / "missing-input").read_bytes()
 
 
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("moment", ["write", "fsync", "put"])
-def test_a_full_disk_is_one_line_with_the_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_a_full_disk_is_one_line_with_the_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, number: int
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise FULL
+        raise OSError(number, os.strerror(number))
 
     if moment == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     monkeypatch.setattr(MemoryFileSystem, "put_file", fail)
     path = f"memory://full/{uuid.uuid4()}" if moment == "put" else str(tmp_path / "name")
-    with pytest.raises(StorageError, match=r"no space left.*make room and run the same command") as error:  # noqa: SIM117
-        with storage.writing(path) as temporary:
-            temporary.write_bytes(b"new")
-            if moment == "write":
-                fail()
+    with (
+        pytest.raises(
+            StorageError, match=r"(no space left|quota exceeded).*make room and run the same command"
+        ) as error,
+        storage.writing(path) as temporary,
+    ):
+        temporary.write_bytes(b"new")
+        if moment == "write":
+            fail()
     assert one_line(error, path)
     assert not storage.exists(path) and not temporary.exists()
 

@@ -17,7 +17,8 @@ import webdataset
 
 from lfm import autoencoder as autoencoders
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import LatentShard, read_raw
+from lfm.data.latent_shards import LatentShard
+from lfm.data.raw_shards import read_raw
 from lfm.synthetic.scenes import SEGMENT_NAMES
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm
 from tests.support.images import folder_contents

@@ -12,7 +12,8 @@ from PIL import Image
 
 from lfm import autoencoder as autoencoders
 from lfm.data import manifest as manifests
-from lfm.data.latent_shards import LatentShard, read_raw
+from lfm.data.latent_shards import LatentShard
+from lfm.data.raw_shards import read_raw
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
 from lfm.storage.cache import Cache
 from lfm.synthetic.scenes import CLASS_NAMES, draw_scene

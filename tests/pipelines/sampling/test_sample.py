@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import lfm as library
-from lfm.data.latent_shards import read_raw
+from lfm.data.raw_shards import read_raw
 from lfm.data.transforms import crop, crop_ids
 from lfm.synthetic.scenes import CLASS_NAMES
 from pipelines.common import image_files

@@ -154,14 +154,14 @@ def test_few_shards_stay_mapped(latents: Latents) -> None:
     stream = latents.stream(replace(OPTIONS, window=1, global_batch=3))
     for start in range(0, 2 * TOTAL, 3):
         stream.batch(start)
-        assert len(stream._ahead._shards) <= 2
+        assert len(stream._shards._values) <= 2
 
 
 # --- the thread --------------------------------------------------------------------------------------------------
 
 
 def stream_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name in ("prefetch", "ahead")]
+    return [thread for thread in threading.enumerate() if thread.name in ("prefetch", "read-ahead")]
 
 
 def ended(*threads: threading.Thread) -> bool:
@@ -180,7 +180,7 @@ def test_a_closed_generator_ends_its_threads_and_closes_its_shards(latents: Late
     threads = stream_threads()
     time.sleep(0.15)  # until it waits for room
     batches.close()
-    assert ended(*threads) and stream._ahead._shards == {}
+    assert ended(*threads) and stream._shards._values == {}
 
 
 def test_an_error_of_the_thread_reaches_the_consumer(latents: Latents, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from lfm import storage
-from lfm.data.latent_shards import LatentShard, key_of, latent_layout, latent_members, write_tar
+from lfm.data.latent_shards import LatentShard, latent_layout, latent_members
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord
 from lfm.data.random_draws import draw
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.tar import sample_key, write_tar
 from lfm.errors import ConfigError, DataError
 from lfm.storage.cache import Cache
 from lfm.types import LatentBatch, LatentSample
@@ -35,7 +36,7 @@ def sample(shard: int, row: int) -> LatentSample:
         return random.standard_normal((channels, *SHAPE[1:])).astype(np.float16)
 
     return LatentSample(
-        key_of(shard, row), half(4), half(4), class_index=int(random.integers(3)),
+        sample_key(shard, row), half(4), half(4), class_index=int(random.integers(3)),
         mask=random.integers(0, 2, SHAPE[1:]).astype(np.uint8), masked=half(2), masked_flip=half(2),
         segmentation=random.integers(0, 301, PIXELS).astype(np.uint16),
     )  # fmt: skip
@@ -209,5 +210,18 @@ def test_a_cache_that_holds_no_two_windows_is_refused(tmp_path: Path) -> None:
     needed = sum(shard.bytes for shard in manifest.shards)
     options = replace(EVERYTHING, window=3)
     LatentStream(f"file://{tmp_path}", manifest, options, World(), Cache(tmp_path, limit=needed))
-    with pytest.raises(ConfigError, match="two windows of 3 shards take"):
+    with pytest.raises(ConfigError, match=rf"take {needed:,} bytes"):
         LatentStream(f"file://{tmp_path}", manifest, options, World(), Cache(tmp_path, limit=needed - 1))
+
+
+def test_the_streams_of_a_process_count_together(tmp_path: Path) -> None:
+    """The limit must hold the windows of all; a stream counts as long as it is in use, whether or not it was read."""
+    manifest = latents(tmp_path).manifest
+    needed = sum(shard.bytes for shard in manifest.shards)
+    options, cache = replace(EVERYTHING, window=3), Cache(tmp_path / "cache", limit=needed)
+    for _ in range(2):
+        stream = LatentStream(f"file://{tmp_path}", manifest, options, World(), cache)
+        stream.batch(0)
+        with pytest.raises(ConfigError, match=rf"take {2 * needed:,} bytes"):
+            LatentStream(f"file://{tmp_path}", manifest, options, World(), cache)
+        del stream
