@@ -1,4 +1,4 @@
-"""The processes that work together, and this one's place among them: a value that is passed in, never detected here."""
+"""The rank of this process and the number of processes: a value that is passed in, never read from the environment here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class World:
-    """Rank `rank` of `size` processes; `local_rank` counts on this machine and names its device."""
+    """Rank `rank` of `size` processes; `local_rank` counts those of this machine and selects the device."""
 
     rank: int = 0
     local_rank: int = 0
@@ -15,9 +15,9 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes what must be written once."""
+        """Whether this process writes the files that must be written once."""
         return self.rank == 0
 
     def slice_of(self, total: int) -> slice:
-        """This rank's contiguous part of `total` things: parts differ by one at most and cover each thing once."""
+        """Return this rank's contiguous part of `total` items; parts cover each item once and differ by one at most."""
         return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)

@@ -1,4 +1,4 @@
-"""Images to be measured: raw shards, or a folder of files, in blocks that any process can read by itself."""
+"""Images to evaluate: raw shards, or a folder of files, in blocks that processes can read independently."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lfm.storage.cache import Cache
 from lfm.types import RawSample
 
 FILES_PER_BLOCK = 1000
-SAMPLES = "samples.json"  # `lfm sample` writes it: which files of its folder are images
+SAMPLES = "samples.json"  # lists the images in a folder of `lfm sample`
 
 
 class ImageSet(Protocol):
@@ -37,7 +37,7 @@ class ImageSet(Protocol):
 
     @property
     def rule(self) -> str | None:
-        """How the images were resized and cropped; None where that is not known."""
+        """The rule by which the images were resized and cropped; None if it is unknown."""
 
     @property
     def stored(self) -> str:
@@ -45,7 +45,7 @@ class ImageSet(Protocol):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What every image has beside it: mask, segmentation."""
+        """Which of mask and segmentation every image has."""
 
     @property
     def digest(self) -> str:
@@ -53,13 +53,13 @@ class ImageSet(Protocol):
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """How many images each block holds."""
+        """The number of images in each block."""
 
     def read(self, block: int) -> Iterator[RawSample]:
-        """The images of a block in their order.
+        """Yield the images of a block in order.
 
         Raises:
-            DataError, StorageError: one cannot be read; names it.
+            DataError, StorageError: an image cannot be read.
         """
 
 
@@ -104,9 +104,9 @@ class ShardedImages:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """The files below a folder, by name; an image's key is its name without suffix.
+    """The image files below a folder; the key of an image is its name without suffix.
 
-    With a rule they are resized and cropped by it, without one they must be of the image size already.
+    With a rule, the images are resized and cropped by it; without one, they must have the image size.
     """
 
     name: str
@@ -137,18 +137,19 @@ class FolderImages:
         Raises:
             DataError: two files have the same key.
         """
-        found: dict[str, str] = {}
+        files: dict[str, str] = {}
         for name in self.files:
-            if (other := found.setdefault(_key(name), name)) != name:
+            other = files.setdefault(_key(name), name)
+            if other != name:
                 raise DataError(f"{self.name}: {other} and {name} differ in their suffix alone; remove one of them")
-        return found
+        return files
 
     def read(self, block: int) -> Iterator[RawSample]:
         for name in self.files[block * FILES_PER_BLOCK : (block + 1) * FILES_PER_BLOCK]:
             yield self.image(name)
 
     def image(self, name: str) -> RawSample:
-        """One of the files.
+        """Read one of the files.
 
         Raises:
             DataError: it is no image, or of another size.
@@ -162,7 +163,7 @@ class FolderImages:
         if pixels.shape != (self.image_size, self.image_size, 3):
             raise DataError(
                 f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, others {self.image_size} x {self.image_size}; "
-                "shard them first, or give --image-size where they are real images"
+                "shard them first, or set `image_size` if they are real images"
             )
         return RawSample(_key(name), pixels)
 
@@ -172,17 +173,17 @@ def _key(name: str) -> str:
 
 
 def blocks_of(total: int) -> tuple[int, ...]:
-    """How many of `total` things each block holds."""
+    """Return the number of images in each block of `total` images."""
     return tuple(min(FILES_PER_BLOCK, total - start) for start in range(0, total, FILES_PER_BLOCK))
 
 
 def open_images(
     path: str, cache: Cache, *, image_size: int | None = None, rule: str | None = None
 ) -> ShardedImages | FolderImages:
-    """The images of raw shards, or the files below a folder; of what `lfm sample` made, its samples alone.
+    """Open raw shards, a folder of image files, or the images of a folder of `lfm sample`.
 
     Args:
-        image_size, rule: resize and crop the files of a folder to this size, by this rule; shards have their own.
+        image_size, rule: resize and crop the files of a folder to this size by this rule; not for shards.
 
     Raises:
         ConfigError: a size was given for shards.
@@ -190,7 +191,9 @@ def open_images(
     """
     if storage.exists(storage.join(path, manifests.RECIPE)) or storage.exists(storage.join(path, manifests.MANIFEST)):
         if image_size is not None:
-            raise ConfigError(f"--image-size {image_size}: {path} holds shards, which have their size; leave it out")
+            raise ConfigError(
+                f"`image_size` {image_size}: {path} holds shards, whose images have one size; leave it out"
+            )
         return ShardedImages(path, manifests.load(path, "raw"), cache)
     if storage.exists(record := storage.join(path, SAMPLES)):
         names = [entry["file"] for entry in storage.read_json(record).get("pictures", ())]
@@ -209,14 +212,15 @@ def open_images(
 
 
 def pick(images: ImageSet, rows: Sequence[int]) -> list[np.ndarray]:
-    """The images uint8 (H, W, 3) at some places in the order of the whole set; only their blocks are read."""
-    wanted, found, start = set(rows), {}, 0
+    """Return the images uint8 (H, W, 3) at `rows` in the order of the whole set, reading only their blocks."""
+    wanted, start = set(rows), 0
+    pixels: dict[int, np.ndarray] = {}
     for block, count in enumerate(images.blocks):
         if any(start <= row < start + count for row in wanted):
             for row, sample in enumerate(images.read(block), start):
                 if row in wanted:
-                    found[row] = sample.image
+                    pixels[row] = sample.image
         start += count
-    if missing := wanted - set(found):
+    if missing := wanted - set(pixels):
         raise StorageError(f"{images.name}: has no image number {min(missing)}")
-    return [found[row] for row in rows]
+    return [pixels[row] for row in rows]

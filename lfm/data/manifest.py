@@ -1,11 +1,11 @@
-"""What says that a data set of shards is there, whole, and what it is.
+"""The manifest: commit marker and schema of a sharded data set.
 
-    recipe.json      written first: everything that decides the shards' bytes. It claims the folder.
+    recipe.json      written first: everything that determines the shards' bytes. It claims the folder.
     000000.tar       a shard
-    000000.json      its record, written after it: its presence means that the shard is done
-    manifest.json    the records merged, written last: its presence means that the data set is complete
+    000000.json      its record, written after it: the shard is done
+    manifest.json    the merged records, written last: the data set is complete
 
-Whoever finds every record there writes the manifest, so that no process need wait for another.
+Any process that finds all records writes the manifest, so that no process has to wait for another.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class _Record(BaseModel):
 
 
 class Reject(_Record):
-    """A source that is not in the shards, and why."""
+    """A rejected sample: its source item and the reason."""
 
     source: str
-    reason: str  # a word or two, to count by
+    reason: str  # one or two words, by which rejects are counted
     detail: str = ""
 
 
 class ShardRecord(_Record):
-    """One shard: a plain tar, and what is known of its content."""
+    """One shard: its tar, checksums and statistics."""
 
     name: str = Field(pattern=r"^\d{6}\.tar$")
     samples: NonNegativeInt
@@ -50,7 +50,7 @@ class ShardRecord(_Record):
     crc32: int
     class_counts: tuple[int, ...] = ()
     rejects: tuple[Reject, ...] = ()
-    channel_sums: tuple[tuple[float, float], ...] = ()  # latents: sum of values and of squares, by channel
+    channel_sums: tuple[tuple[float, float], ...] = ()  # latents: sums of the values and of their squares, by channel
     values_per_channel: int = 0
 
 
@@ -63,9 +63,9 @@ class ClassRecord(_Record):
 
 
 class AutoencoderRecord(_Record):
-    """Which autoencoder the latents are of: another one with the same shapes would decode them to rubbish."""
+    """The autoencoder of the latents, since another one with the same shapes would decode them to noise."""
 
-    name: str  # `embedded`, a path or a hub id
+    name: str  # `embedded`, a path or a Hub id
     content_hash: str
     downsample_factor: int
     latent_channels: int
@@ -74,12 +74,12 @@ class AutoencoderRecord(_Record):
 
 
 class Member(_Record):
-    """One file of each latent sample: data of fixed size, at a fixed place in the sample's stretch of the tar."""
+    """One member of every latent sample: an array of fixed size at a fixed offset from the sample's start."""
 
     suffix: str
     dtype: str
     shape: tuple[int, ...]
-    offset: int  # of the data, in bytes from the sample's start
+    offset: int  # bytes from the sample's start to the data
 
 
 class Manifest(_Record):
@@ -89,12 +89,12 @@ class Manifest(_Record):
     version: Literal[1] = VERSION
     image_size: PositiveInt
     classes: tuple[ClassRecord, ...] = ()
-    fields: tuple[Literal["mask", "segmentation"], ...] = ()  # what every sample has beside image and class
-    labels: dict[int, str] = {}  # class ids of the segmentations, by name
+    fields: tuple[Literal["mask", "segmentation"], ...] = ()  # that every sample has besides image and class
+    labels: dict[int, str] = {}  # names of the segmentations' class ids
     recipe: dict[str, Any]
-    parent_digest: str | None = None  # latents: of the raw manifest
+    parent_digest: str | None = None  # latents: the digest of the raw manifest
     autoencoder: AutoencoderRecord | None = None
-    members: tuple[Member, ...] = ()  # latents: constant over all shards
+    members: tuple[Member, ...] = ()  # latents: equal in all shards
     stride: int = 0  # latents: bytes from one sample to the next
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
@@ -102,7 +102,7 @@ class Manifest(_Record):
 
     @property
     def num_labels(self) -> int:
-        """How many ids a segmentation may hold: they are below it, but need not all be labels."""
+        """An upper bound of the class ids: ids are below it, but not all of them need be labels."""
         return 1 + max(self.labels, default=-1)
 
     @property
@@ -117,12 +117,12 @@ class Manifest(_Record):
 
     @property
     def digest(self) -> str:
-        """A hash of the whole data set's content and description."""
+        """A hash of the content and the description of the whole data set."""
         return digest([self.model_dump(mode="json")])
 
 
 def digest(values: Iterable[Any]) -> str:
-    """The sha256 of the values' canonical JSON, a line each."""
+    """Return the sha256 of the values' canonical JSON, one per line."""
     total = hashlib.sha256()
     for value in values:
         total.update(json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n")
@@ -130,10 +130,10 @@ def digest(values: Iterable[Any]) -> str:
 
 
 def load(folder: str, kind: Literal["raw", "latents"] | None = None) -> Manifest:
-    """The manifest of `folder`, of one kind or any.
+    """Return the manifest of `folder`.
 
     Raises:
-        DataError: there is none (the data set is not complete), it is of the other kind, or it is not readable.
+        DataError: there is none (the data set is not complete), it is of another kind, or it is not readable.
     """
     path = storage.join(folder, MANIFEST)
     made_by = {"raw": "lfm shard", "latents": "lfm encode", None: "lfm shard` or `lfm encode"}[kind]
@@ -150,28 +150,31 @@ def load(folder: str, kind: Literal["raw", "latents"] | None = None) -> Manifest
 
 
 def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool, owned: str = SHARD_FILES) -> None:
-    """Begin or continue in `folder` what `recipe` describes; `overwrite` begins anew.
+    """Start or resume making the data set that `recipe` describes in `folder`.
 
     Args:
         folder: path or URL.
-        recipe: everything that decides what will be there.
-        overwrite: remove what was there, but nothing that is not ours.
-        owned: matches the names of the files that are ours.
+        recipe: everything that determines the content.
+        overwrite: remove the files of an earlier data set first, but no others.
+        owned: pattern of the names of files that may be removed.
 
     Raises:
-        ConfigError: the folder holds something made otherwise, or something else; nothing is changed.
+        ConfigError: the folder holds a data set with different settings, or other files; nothing is changed.
     """
     path = storage.join(folder, RECIPE)
-    names = set(storage.find(folder)) if storage.exists(folder) else set()  # one look: others may claim it meanwhile
-    recipe = json.loads(json.dumps(recipe))  # as it reads back: no tuples
+    # One listing, since other processes may claim the folder meanwhile.
+    names = set(storage.find(folder)) if storage.exists(folder) else set()
+    recipe = json.loads(json.dumps(recipe))  # as it will be read back: without tuples
     if RECIPE in names:
         changed = _changes(path, recipe)
         if not changed and not overwrite:
             return
         if not overwrite:
-            raise ConfigError(f"{folder}: was made otherwise: {changed}; choose another folder or --overwrite")
+            raise ConfigError(
+                f"{folder}: was made with different settings: {changed}; choose another folder or `overwrite`"
+            )
     elif names:
-        raise ConfigError(f"{folder}: holds something else, not made by lfm; choose another folder")
+        raise ConfigError(f"{folder}: holds something else than files of lfm; choose another folder")
     for name in sorted(names, key=lambda name: name != MANIFEST):
         if re.fullmatch(owned, name):
             storage.remove(storage.join(folder, name))
@@ -179,42 +182,42 @@ def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool, owned: str = 
 
 
 def _changes(path: str, recipe: dict[str, Any]) -> str:
-    """In words, what a recipe has that is not in the file, and the other way round; empty where they are equal."""
+    """Describe the differences between a recipe and the one in the file; empty if they are equal."""
     try:
         before = storage.read_json(path)
     except DataError:
         return f"{RECIPE} is not readable"
     if not isinstance(before, dict):
         return f"{RECIPE} is no recipe of lfm"
-    nothing = object()
+    missing = object()
     return ", ".join(
         f"{key} ({_short(before.get(key))}, now {_short(recipe.get(key))})"
         for key in sorted({*before, *recipe})
-        if before.get(key, nothing) != recipe.get(key, nothing)
+        if before.get(key, missing) != recipe.get(key, missing)
     )
 
 
 def commit(folder: str, record: ShardRecord) -> None:
-    """Publish the record of a shard that is already in place."""
+    """Write the record of a finished shard, which marks it as done."""
     storage.write_json(storage.join(folder, _record_name(record.name)), record.model_dump(mode="json"))
 
 
 def done(folder: str) -> set[str]:
-    """The names of the shards that are done, by one listing."""
+    """Return the names of the shards that are done, by one listing."""
     names = storage.sizes(folder)
     return {name for name in names if name.endswith(".tar") and _record_name(name) in names}
 
 
 def is_done(folder: str, shard: str) -> bool:
-    """Whether one shard is done, without a listing."""
+    """Return whether one shard is done, without a listing."""
     return all(storage.exists(storage.join(folder, name)) for name in (shard, _record_name(shard)))
 
 
 def records(folder: str, shards: list[str]) -> tuple[ShardRecord, ...]:
-    """The records of shards that are done, each checked against the size of its tar.
+    """Return the records of shards that are done, each checked against the size of its tar.
 
     Raises:
-        DataError: names the file to remove, so that the same command makes the shard again.
+        DataError: a record is damaged or does not fit its tar; names the file to remove.
     """
     sizes = storage.sizes(folder)
 
@@ -223,11 +226,11 @@ def records(folder: str, shards: list[str]) -> tuple[ShardRecord, ...]:
         try:
             record = _parse(ShardRecord, path, storage.read_json(path))
         except DataError as error:
-            raise DataError(f"{error} Remove it, and the same command makes the shard again") from error
+            raise DataError(f"{error} Remove it and run the same command to make the shard again") from error
         if sizes.get(shard) != record.bytes:
             raise DataError(
-                f"{storage.join(folder, shard)}: {sizes.get(shard)} bytes, its record says {record.bytes}; remove it, "
-                "and the same command makes it again"
+                f"{storage.join(folder, shard)}: {sizes.get(shard)} bytes, its record says {record.bytes}; remove it "
+                "and run the same command to make it again"
             )
         return record
 
@@ -235,7 +238,7 @@ def records(folder: str, shards: list[str]) -> tuple[ShardRecord, ...]:
 
 
 def publish(folder: str, manifest: Manifest) -> None:
-    """Write the manifest; from now on the data set is complete."""
+    """Write the manifest, which marks the data set as complete."""
     storage.sweep(folder)
     storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json"))
 

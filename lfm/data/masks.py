@@ -1,8 +1,8 @@
-"""Masks for inpainting, drawn from a sample's key: MAT's large holes (Li et al., 2022), at which the paper is compared.
+"""Random masks for inpainting, a function of the sample's key: the large holes of MAT (Li et al., 2022), as in the paper.
 
 A mask is the union of up to three boxes of at most half the side, at most one of up to the whole side, and up to seven
-strokes of a brush that turns sharply at each of its 4 to 17 corners. Lengths are in shares of the side, so that masks of
-all sizes cover alike: 41 % of the image on average, from nearly nothing to nearly all.
+strokes of a brush that turns sharply at each of its 4 to 17 corners. Lengths are fractions of the side, so that masks of
+all sizes cover the same share of the image: 41 % on average, from nearly nothing to nearly all.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-_STREAM = 1 << 62  # sets these draws apart from those of other modules
+_STREAM = 1 << 62  # distinguishes these random numbers from those of other modules
 TURN, TURN_SPREAD = 2 * math.pi / 5, 2 * math.pi / 15
 BRUSH = (12 / 256, 48 / 256)
-GREY = 128  # the level of what is hidden: zero to the autoencoder
+GREY = 128  # of hidden pixels: zero to the autoencoder
 
 
 def free_form(seed: int, key: str, size: int) -> np.ndarray:
-    """The mask of one sample: uint8 (size, size), 1 = hole; neither empty nor everything, where size > 1."""
+    """Return the mask of one sample: uint8 (size, size), 1 = hole; if size > 1, neither empty nor full."""
     random = np.random.Generator(np.random.Philox(key=np.array([_STREAM + seed, int(key)], np.uint64)))
     while True:
         mask = Image.new("L", (size, size))
@@ -42,7 +42,7 @@ def free_form(seed: int, key: str, size: int) -> np.ndarray:
 
 
 def _stroke(random: np.random.Generator, size: int) -> list[np.ndarray]:
-    """The corners (x, y) of a line that turns to and fro."""
+    """Return the corners (x, y) of a zigzag line."""
     spread, length = random.uniform(0, TURN_SPREAD, 2), math.sqrt(2) * size / 8
     corners = [random.uniform(0, size, 2)]
     for number in range(random.integers(4, 18)):
@@ -56,12 +56,12 @@ MASKS = {"free-form": free_form}
 
 
 def hide(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Images uint8 (..., H, W, 3) with middle grey where the masks (..., H, W) are 1: what inpainting is told."""
+    """Return images uint8 (..., H, W, 3) with the pixels where the masks (..., H, W) are 1 set to middle grey."""
     return np.where(masks[..., None] != 0, np.uint8(GREY), images)
 
 
 def at_latent_size(masks: np.ndarray, factor: int) -> np.ndarray:
-    """Masks (..., H, W) as uint8 (..., H / factor, W / factor): 1 where any pixel is, so that thin strokes survive."""
+    """Max-pool masks (..., H, W) to uint8 (..., H / factor, W / factor), so that thin strokes survive."""
     *rest, height, width = masks.shape
     cells = masks.reshape(*rest, height // factor, factor, width // factor, factor)
     return cells.max((-3, -1)).astype(np.uint8)

@@ -1,8 +1,8 @@
-"""From an encoded image, map or mask of any kind to arrays of one size, by rules that have names.
+"""Decoding images, maps and masks, and resizing them to one size by named rules.
 
 Resize and crop follow ADM (Dhariwal and Nichol, 2021, `center_crop_arr`): halve by box filter while the short side is at
-least twice its target, then bicubic to the target, then the centre. The rules differ in the target alone, and an image's
-map goes to the same target, by nearest neighbour.
+least twice its target, then bicubic to the target, then crop the centre. The rules differ only in the target. An image's
+map is resized to the same target by nearest neighbour.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lfm.errors import DataError
 
-# Not all that Pillow knows: some it hands to other programs (EPS to Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-LARGEST_PIXELS = 200_000_000  # above this a file is taken for a decompression bomb
-BACKGROUND = (255, 255, 255)  # what shows through where alpha is below one, and around a padded image
+# Not all formats of Pillow: for some it runs other programs (Ghostscript for EPS).
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+LARGEST_PIXELS = 200_000_000  # larger images are taken for decompression bombs
+BACKGROUND = (255, 255, 255)  # behind transparent pixels and around padded images
 
 
 class Rejected(Exception):
-    """A sample cannot be used: `reason` is a word or two to count by, `detail` what was found."""
+    """A sample cannot be used: `reason`, one or two words by which rejects are counted, and `detail`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -33,7 +33,7 @@ class Rejected(Exception):
 
 @contextlib.contextmanager
 def _rejecting() -> Iterator[None]:
-    """Turn all that Pillow raises into a rejection with a reason."""
+    """Turn every exception of Pillow into a rejection with a reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -44,14 +44,14 @@ def _rejecting() -> Iterator[None]:
         raise Rejected("too large", str(error)) from error
     except Rejected:
         raise
-    except Exception as error:  # Pillow's decoders raise anything: struct.error, TypeError, RuntimeError, ...
+    except Exception as error:  # Pillow's decoders raise struct.error, TypeError, RuntimeError and others
         raise Rejected("cannot be decoded", str(error)) from error
 
 
 def _loaded(content: bytes) -> Image.Image:
     if not content:
         raise Rejected("empty file")
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
     if image.width * image.height > LARGEST_PIXELS:
         raise Rejected("too large", f"{image.width} x {image.height} pixels")
     image.load()
@@ -59,12 +59,13 @@ def _loaded(content: bytes) -> Image.Image:
 
 
 def decode(content: bytes | np.ndarray) -> Image.Image:
-    """An image, encoded or uint8 (H, W, 3), as RGB, upright.
+    """Return an encoded image, or pixels uint8 (H, W, 3), as an upright RGB image.
 
-    EXIF orientation is applied; alpha is put on white; grey, palette, CMYK and 16-bit images become 8-bit RGB.
+    EXIF orientation is applied; transparent pixels are blended with white; grey, palette, CMYK and 16-bit images become
+    8-bit RGB.
 
     Raises:
-        Rejected: it is empty, no image, truncated or too large.
+        Rejected: the content is empty, no image, truncated or too large.
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
@@ -73,10 +74,10 @@ def decode(content: bytes | np.ndarray) -> Image.Image:
 
 
 def decode_ids(content: bytes) -> np.ndarray:
-    """A segmentation map's class ids, uint8 or uint16 (H, W): grey levels, or the indices of a palette image.
+    """Return the class ids of a segmentation, uint8 or uint16 (H, W): grey levels, or the indices of a palette image.
 
     Raises:
-        Rejected: it is no image, or one whose pixels are no ids.
+        Rejected: the content is no image, or its pixels are no class ids.
     """
     with _rejecting():
         image = _loaded(content)
@@ -91,21 +92,21 @@ def decode_ids(content: bytes) -> np.ndarray:
 
 
 def decode_mask(content: bytes) -> Image.Image:
-    """A mask as grey levels, mode L; from one half of white up it is a hole.
+    """Return a mask as an image of mode L; levels from 128 on are holes.
 
     Raises:
-        Rejected: it is no image.
+        Rejected: the content is no image.
     """
     return decode(content).convert("L")
 
 
 def binary(mask: np.ndarray) -> np.ndarray:
-    """A mask's grey levels thresholded at one half: uint8 (H, W), 1 = hole."""
+    """Return a mask's grey levels, thresholded at one half: uint8 (H, W), 1 = hole."""
     return (mask >= 128).astype(np.uint8)
 
 
 def paint(parts: Iterable[tuple[int, bytes]]) -> np.ndarray:
-    """The map, uint8 (H, W), of parts that come as a class id and a mask each, later ones above; 0 elsewhere.
+    """Return the map, uint8 (H, W), of parts, each a class id and a mask; later parts cover earlier ones, 0 elsewhere.
 
     Raises:
         Rejected: there are no parts, or they differ in size.
@@ -133,7 +134,7 @@ def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-# The width and height that an image is resized to before the centre, size x size, is cut out or put on a background.
+# The width and height to which an image is resized before its centre, size x size, is cropped or padded.
 CROPS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
     "centre": lambda width, height, size: _scaled(width, height, size / min(width, height)),
     "pad": lambda width, height, size: _scaled(width, height, size / max(width, height)),
@@ -142,14 +143,14 @@ CROPS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
 
 
 def _centred(image: Image.Image, size: int, fill: int | tuple[int, ...]) -> np.ndarray:
-    """The centre (size, size) of an image or map, on `fill` where it is smaller."""
+    """Return the centre (size, size) of an image or map, padded with `fill` if it is smaller."""
     canvas = Image.new(image.mode, (size, size), fill)
     canvas.paste(image, (-((image.width - size) // 2), -((image.height - size) // 2)))
     return np.asarray(canvas)
 
 
 def _target(width: int, height: int, size: int, rule: str) -> tuple[int, tuple[int, int]]:
-    """How often an image is halved, and the width and height that it then is resized to.
+    """Return how often an image is halved, and the width and height to which it is then resized.
 
     Raises:
         Rejected: the target would fill the memory.
@@ -164,7 +165,7 @@ def _target(width: int, height: int, size: int, rule: str) -> tuple[int, tuple[i
 
 
 def crop(image: Image.Image, size: int, rule: str = "centre") -> np.ndarray:
-    """An image, RGB or a grey mask, at the image size by the named rule: uint8 (size, size, 3) or (size, size).
+    """Resize and crop an RGB image or a grey mask by a rule of CROPS: uint8 (size, size, 3) or (size, size).
 
     Raises:
         Rejected: it is too narrow.
@@ -178,10 +179,10 @@ def crop(image: Image.Image, size: int, rule: str = "centre") -> np.ndarray:
 
 
 def crop_ids(ids: np.ndarray, image: tuple[int, int], size: int, rule: str, fill: int) -> np.ndarray:
-    """The class ids of a map where `crop` puts the pixels of its image (width, height): (size, size).
+    """Resize and crop a map as `crop` does its image of size (width, height): class ids (size, size).
 
     Args:
-        fill: the class id around a padded image.
+        fill: the class id of the border of a padded image.
     """
     _, target = _target(*image, size, rule)
     return _centred(Image.fromarray(ids).resize(target, Image.Resampling.NEAREST), size, fill)

@@ -1,8 +1,8 @@
 """Advisory file locks (flock), which the kernel releases when the process that holds them ends.
 
-Some mounts support no locks (Lustre without `-o flock`, NFS without a lock daemon). There, writing goes on without a lock:
-temporary names are unique and files are published by renaming, so that nothing is damaged; only leftovers of killed
-writers can no longer be told from the files of living ones.
+Some mounts support no locks (Lustre without `-o flock`, NFS without a lock daemon). There, files are written without a
+lock. Temporary names are unique and files are published by renaming, so that nothing is damaged; only the leftovers of
+killed writers cannot be distinguished from the files of living ones, and stay.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Where the bytes of a source lie: each store is a function of (root, name), so that any process can read any item.
+"""Readers of a source's bytes: functions of (root, name), so that any process can read any item.
 
-file        root is a folder                    name is a path in it
-lmdb_value  root is an LMDB environment         name is a key
-tar_member  root is a folder of tars            name is `TAR#OFFSET+SIZE#MEMBER`
-table_cell  root is a folder of tables          name is `TABLE#GROUP#ROW#COLUMN`; a row group of parquet, or 0
+read_file     root is a folder                    name is a path in it
+lmdb_value    root is an LMDB environment         name is a key
+tar_member    root is a folder of tars            name is `TAR#OFFSET+SIZE#MEMBER`
+table_cell    root is a folder of tables          name is `TABLE#GROUP#ROW#COLUMN`; a row group of parquet, or 0
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,15 +21,17 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lfm import storage
-from lfm.data.transforms import FORMATS
+from lfm.data.tar import BLOCK
+from lfm.data.transforms import PILLOW_FORMATS
 from lfm.errors import ConfigError, DataError, StorageError
 
-NOWHERE = "-"  # in place of a member that a sample lacks
-_BLOCK = 512
+NOWHERE = "-"  # the place of a member that a sample does not have
+# The tar's name may hold any character, but its suffix and the place end it.
+_TAR_MEMBER = re.compile(r"(.*?\.tar)#(-|\d+\+\d+)#", re.DOTALL)
 
 
-def file(root: str, name: str) -> bytes:
-    """A file's content."""
+def read_file(root: str, name: str) -> bytes:
+    """Return a file's content."""
     return storage.read_bytes(storage.join(root, name))
 
 
@@ -48,20 +51,21 @@ def _environment(root: str) -> Any:
     except lmdb.Error as error:
         raise DataError(f"{root}: cannot be read as an LMDB ({error}); copy or download it again") from error
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if (found := storage.sizes(root)["data.mdb"]) < needed:  # to read beyond its end would kill the process
-        raise DataError(f"{root}/data.mdb: cut off: {found} bytes of {needed}; copy or download it again")
+    actual = storage.sizes(root)["data.mdb"]
+    if actual < needed:  # reading beyond its end would kill the process
+        raise DataError(f"{root}/data.mdb: cut off: {actual} bytes of {needed}; copy or download it again")
     return environment
 
 
 def lmdb_keys(root: str) -> Iterator[str]:
-    """The keys in the order of the database: 0, 1, 10, 11, ..., 2."""
+    """Yield the keys in the order of the database: 0, 1, 10, 11, ..., 2."""
     with _environment(root).begin() as transaction, transaction.cursor() as cursor:
         for key in cursor.iternext(values=False):
             yield key.decode("utf-8", "replace")
 
 
 def lmdb_value(root: str, name: str) -> bytes | np.ndarray:
-    """An encoded image, or the array uint8 (side, side, 3) where the value is raw RGB."""
+    """Return an encoded image, or an array uint8 (side, side, 3) if the value is raw RGB."""
     with _environment(root).begin() as transaction:
         value = transaction.get(name.encode())
     if value is None:
@@ -74,7 +78,7 @@ def lmdb_value(root: str, name: str) -> bytes | np.ndarray:
 
 def _is_encoded(value: bytes) -> bool:
     try:
-        Image.open(io.BytesIO(value), formats=FORMATS)
+        Image.open(io.BytesIO(value), formats=PILLOW_FORMATS)
     except (UnidentifiedImageError, OSError, ValueError):
         return False
     return True
@@ -84,7 +88,7 @@ def _is_encoded(value: bytes) -> bool:
 
 
 def tar_samples(root: str, tar: str) -> Iterator[dict[str, str]]:
-    """The samples of a tar as vanilla webdataset groups them: by suffix the name to read it under, or the text of .cls.
+    """Yield the samples of a tar as webdataset groups them: by suffix, the name for `tar_member`, or the text of .cls.
 
     Raises:
         DataError: the tar is damaged or ends early, or a sample has a suffix twice.
@@ -105,7 +109,7 @@ def tar_samples(root: str, tar: str) -> Iterator[dict[str, str]]:
         with storage.open_read(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             yield from group_by_keys(listed(archive))
             stream.seek(archive.offset)
-            if stream.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a damaged header for the end
+            if stream.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
                 raise DataError(f"{path}: damaged or cut off at byte {archive.offset}; download it again")
     except (tarfile.TarError, ValueError, EOFError) as error:
         reason = error.args[0] if error.args else "it ends early"
@@ -113,8 +117,11 @@ def tar_samples(root: str, tar: str) -> Iterator[dict[str, str]]:
 
 
 def tar_member(root: str, name: str) -> bytes:
-    """A member's content, by one ranged read."""
-    tar, place, _ = name.split("#", 2)
+    """Return a member's content, by one ranged read."""
+    match = _TAR_MEMBER.match(name)
+    if match is None:
+        raise StorageError(f"{storage.join(root, name)}: is not the name of a tar's member")
+    tar, place = match.groups()
     if place == NOWHERE:
         raise StorageError(f"{storage.join(root, name)}: the sample has no image")
     offset, size = map(int, place.split("+"))
@@ -129,7 +136,7 @@ def tar_member(root: str, name: str) -> bytes:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """Parquet as pyarrow's ParquetFile; an .arrow stream, mapped, as a Table."""
+    """Open parquet as pyarrow's ParquetFile, and an .arrow stream as a Table, mapped if it is local."""
     try:
         import pyarrow.ipc
         import pyarrow.parquet
@@ -147,7 +154,7 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 def table_schema(path: str) -> tuple[Any, list[int]]:
-    """A table's pyarrow schema, and how many rows each of its groups has.
+    """Return a table's pyarrow schema and the number of rows of each of its groups.
 
     Raises:
         ConfigError: pyarrow is not installed.
@@ -162,13 +169,13 @@ def table_schema(path: str) -> tuple[Any, list[int]]:
 
 @lru_cache(maxsize=4)
 def table_column(path: str, group: int, column: str) -> Any:
-    """One column of a group, as pyarrow has it."""
+    """Return one column of a group as pyarrow's ChunkedArray."""
     with _opened(path) as table:
         return (table if path.endswith(".arrow") else table.read_row_group(group, [column]))[column]
 
 
 def table_cell(root: str, name: str) -> bytes:
-    """The image in a cell: bytes, or Hugging Face's {bytes, path}."""
+    """Return the bytes of the image in a cell, which holds bytes or Hugging Face's {bytes, path}."""
     path, group, row, column = name.rsplit("#", 3)
     cell = table_column(storage.join(root, path), int(group), column)[int(row)].as_py()
     content = cell.get("bytes") if isinstance(cell, dict) else cell

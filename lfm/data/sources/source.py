@@ -1,7 +1,7 @@
-"""Image collections as people have them: a source is a list of items and the store that reads them.
+"""Image collections as a list of items and a function that reads them.
 
-What the items are is a pure function of the collection's file names (of its keys or rows, where it is a data base), so
-every process that reads the source sees the same list.
+The items depend only on the collection's file names (or keys, or rows of tables), so every process that reads a source sees
+the same list.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from lfm import storage
 from lfm.data.sources import readers
 from lfm.data.transforms import Rejected, decode, decode_ids, decode_mask, paint
-from lfm.errors import ConfigError, DataError, StorageError
+from lfm.errors import ConfigError, StorageError
 from lfm.types import SourceItem
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -29,7 +30,7 @@ UNLABELLED = "unlabelled"
 
 @dataclass(frozen=True)
 class DecodedItem:
-    """What there is of one item, at its original size."""
+    """An item's image, segmentation and mask at their original size."""
 
     image: Image.Image  # RGB
     segmentation: np.ndarray | None  # uint8 or uint16 (H, W), class ids
@@ -38,20 +39,20 @@ class DecodedItem:
 
 @dataclass(frozen=True)
 class Source:
-    """The items of one source in the order of their names; a plain value, so that any process can read from it."""
+    """The items of one source in the order of their names: a value that can be sent to worker processes."""
 
     root: str
     items: tuple[SourceItem, ...]
     class_names: tuple[str, ...] = ()
-    labels: dict[int, str] = field(default_factory=dict)  # class ids that maps may hold, by name; empty: any
+    labels: dict[int, str] = field(default_factory=dict)  # names of the class ids that maps may hold; empty: any id
     layout: str = "folder"
-    read: Callable[[str, str], bytes | np.ndarray] = readers.file
+    read: Callable[[str, str], bytes | np.ndarray] = readers.read_file
 
     def decode_item(self, item: SourceItem) -> DecodedItem:
         """Read and decode one item.
 
         Raises:
-            Rejected: something of it cannot be used; a reason that concerns its map or mask begins with that word.
+            Rejected: a part of it cannot be used; the reason begins with `map` or `mask` if it is that one.
         """
         with _about(""):
             image = decode(self.read(self.root, item.image))
@@ -76,14 +77,14 @@ class Source:
 
     @cached_property
     def fields(self) -> set[Literal["mask", "segmentation"]]:
-        """What images of it have beside their class: `mask`, `segmentation`."""
+        """Which of `mask` and `segmentation` the items have."""
         return {
             name for name in ("mask", "segmentation") if any(getattr(item, name) is not None for item in self.items)
         }
 
     @property
     def unlabelled(self) -> int:
-        """The class id around a padded map."""
+        """The class id of the border of a padded map."""
         return unlabelled(self.labels)
 
     def _bytes(self, name: str) -> bytes:
@@ -94,7 +95,7 @@ class Source:
 
 
 def unlabelled(labels: dict[int, str]) -> int:
-    """The class id that stands for no class, else 0."""
+    """Return the class id that stands for no class, or 0 if there is none."""
     return next((class_id for class_id, name in labels.items() if name == UNLABELLED), 0)
 
 
@@ -108,8 +109,8 @@ def _about(part: str) -> Iterator[None]:
         raise Rejected(f"{part}unreadable", str(error)) from error
 
 
-def _sizes(found: tuple[int, ...], wanted: tuple[int, int]) -> str:
-    return f"{found[0]} x {found[1]} pixels, the image {wanted[0]} x {wanted[1]}"
+def _sizes(part: tuple[int, ...], image: tuple[int, int]) -> str:
+    return f"{part[0]} x {part[1]} pixels, the image {image[0]} x {image[1]}"
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,16 @@ class Tree:
     root: str
     names: tuple[str, ...]
 
-    def at(self, folder: str) -> Tree:
-        """The part of the tree below a folder; the tree itself for "".
+    @cached_property
+    def images(self) -> list[str]:
+        """The names of the images."""
+        return [name for name in self.names if name.lower().endswith(SUFFIXES)]
+
+    def subtree(self, folder: str) -> Tree:
+        """Return the tree of a folder; the tree itself for "".
 
         Raises:
-            StorageError: there is nothing.
+            StorageError: the folder does not exist or is empty.
         """
         if not folder:
             return self
@@ -132,69 +138,71 @@ class Tree:
             raise StorageError(f"{storage.join(self.root, folder)}: no such folder")
         return Tree(storage.join(self.root, folder), names)
 
-    def has(self, pattern: str) -> bool:
-        """Whether a regular expression occurs in a name."""
+    def has_name(self, pattern: str) -> bool:
+        """Return whether a regular expression occurs in a name."""
         return any(map(re.compile(pattern).search, self.names))
 
-    def holds(self, folder: str) -> bool:
-        """Whether there is an image below a folder."""
+    def has_images(self, folder: str) -> bool:
+        """Return whether there are images below a folder."""
         return any(name.startswith(f"{folder}/") for name in self.images)
 
-    @cached_property
-    def images(self) -> list[str]:
-        """The names of the images."""
-        return [name for name in self.names if name.lower().endswith(SUFFIXES)]
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of collection is arranged in files: how to read it, and how to recognize it.
+
+    Attributes:
+        read: returns the source in a tree, given a split or None.
+        recognizes: returns whether a tree has this layout.
+        instead_of: names of the more general layouts that such a tree also has.
+    """
+
+    read: Callable[[Tree, str | None], Source]
+    recognizes: Callable[[Tree], bool]
+    instead_of: tuple[str, ...] = ()
+
+
+def stem(name: str) -> str:
+    """Return a name without its suffix."""
+    return name[: -len(PurePosixPath(name).suffix)]
+
+
+def read_text(tree: Tree, name: str, *, parents: int = 0) -> str | None:
+    """Return the content of a text file in the tree's root or in one of its next parents; None if there is none."""
+    for _ in range(parents + 1):
+        path = storage.join(tree.root, name)
+        if storage.exists(path):
+            return storage.read_bytes(path).decode("utf-8", "replace")
+        tree = replace(tree, root=storage.parent(tree.root))
+    return None
 
 
 def choose_split(root: str, splits: set[str], split: str | None) -> str:
-    """The chosen one of a source's splits; its only one where none was chosen.
+    """Return the chosen split, or a source's only one if none was chosen.
 
     Raises:
-        ConfigError: there are several, or others.
+        ConfigError: there are several and none was chosen, or the chosen one does not exist.
     """
     if split in splits or (split is None and len(splits) == 1):
         return split or min(splits)
-    raise ConfigError(f"{root}: holds the splits {', '.join(sorted(splits))}; choose one, as in --split {min(splits)}")
+    raise ConfigError(
+        f"{root}: holds the splits {', '.join(sorted(splits))}; choose one with `split`, for example {min(splits)}"
+    )
 
 
-def of_split(tree: Tree, names: list[str], split: str | None) -> list[str]:
-    """Those of some files whose path has the split as a word, as in val-00000.parquet or train.lmdb/data.mdb.
+def files_of_split(tree: Tree, names: list[str], split: str | None) -> list[str]:
+    """Return the files whose path has the split as a word, as in val-00000.parquet or train.lmdb/data.mdb.
 
     Raises:
-        ConfigError: there are several splits and none was chosen, or the chosen one is not there.
+        ConfigError: there are several splits and none was chosen, or the chosen one does not exist.
     """
     words = {name: set(re.split(r"[/._-]", name)) for name in names}
-    splits = {word for found in words.values() for word in found if SPLIT.fullmatch(word)}
+    splits = {word for words_of_file in words.values() for word in words_of_file if SPLIT.fullmatch(word)}
     if split is None:
         if splits:
             choose_split(tree.root, splits, split)
         return names
-    if not (chosen := [name for name in names if split in words[name]]):
+    chosen = [name for name in names if split in words[name]]
+    if not chosen:
         raise ConfigError(f"{tree.root}: no split {split} there; {', '.join(sorted(splits)) or 'it has none'}")
     return chosen
-
-
-def folder(tree: Tree, split: str | None) -> Source:
-    """Images in folders: the first folder's name is the class; without folders there are no classes.
-
-    Raises:
-        ConfigError: the folder holds splits and none was chosen, or not the chosen one.
-        DataError: there are no images, or some lie in class folders and some do not.
-    """
-    tree = tree.at(split or "")
-    root, paths = tree.root, tree.images
-    if not paths:
-        raise DataError(f"{root}: no images there ({', '.join(SUFFIXES[:4])}, ...); name the folder that holds them")
-    tops = {path.split("/")[0] for path in paths if "/" in path}
-    if not tops:
-        return Source(root, tuple(SourceItem(path) for path in paths))
-    loose = [path for path in paths if "/" not in path]
-    if not split and not loose and all(map(SPLIT.fullmatch, tops)):
-        return folder(tree, choose_split(root, tops, split))
-    if loose:
-        raise DataError(
-            f"{storage.join(root, loose[0])}: lies beside the class folders; move it into one, or leave it out"
-        )
-    class_names = tuple(sorted(tops))
-    index = {name: number for number, name in enumerate(class_names)}
-    return Source(root, tuple(SourceItem(path, index[path.split("/")[0]]) for path in paths), class_names)

@@ -222,7 +222,7 @@ def test_another_recipe_is_refused_by_the_names_of_the_changed_keys(before: dict
     with pytest.raises(ConfigError) as error:
         manifests.claim(folder, after, overwrite=False)
     message = one_line(error, folder)
-    assert "--overwrite" in message
+    assert "`overwrite`" in message
     assert changed == {key for key in "abcd" if f" {key} (" in message}
     assert storage.read_json(storage.join(folder, manifests.RECIPE)) == before
     return None

@@ -15,18 +15,25 @@ from PIL import Image
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.sources.layouts import FACE_PARTS, LAYOUTS, read
-from lfm.data.sources.source import Source
+from lfm.data.sources import readers
+from lfm.data.sources.layouts import LAYOUTS, read
+from lfm.data.sources.segmentation_layouts import FACE_PARTS, FACE_PARTS_OFFICIAL
+from lfm.data.sources.source import Layout, Source, Tree, read_text
+from lfm.data.transforms import Rejected
 from lfm.errors import ConfigError, DataError
+from lfm.types import SourceItem
 from tests.support.commands import assert_one_line, lfm
 from tests.support.images import folder_contents, image_bytes, random_pixels, save_image
 
 # --- published collections ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", FACE_PARTS)
-def test_every_part_of_a_face_has_its_id_and_later_parts_cover_earlier_ones(tmp_path: Path, layout: str) -> None:
-    names = FACE_PARTS[layout].split()
+@pytest.mark.parametrize(
+    ("layout", "names"), [("celebamask-hq", FACE_PARTS), ("celebamask-hq-official", FACE_PARTS_OFFICIAL)]
+)
+def test_every_part_of_a_face_has_its_id_and_later_parts_cover_earlier_ones(
+    tmp_path: Path, layout: str, names: tuple[str, ...]
+) -> None:
     save_image(tmp_path / "CelebA-HQ-img" / "2000.jpg", random_pixels(36, 36, 3))
     for index, name in enumerate(names):
         part = np.zeros((18, 18, 3), np.uint8)
@@ -35,7 +42,7 @@ def test_every_part_of_a_face_has_its_id_and_later_parts_cover_earlier_ones(tmp_
     source = read(str(tmp_path), layout)
     ids = source.decode_item(source.items[0]).segmentation
     assert ids is not None and ids[:, 0].tolist() == list(range(1, 19))
-    assert len(names) == 18 and set(names) == set(FACE_PARTS["celebamask-hq"].split())
+    assert len(names) == 18 and set(names) == set(FACE_PARTS)
 
 
 def test_imagenet_as_torchvision_unpacks_it_and_without_labels(tmp_path: Path) -> None:
@@ -245,6 +252,39 @@ def test_worker_processes_reopen_the_source_and_write_the_same_bytes(tmp_path: P
     assert folder_contents(tmp_path / "1") == folder_contents(tmp_path / "2")
 
 
+@pytest.mark.parametrize("name", ["a#b.tar", "#.tar", "a.tar#1+2.tar", "a#3+4#.tar"])
+def test_the_name_of_a_tar_may_hold_the_separator(tmp_path: Path, name: str) -> None:
+    pixels = random_pixels(9, 9, 3)
+    write_tar(
+        tmp_path / name, {"x#1+2#y.png": image_bytes(pixels), "z#.png": image_bytes(pixels), "t.txt": b"no image"}
+    )
+    source = read(str(tmp_path))
+    assert len(source.items) == 3
+    for item in source.items:
+        if readers.NOWHERE not in item.image:
+            assert np.array_equal(np.asarray(source.decode_item(item).image), pixels)
+            assert storage.read_bytes(str(tmp_path / name)).count(source.read(source.root, item.image)) == 2
+        else:
+            with pytest.raises(Rejected, match="has no image"):
+                source.decode_item(item)
+
+
+def test_a_layout_is_one_entry_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new layout is recognized and read without changing anything else."""
+
+    def read_lines(tree: Tree, split: str | None) -> Source:
+        return Source(tree.root, tuple(SourceItem(line) for line in (read_text(tree, "list.txt") or "").split()))
+
+    layout = Layout(read_lines, lambda tree: tree.has_name("^list.txt$"), instead_of=("folder",))
+    monkeypatch.setitem(LAYOUTS, "list", layout)
+    save_image(tmp_path / "b.png", random_pixels(8, 8, 3))
+    save_image(tmp_path / "a.png", random_pixels(8, 8, 3))
+    assert read(str(tmp_path)).layout == "folder"
+    (tmp_path / "list.txt").write_text("b.png\n")
+    source = read(str(tmp_path))
+    assert (source.layout, [item.image for item in source.items]) == ("list", ["b.png"])
+
+
 def test_tars_and_pairs_are_read_from_a_url() -> None:
     root, image, ids = f"memory://{uuid.uuid4()}", image_bytes(random_pixels(9, 9, 3)), image_bytes(random_pixels(9, 9))
     for name in "ab":
@@ -356,5 +396,5 @@ def test_labels_are_read_in_any_usual_format(tmp_path: Path, text: str, labels: 
 
 def test_an_unknown_layout_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    with pytest.raises(ConfigError, match=f"--layout voc: unknown; one of auto, {', '.join(LAYOUTS)}"):
+    with pytest.raises(ConfigError, match=f"`layout` voc: unknown; one of auto, {', '.join(LAYOUTS)}"):
         read(str(tmp_path), "voc")

@@ -59,7 +59,7 @@ def test_a_split_must_be_chosen_and_only_that_one_is_read(root: str) -> None:
     make(root, "train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/emu/2.png")
     with pytest.raises(ConfigError) as error:
         folder(root)
-    assert str(error.value) == f"{root}: holds the splits test, train; choose one, as in --split test"
+    assert str(error.value) == f"{root}: holds the splits test, train; choose one with `split`, for example test"
     train = folder(root, "train")
     assert (train.root, train.class_names) == (f"{root}/train", ("cat", "dog"))
     assert [item.image for item in train.items] == ["cat/1.png", "dog/1.png"]

@@ -1,0 +1,206 @@
+"""Layouts of images with segmentations or masks: paired folders, ADE20K, COCO-Stuff, CelebAMask-HQ, inpainting."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from lfm import storage
+from lfm.data.sources.class_folders import read_folder
+from lfm.data.sources.source import UNLABELLED, Layout, Source, Tree, choose_split, read_text, stem
+from lfm.errors import ConfigError, DataError
+from lfm.types import SourceItem
+
+# Folders of images and of their maps, by the names that collections give them.
+PAIRS = (
+    ("images", "annotations"),
+    ("images", "segmentations"),
+    ("images", "labels"),
+    ("JPEGImages", "SegmentationClass"),
+    ("{split}", "{split}annot"),
+    ("{split}", "stuffthingmaps/{split}"),
+    ("{split}", "annotations/{split}"),
+)
+# The parts of a face whose class ids are 1 to 18, in the order in which they are painted.
+FACE_PARTS = (
+    "skin",
+    "l_brow",
+    "r_brow",
+    "l_eye",
+    "r_eye",
+    "eye_g",
+    "l_ear",
+    "r_ear",
+    "ear_r",
+    "nose",
+    "mouth",
+    "u_lip",
+    "l_lip",
+    "neck",
+    "neck_l",
+    "cloth",
+    "hair",
+    "hat",
+)
+FACE_PARTS_OFFICIAL = (
+    "skin",
+    "nose",
+    "eye_g",
+    "l_eye",
+    "r_eye",
+    "l_brow",
+    "r_brow",
+    "l_ear",
+    "r_ear",
+    "mouth",
+    "u_lip",
+    "l_lip",
+    "hair",
+    "hat",
+    "ear_r",
+    "neck_l",
+    "neck",
+    "cloth",
+)
+
+
+def _labels(tree: Tree, default: dict[int, str]) -> dict[int, str]:
+    """Return the class ids of labels.txt, a line each: `3<tab>name`, `3: name`, or the name alone."""
+    lines = [line.strip() for line in (read_text(tree, "labels.txt") or "").splitlines() if line.strip()]
+    if not lines:
+        return default
+    matches = [re.fullmatch(r"(\d+)\s*[:\s]\s*(.+)", line) for line in lines]
+    labels = {int(match[1]): match[2] for match in matches if match}
+    if len(labels) != len(lines):
+        labels = dict(enumerate(lines))
+    labels.setdefault(255, UNLABELLED)
+    return labels
+
+
+def _folders_of_pairs(tree: Tree, split: str | None) -> tuple[str, str, str | None] | None:
+    """Return the folder of the images, that of the maps, and their split; None if there are no such folders."""
+    top_folders = sorted({name.split("/")[0] for name in tree.names if "/" in name})
+    by_split: dict[str, tuple[str, str]] = {}
+    for images, maps in PAIRS:
+        for candidate in [split] if split else top_folders:
+            pair = images.format(split=candidate), maps.format(split=candidate)
+            if tree.has_images(pair[0]) and tree.has_images(pair[1]):
+                if "{" not in images or split:
+                    return *pair, split
+                by_split[candidate] = pair
+    if not by_split:
+        return None
+    split = choose_split(tree.root, set(by_split), split)
+    return *by_split[split], split
+
+
+def read_paired(tree: Tree, split: str | None, default_labels: dict[int, str] | None = None) -> Source:
+    """Read images with maps, and masks in `masks`, of the same name in a folder beside; class ids stay as they are.
+
+    Raises:
+        ConfigError: there are several splits and none was chosen.
+        DataError: there are no folders of images and maps.
+    """
+    pair = _folders_of_pairs(tree, split)
+    if pair is None:
+        known = ", ".join(" + ".join(pair) for pair in PAIRS).replace("{split}", "SPLIT")
+        raise DataError(f"{tree.root}: no folders of images and maps there; name them like one of these: {known}")
+    images, maps, split = pair
+    lists = {name.rpartition("/")[2][:-4] for name in tree.names if name.startswith("ImageSets/Segmentation/")}
+    if lists:
+        split = choose_split(tree.root, lists, split)
+    base = read_folder(tree.subtree(images), None if lists or images == split else split)
+    split_folder = base.root[len(storage.join(tree.root, images)) + 1 :]
+    paths = [f"{split_folder}/{item.image}" if split_folder else item.image for item in base.items]
+    by_stem = {stem(path): (path, item.class_index) for path, item in zip(paths, base.items, strict=True)}
+    stems = list(by_stem)
+    if lists:
+        stems = (read_text(tree, f"ImageSets/Segmentation/{split}.txt") or "").split()
+    maps_and_masks = {stem(name): name for name in tree.images if name.startswith((f"{maps}/", "masks/"))}
+    has_masks = tree.has_images("masks")
+    items = []
+    for name in stems:
+        path, class_index = by_stem.get(name, (f"{name}.jpg", None))
+        segmentation, mask = (
+            maps_and_masks.get(f"{folder}/{name}", f"{folder}/{name}.png") for folder in (maps, "masks")
+        )
+        items.append(SourceItem(f"{images}/{path}", class_index, segmentation, mask if has_masks else None))
+    return Source(tree.root, tuple(items), base.class_names, _labels(tree, default_labels or {}))
+
+
+def _recognizes_pairs(tree: Tree) -> bool:
+    return tree.has_name("^[a-z]+annot/") or any(
+        tree.has_images(images) and tree.has_images(maps) for images, maps in PAIRS if "{" not in images
+    )
+
+
+def read_ade20k(tree: Tree, split: str | None) -> Source:
+    """Read ADEChallengeData2016: 150 classes, 0 = other."""
+    if tree.has_name(r"ADE_(train|val)_\d+_seg\.png$"):
+        raise DataError(
+            f"{tree.root}: is the full ADE20K, whose maps encode thousands of classes; download ADEChallengeData2016, "
+            "the scene parsing benchmark with 150 classes, and name its folder"
+        )
+    return read_paired(tree, split, {0: "other", **{index: str(index) for index in range(1, 151)}})
+
+
+def _recognizes_ade20k(tree: Tree) -> bool:
+    return tree.has_name(r"ADE_(train|val)_\d{8}(_seg)?\.png$")
+
+
+def read_coco_stuff(tree: Tree, split: str | None) -> Source:
+    """Read COCO-Stuff's pixel maps: ids 0 to 181 with gaps, 255 = unlabelled."""
+    return read_paired(tree, split, {**{index: str(index) for index in range(182)}, 255: UNLABELLED})
+
+
+def _recognizes_coco_stuff(tree: Tree) -> bool:
+    return tree.has_name(r"^(annotations|stuffthingmaps)/(train|val)2017/\d{12}\.png$")
+
+
+def read_celebamask_hq(tree: Tree, split: str | None, face_parts: tuple[str, ...]) -> Source:
+    """Read CelebAMask-HQ: a map of 19 classes, 0 = background, painted from the masks of a face's parts."""
+    if split:
+        raise ConfigError(f"{tree.root}: `split` {split}: this layout has no splits; leave it out")
+    masks: dict[int, dict[str, str]] = {}
+    for name in tree.subtree("CelebAMask-HQ-mask-anno").images:
+        number, _, part = stem(name.rpartition("/")[2]).partition("_")
+        if part not in face_parts or not number.isdecimal():
+            raise DataError(f"{tree.root}/CelebAMask-HQ-mask-anno/{name}: is no part of a face; remove it")
+        masks.setdefault(int(number), {})[part] = f"CelebAMask-HQ-mask-anno/{name}"
+    items = []
+    for name in tree.subtree("CelebA-HQ-img").images:
+        masks_of_face = masks.get(int(stem(name)), {}) if stem(name).isdecimal() else {}
+        parts = tuple(
+            (class_id, masks_of_face[part]) for class_id, part in enumerate(face_parts, 1) if part in masks_of_face
+        )
+        items.append(SourceItem(f"CelebA-HQ-img/{name}", segmentation=parts))
+    return Source(tree.root, tuple(items), labels=dict(enumerate(["background", *face_parts])))
+
+
+def _recognizes_celebamask_hq(tree: Tree) -> bool:
+    return tree.has_name("^CelebAMask-HQ-mask-anno/")
+
+
+def read_inpainting(tree: Tree, split: str | None) -> Source:
+    """Read images name.png with masks name_mask.png beside them; white = hole."""
+    tree = tree.subtree(split or "")
+    masks = {stem(name): name for name in tree.images if stem(name).endswith("_mask")}
+    names = [name for name in tree.images if name not in masks.values()]
+    if not names:
+        raise DataError(f"{tree.root}: no images beside the masks; name.png belongs to name_mask.png")
+    mask_of = {name: masks.get(f"{stem(name)}_mask", f"{stem(name)}_mask.png") for name in names}
+    return Source(tree.root, tuple(SourceItem(name, mask=mask) for name, mask in mask_of.items()))
+
+
+def _recognizes_inpainting(tree: Tree) -> bool:
+    return tree.has_name(r"_mask\.png$")
+
+
+PAIRED = Layout(read_paired, _recognizes_pairs, instead_of=("folder",))
+ADE20K = Layout(read_ade20k, _recognizes_ade20k, instead_of=("folder", "paired"))
+COCO_STUFF = Layout(read_coco_stuff, _recognizes_coco_stuff, instead_of=("folder", "paired"))
+CELEBAMASK_HQ = Layout(
+    partial(read_celebamask_hq, face_parts=FACE_PARTS), _recognizes_celebamask_hq, instead_of=("folder",)
+)
+CELEBAMASK_HQ_OFFICIAL = Layout(partial(read_celebamask_hq, face_parts=FACE_PARTS_OFFICIAL), lambda tree: False)
+INPAINTING = Layout(read_inpainting, _recognizes_inpainting, instead_of=("folder",))
