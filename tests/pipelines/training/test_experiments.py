@@ -75,6 +75,14 @@ def test_every_experiment_of_the_paper_has_both_variants_and_the_first_has_no_op
         assert modern.train.num_steps == paper.train.num_steps
 
 
+def test_experiments_share_parts_and_extend_no_other_experiment_but_the_one_they_vary() -> None:
+    for path in SHIPPED:
+        extended = re.findall(r"[\w/]+\.yaml", "".join(re.findall(r"^extends: (.*)$", path.read_text(), re.M)))
+        original = f"{path.stem.removesuffix(MODERN)}.yaml"
+        allowed = {"parts/paper.yaml", "parts/modern.yaml"} | ({original} if path.stem.endswith(MODERN) else set())
+        assert set(extended) <= allowed, path.name
+
+
 def test_a_file_lies_over_those_it_extends_and_names_are_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
