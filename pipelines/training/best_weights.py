@@ -104,6 +104,7 @@ class BestWeights:
                 images = self.autoencoder.decode(self._latents(batch.sample_numbers, batch.condition))
                 counted = batch.sample_numbers < self.evaluation.num  # on a rank at the end, perhaps none
                 sums += FeatureSums.of(self.standard.network(images).pooled[counted])
+        self.stream.close()  # so that no shards stay mapped until the next evaluation
         for part in (sums.total, sums.products):
             self.engine.sum_over_ranks(part)
         found = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
