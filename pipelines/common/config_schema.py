@@ -1,4 +1,4 @@
-"""The schema of an experiment: one YAML file -> frozen values, every key known, all arithmetic checked beforehand."""
+"""The schema of an experiment's YAML file, and its reader: unknown keys and contradictions are refused."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ruamel.yaml.error import YAMLError
 from lfm.errors import ConfigError
 from lfm.models.config import BackboneOptions
 from lfm.models.registry import BACKBONES, DEFAULT_BACKBONE
+from pipelines.common.options import problem
 
-# What DeepSpeed's JSON must leave to the YAML, and the YAML's key for it: each number has one owner.
+# Keys that belong to the YAML file and not to DeepSpeed's JSON file, with the key of the YAML file.
 OWNED_BY_YAML = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -39,18 +40,26 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class DataConfig(_Section):
-    """Which latents, and how they are shuffled."""
+    """The training data, and how it is shuffled."""
 
-    shards: Name  # folder or URL of latent shards
-    window: Count = 8  # shards shuffled together
-    cache: str | None = None  # folder for copies of remote shards
-    cache_gigabytes: PositiveFloat | None = None  # of 10^9 bytes: how large it may become
-    skip_shards: tuple[str, ...] = ()  # names of damaged shards that are left out
-    held_back: int = Field(default=0, ge=0)  # the last shards, never trained on: for the validation loss
+    shards: Name
+    """Folder or URL of the latent shards."""
+    window: Count = 8
+    """Number of shards that are shuffled together."""
+    cache: str | None = None
+    """Folder for copies of remote shards; by default ~/.cache/lfm."""
+    cache_gigabytes: PositiveFloat | None = None
+    """Largest size of the cache in 10^9 bytes; by default unlimited."""
+    skip_shards: tuple[str, ...] = ()
+    """Names of damaged shards to leave out."""
+    held_back: int = Field(default=0, ge=0)
+    """Number of shards at the end that are used for the validation loss and not for training."""
 
 
 def _backbone_of(section: Any) -> str:
@@ -73,71 +82,111 @@ class FlowConfig(_Section):
     """The probability path, the distribution of times, and the loss."""
 
     sigma_min: float = Field(default=1e-5, ge=0, lt=1)
+    """Standard deviation of the noise that remains at time 0."""
     # Beyond the paper:
     time: Literal["uniform", "logit_normal"] = "uniform"
-    time_shift: PositiveFloat = 1.0  # above 1 towards noise, as latents of more tokens want
-    direction_weight: float = Field(default=0.0, ge=0)  # of the loss of the velocity's direction
-    coupling_group: PositiveInt = 1  # samples among which noise is dealt out by optimal transport
+    """Distribution of the training times."""
+    time_shift: PositiveFloat = 1.0
+    """Shift of the training times; above 1, more of them are near noise, which latents of more tokens need."""
+    direction_weight: float = Field(default=0.0, ge=0)
+    """Weight of the loss on the direction of the velocity."""
+    coupling_group: PositiveInt = 1
+    """Number of samples among which noise is assigned by optimal transport; 1 means independent noise."""
 
 
 class TrainConfig(_Section):
     """The optimization. A step is one optimizer update of `global_batch` samples."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights, the data order and all random draws."""
     num_steps: Count
+    """Number of optimizer steps of the whole run."""
     global_batch: int = Field(default=256, ge=1, le=2**20)
-    micro_batch: PositiveInt | None = None  # samples per forward pass of one rank; by default all of its part
+    """Samples of one optimizer step, on all ranks together."""
+    micro_batch: PositiveInt | None = None
+    """Samples of one forward pass on one rank; by default all samples of the rank."""
     learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warmup: constant, or a cosine that falls to 0 at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps during which the learning rate rises linearly from 0."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of the moments of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
-    gradient_clipping: float = Field(default=0.0, ge=0)  # 0 means none
+    """Weight decay of AdamW."""
+    gradient_clipping: float = Field(default=0.0, ge=0)
+    """Largest norm of the gradient; 0 means no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    skip_above: float = Field(default=20.0, ge=0)  # times the usual gradient norm: such steps are left out; 0: none
+    """Precision of the network; time, noise, loss and the optimizer's state are float32 in each."""
+    skip_above: float = Field(default=20.0, ge=0)
+    """Skip steps whose gradient norm exceeds the running mean by this factor; 0 means never."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    # Widths of power-function averages (EDM2), kept as snapshots, from which `lfm ema` makes any other width.
+    """Decay per step of the exponential moving average of the weights."""
     ema_sigma_rel: tuple[Annotated[float, Field(ge=0.01, le=0.25)], ...] = ()
-    ema_snapshots: PositiveInt = 16  # over the whole run, of each width, in float16
-    checkpoint_every: PositiveInt = 1000  # steps
+    """Relative widths of power-function averages (EDM2) to save as snapshots; `lfm ema` makes other widths of them."""
+    ema_snapshots: PositiveInt = 16
+    """Number of snapshots of each width over the whole run, in float16."""
+    checkpoint_every: PositiveInt = 1000
+    """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    log_every: PositiveInt = 10  # steps
-    validate_every: PositiveInt | None = None  # steps: a grid of images, and the validation loss; by default neither
+    """Number of checkpoints to keep."""
+    log_every: PositiveInt = 10
+    """Steps between lines of the log."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations, which save a grid of images and log the validation loss; by default none."""
 
 
 class EvaluationConfig(_Section):
-    """The Frechet distance of the EMA's images while it trains; the weights that come nearest are kept beside."""
+    """The Frechet distance of images of the EMA weights during training; the best weights are saved too."""
 
-    reference: str  # what `lfm reference` wrote
-    every: PositiveInt  # steps
-    num: int = Field(default=1000, ge=2)  # images
+    reference: str
+    """Reference file made by `lfm reference`."""
+    every: PositiveInt
+    """Steps between evaluations."""
+    num: int = Field(default=1000, ge=2)
+    """Number of generated images."""
     guidance_scale: float = Field(default=1.0, ge=0)
+    """Classifier-free guidance scale; 1 means none."""
 
 
 class ExperimentConfig(_Section):
-    """One experiment, as its YAML file says."""
+    """The configuration of one experiment, as in its YAML file."""
 
-    run: Name  # folder for checkpoints, weights and logs
+    run: Name
+    """Folder for checkpoints, weights and logs."""
     condition: Literal["none", "class", "inpaint", "semantic", "class+inpaint", "class+semantic"] = "none"
-    condition_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of samples that train the null condition
+    """Conditions of the model."""
+    condition_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the samples that train the null condition, which guidance needs."""
     data: DataConfig
+    """The training data."""
     model: ModelSection
+    """The network; its other keys depend on `model.backbone`."""
     flow: FlowConfig = FlowConfig()
+    """The probability path and the loss."""
     train: TrainConfig
+    """The optimization."""
     evaluation: EvaluationConfig | None = None
-    deepspeed: str | dict[str, Any]  # a JSON file relative to the YAML, and then its content
+    """Evaluation during training; by default none."""
+    deepspeed: str | dict[str, Any]
+    """DeepSpeed's JSON file, relative to the YAML file; in a loaded configuration its content."""
 
     @property
     def conditions(self) -> set[str]:
-        """What the model is told: none or some of class, inpaint, semantic."""
+        """The conditions of the model: a subset of class, inpaint and semantic."""
         return set(self.condition.split("+")) - {"none"}
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """The experiment of a YAML file, over those it extends, with `--set key.key=value` put over it.
+    """Return the experiment of a YAML file, merged over the files that it extends.
+
+    Args:
+        path: the YAML file.
+        overrides: KEY=VALUE, as in train.num_steps=10, which replace values of the file.
 
     Raises:
-        ConfigError: names file and key and the repair.
+        ConfigError: a file cannot be read, or a key is wrong; names the file, the key and the repair.
     """
     content = _read_yaml(Path(path))
     for override in overrides:
@@ -157,23 +206,23 @@ def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
 
 
 def validate(content: Any, name: str) -> ExperimentConfig:
-    """A parsed YAML or JSON value as an experiment.
+    """Return a parsed YAML or JSON value as an experiment.
 
     Raises:
-        ConfigError: the first wrong key.
+        ConfigError: names the first wrong key.
     """
     if not isinstance(content, dict):
-        raise ConfigError(f"{name}: must hold keys and values")
+        raise ConfigError(f"{name}: must be a mapping of keys to values")
     try:
         return ExperimentConfig.model_validate(content)
     except ValidationError as error:
-        # An unknown key explains a missing one better than the other way round.
+        # A misspelled key is reported as unknown and as missing; the first is the clearer message.
         first = min(error.errors(), key=lambda item: item["type"] not in UNKNOWN_KEY)
         raise ConfigError(f"{name}: {_explain(first)}") from error
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The keys at which two configurations differ, with both values."""
+    """Yield each key at which two configurations differ, with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}):
             yield from differences(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
@@ -187,14 +236,7 @@ def _explain(error: Any) -> str:
     backbone = where.pop(1) if where[:1] == ["model"] and len(where) > 1 else DEFAULT_BACKBONE
     key = ".".join(where)
     if error["type"] in UNKNOWN_KEY:
-        section: Any = ExperimentConfig
-        for part in where[:-1]:
-            kind = section.model_fields[part].annotation
-            section = next(one for one in (*get_args(kind), kind) if one is not type(None))
-        if where[:-1] == ["model"]:
-            known = [field.name for field in fields(BACKBONES[backbone].options)]
-        else:
-            known = list(section.model_fields)
+        known = _known_keys(where[:-1], backbone)
         near = difflib.get_close_matches(where[-1], known, 1)
         hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -203,24 +245,35 @@ def _explain(error: Any) -> str:
     if error["type"] == "union_tag_invalid":
         return f"{key}.backbone: {error['ctx']['tag']}: unknown; one of {', '.join(BACKBONES)}"
     if error["type"] == "value_error":
-        return f"{key}: {error['ctx']['error']}"
-    return f"{key}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        return f"{key}: {problem(error)}"
+    return f"{key}: {error['input']!r}: {problem(error)}"
+
+
+def _known_keys(sections: list[str], backbone: str) -> list[str]:
+    """Return the keys of a section, which is named by the keys that lead to it."""
+    if sections == ["model"]:
+        return [field.name for field in fields(BACKBONES[backbone].options)]
+    section: Any = ExperimentConfig
+    for key in sections:
+        annotation = section.model_fields[key].annotation
+        section = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
+    return list(section.model_fields)
 
 
 def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The content of a file, over that of each file it `extends` (a name, or a list); names are relative to the file."""
+    """Return the content of a file, merged over the files that it `extends` (a name, or a list) relative to itself."""
     try:
         content = _parse_yaml(path.read_text(), str(path)) or {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold keys and values")
+        raise ConfigError(f"{path}: must be a mapping of keys to values")
     if isinstance(content.get("deepspeed"), str):
         content["deepspeed"] = str(path.parent.absolute() / content["deepspeed"])
     names = content.pop("extends", None) or []
     names = names if isinstance(names, list) else [names]
     if path.absolute() in extending or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: extends: must name other files, and none that comes back to itself")
+        raise ConfigError(f"{path}: extends: must name other files, without a cycle")
     below: dict[str, Any] = {}
     for name in names:
         below = _merged(below, _read_yaml(path.parent / name, (*extending, path.absolute())))
@@ -259,12 +312,12 @@ def _put(content: dict[str, Any], override: str) -> None:
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise ConfigError(f"--set {override}: {section} holds a value, no keys")
+            raise ConfigError(f"--set {override}: {section} is a value without keys")
     content[last] = _parse_yaml(value, f"--set {override}")
 
 
 def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> None:
-    """What one key alone cannot tell."""
+    """Refuse keys that contradict each other."""
     train = config.train
     if train.warmup_steps > train.num_steps:
         raise ConfigError(
@@ -273,11 +326,11 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
         )
     if train.micro_batch and train.global_batch % train.micro_batch:
         raise ConfigError(
-            f"{name}: train.global_batch {train.global_batch} is no multiple of train.micro_batch {train.micro_batch}"
+            f"{name}: train.global_batch {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"
         )
     if config.flow.coupling_group > 1 and config.conditions:
         raise ConfigError(
-            f"{name}: flow.coupling_group: gives each condition a noise of its own, which sampling does not; "
+            f"{name}: flow.coupling_group: makes the noise depend on the condition, which sampling does not; "
             "set it to 1, or condition: none"
         )
     if config.condition_dropout and config.condition == "none":
@@ -285,12 +338,12 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
     if config.data.held_back and not train.validate_every:
         raise ConfigError(f"{name}: data.held_back: needs train.validate_every, the steps between validation losses")
     if len(set(train.ema_sigma_rel)) != len(train.ema_sigma_rel):
-        raise ConfigError(f"{name}: train.ema_sigma_rel: names a width twice")
+        raise ConfigError(f"{name}: train.ema_sigma_rel: lists a width twice")
     for offload in ("offload_optimizer", "offload_param"):
         where = settings["zero_optimization"].get(offload)
         if isinstance(where, dict) and where.get("device") == "nvme":
             raise ConfigError(
-                f"{name}: deepspeed: zero_optimization.{offload}: nvme is not offered; set its device to cpu"
+                f"{name}: deepspeed: zero_optimization.{offload}: nvme is not supported; set its device to cpu"
             )
     stage = settings["zero_optimization"].get("stage")
     if type(stage) is not int or stage not in (1, 2, 3):
@@ -298,7 +351,7 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
 
 
 def as_yaml(config: ExperimentConfig) -> str:
-    """The resolved experiment as YAML."""
+    """Return the resolved experiment as YAML."""
     text = io.StringIO()
     YAML(typ="safe", pure=True).dump(config.model_dump(mode="json"), text)
     return text.getvalue().rstrip()

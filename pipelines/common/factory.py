@@ -1,4 +1,4 @@
-"""Configuration -> objects: the only place where one becomes the other."""
+"""Build objects from configuration; the only module that does."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device(world: World) -> torch.device:
-    """The device of this process."""
-    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """Return the device of this process: the GPU of its local rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm may show each process its own GPU only, as number 0.
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else world.local_rank)
 
 
 @functools.cache  # all readers of a process share one cache, and its limit
@@ -35,19 +38,19 @@ def cache(folder: str | None, gigabytes: float | None = DEFAULT_LIMIT / 1e9) -> 
 
 
 def autoencoder(name: str, world: World, precision: str = "fp32") -> Autoencoder:
-    """The named autoencoder on this process's device."""
+    """Return the named autoencoder on this process's device, in fp32 or bf16."""
     if precision not in DTYPES:
-        raise ConfigError(f"--precision {precision}: unknown; one of {', '.join(DTYPES)}")
+        raise ConfigError(f"`precision` {precision}: unknown; one of {', '.join(DTYPES)}")
     return autoencoders.load(name, device(world), DTYPES[precision])
 
 
 def matching_autoencoder(record: AutoencoderRecord, name: str | None, world: World, user: str) -> Autoencoder:
-    """The autoencoder of a record on this process's device; see `lfm.autoencoder.load_recorded`."""
+    """Return the autoencoder of a record on this process's device; see `lfm.autoencoder.load_recorded`."""
     return autoencoders.load_recorded(record, name, device(world), user)
 
 
 def autoencoder_record(autoencoder: Autoencoder) -> AutoencoderRecord:
-    """What manifests and weights say of an autoencoder."""
+    """Return the record of an autoencoder for manifests and weights."""
     return AutoencoderRecord(
         name=autoencoder.name,
         content_hash=autoencoder.content_hash,
@@ -89,7 +92,7 @@ def model_config(config: ExperimentConfig, manifest: Manifest) -> ModelConfig:
 
 
 def stream_options(config: ExperimentConfig, model: ModelConfig) -> StreamOptions:
-    """What decides the training stream."""
+    """Return all settings that decide the training stream."""
     return StreamOptions(
         seed=config.train.seed,
         window=config.data.window,
@@ -104,10 +107,10 @@ def stream_options(config: ExperimentConfig, model: ModelConfig) -> StreamOption
 
 
 def micro_batch(config: ExperimentConfig, world: World) -> int:
-    """Samples per forward pass of one rank.
+    """Return the number of samples per forward pass of one rank.
 
     Raises:
-        ConfigError: the global batch cannot be shared out evenly.
+        ConfigError: the global batch cannot be divided evenly.
     """
     train, group = config.train, config.flow.coupling_group
     per_rank, rest = divmod(train.global_batch, world.size)
@@ -130,7 +133,7 @@ def micro_batch(config: ExperimentConfig, world: World) -> int:
 
 
 def deepspeed_settings(config: ExperimentConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's configuration: the JSON's part and what the YAML owns."""
+    """Return DeepSpeed's configuration: the JSON file's content and the values that the YAML file owns."""
     train, micro = config.train, micro_batch(config, world)
     if not isinstance(config.deepspeed, dict):
         raise ConfigError("deepspeed: must have been read from its JSON file")
@@ -141,7 +144,7 @@ def deepspeed_settings(config: ExperimentConfig, world: World) -> dict[str, Any]
         "gradient_clipping": train.gradient_clipping,
         "optimizer": {
             "type": "AdamW",
-            # torch's own AdamW: it needs nothing compiled, on any device.
+            # torch's AdamW needs no compilation on any device.
             "params": {
                 "torch_adam": True,
                 "fused": True,

@@ -121,6 +121,8 @@ def problem(error: Mapping[str, Any]) -> str:
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
+    if kind in ("dataclass_type", "model_type"):
+        return "must be a mapping of keys to values"
     if kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ")
         near = difflib.get_close_matches(str(value), choices.split(", "), 1)

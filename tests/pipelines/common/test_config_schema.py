@@ -74,7 +74,7 @@ def test_differences_name_every_changed_key() -> None:
         ("model.activation_checkpointing=-1", "model.activation_checkpointing"),
         ("flow.time_shift=0", "flow.time_shift"),
         ("flow.direction_weight=-1", "flow.direction_weight"),
-        ("flow.coupling_group=4", "flow.coupling_group: gives each condition a noise of its own"),
+        ("flow.coupling_group=4", "flow.coupling_group: makes the noise depend on the condition"),
     ],
 )
 def test_an_option_beyond_its_range_names_its_key(change: str, said: str) -> None:
@@ -112,9 +112,9 @@ def test_a_configuration_that_names_no_backbone_is_of_the_dit(experiment: Path) 
     [
         ("model.backbone=vgg", "model.backbone: vgg: unknown; one of dit"),
         ("model.hiden_size=8", "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
-        ("model.patch_size=0", "model.patch_size: 0: input should be greater than 0"),
+        ("model.patch_size=0", "model.patch_size: 0: must be greater than 0"),
         ("model.size=S", "model: set either size, or all of hidden_size, depth and num_heads"),
-        ("model=S", "model: 'S': input should be a dictionary"),
+        ("model=S", "model: 'S': must be a mapping of keys to values"),
     ],
 )
 def test_a_mistake_in_the_model_section_names_its_key(experiment: Path, override: str, message: str) -> None:

@@ -1,0 +1,23 @@
+"""Every key of the experiment schema is documented."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import BaseModel
+
+from pipelines.common import config_schema
+
+SECTIONS = [
+    config_schema.ExperimentConfig,
+    config_schema.DataConfig,
+    config_schema.FlowConfig,
+    config_schema.TrainConfig,
+    config_schema.EvaluationConfig,
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_key_has_a_docstring(section: type[BaseModel]) -> None:
+    missing = [name for name, field in section.model_fields.items() if not field.description]
+    assert not missing
+    assert (section.__doc__ or "").endswith(".")
