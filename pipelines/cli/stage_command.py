@@ -87,11 +87,12 @@ def stage_command(config_class: type, name: str | None = None) -> Callable[[Call
                 for key, value in values.items()
                 if context.get_parameter_source(key) is not click.core.ParameterSource.DEFAULT or key in required
             }
-            with errors_name_flags(config_class):
-                function(config_class(**chosen))
+            with errors_name_flags(flags):
+                function(_config_of(config_class, chosen, flags))
 
         described = list(_fields(config_class))
         required = {key for key, field in described if field.is_required()}
+        flags = {key: _flag(key, field) for key, field in described}
         command = StageCommand(
             name or function.__name__,
             callback=callback,
@@ -105,15 +106,10 @@ def stage_command(config_class: type, name: str | None = None) -> Callable[[Call
 
 
 @contextmanager
-def errors_name_flags(config_class: type) -> Iterator[None]:
-    """Rewrite errors that name fields of an option class, in backticks, so that they name its flags."""
-    flags = {key: _flag(key, field) for key, field in _fields(config_class)}
+def errors_name_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Replace the names of options in errors, which are Python names in backticks, by their flags."""
     try:
         yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = flags.get(str(first["loc"][0]), str(first["loc"][0]))
-        raise click.UsageError(f"{name} {first['input']}: {problem(first)}") from error
     except LfmError as error:
         error.args = (re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error)),)
         raise
@@ -131,6 +127,15 @@ def _fields(config_class: Any) -> Iterator[tuple[str, FieldInfo]]:
     for key, field in config_class.__pydantic_fields__.items():
         if _marker(field, PythonOnly) is None:
             yield key, field
+
+
+def _config_of(config_class: type, values: Mapping[str, Any], flags: Mapping[str, str]) -> Any:
+    """Return the configuration of a command line; a wrong value is named with its flag."""
+    try:
+        return config_class(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise click.UsageError(f"{flags[str(first['loc'][0])]} {first['input']}: {problem(first)}") from error
 
 
 def _marker(field: FieldInfo, kind: type) -> Any:
