@@ -1,8 +1,8 @@
-"""Images of dead leaves: overlapping shapes of every size, colour and texture, drawn from a number.
+"""Dead leaves: synthetic images of overlapping shapes with random sizes, colours and textures.
 
 Their edges, occlusions and scales have the statistics of photographs (Ruderman, 1997; Lee, Mumford and Huang, 2001),
-and networks trained on them carry over to photographs (Baradad et al., "Learning to See by Looking at Noise", 2021).
-The embedded autoencoder learns from them, so that it needs no image that anybody owns.
+and networks trained on them transfer to photographs (Baradad et al., "Learning to See by Looking at Noise", 2021).
+The embedded autoencoder is trained on them, so that it depends on no copyrighted images.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ SUPERSAMPLING = 2
 
 
 def _clouds(random: np.random.Generator, size: int) -> np.ndarray:
-    """A texture whose spectrum falls as a random power of the frequency: zero mean, unit deviation, (size, size)."""
+    """A texture whose spectrum falls with a random power of the frequency: (size, size), zero mean, unit deviation."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
-    spectrum = np.fft.rfft2(random.standard_normal((size, size), np.float32)) / (1 + frequency) ** random.uniform(
-        0.5, 2
-    )
-    texture = np.fft.irfft2(spectrum, s=(size, size))
+    noise, decay = random.standard_normal((size, size), np.float32), random.uniform(0.5, 2)
+    texture = np.fft.irfft2(np.fft.rfft2(noise) / (1 + frequency) ** decay, s=(size, size))
     return (texture - texture.mean()) / (texture.std() + 1e-6)
 
 
 def draw_leaves(seed: int, index: int, image_size: int) -> np.ndarray:
-    """Image `index` of the endless data set `seed`: uint8 (image_size, image_size, 3)."""
+    """Draw image `index` of the infinite data set `seed`: uint8 (image_size, image_size, 3)."""
     random = np.random.Generator(np.random.Philox(key=[seed, index]))
     fine = image_size * SUPERSAMPLING
     y, x = np.mgrid[0:fine, 0:fine].astype(np.float32) / fine
@@ -32,7 +30,7 @@ def draw_leaves(seed: int, index: int, image_size: int) -> np.ndarray:
     image = palette[0] + random.uniform(0, 0.2) * textures[0][..., None] * random.uniform(-1, 1, 3)
 
     for _ in range(random.integers(4, 60)):
-        # A power law of sizes is what makes the image look alike at every scale.
+        # With a power law of sizes, the statistics are the same at every scale.
         radius = min(0.02 * (1 - random.uniform()) ** -0.6, 0.6)
         angle, aspect = random.uniform(0, np.pi), random.uniform(0.3, 1)
         across, down = x - random.uniform(), y - random.uniform()

@@ -1,9 +1,9 @@
-"""The data set that the project draws itself, and a recogniser that checks what a model made of it.
+"""A synthetic data set of scenes, and a recogniser that measures whether a model's images are correct.
 
-A scene is a sky with clouds over a ground, and one coloured shape in front of them. The shape is its class, every pixel
-has a segment, and the shape can be masked; so all four tasks can be shown, and their results checked. Sky, cloud,
-ground and shape differ in saturation and hue, which is all that the recogniser's segmentation needs; the class is then
-read from the outline alone. A scene is a pure function of (seed, index, image size).
+A scene is a sky with clouds over a ground, with one coloured shape in front. The outline of the shape is the class of the
+scene, every pixel has a class id, and a mask covers the shape: enough for all four tasks. Sky, cloud, ground and shape
+differ in saturation and hue, by which the recogniser segments an image; it then reads the class from the outline alone.
+A scene is a pure function of (seed, index, image size).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUPERSAMPLING = 3
 
 
 def _polygon(corners: np.ndarray) -> Outline:
-    """Points inside a polygon by the even-odd rule; `corners` is (N, 2) of (x, y)."""
+    """The outline of a polygon by the even-odd rule; `corners` are its (x, y), float64 (N, 2)."""
 
     def inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         result = np.zeros(x.shape, bool)
@@ -39,7 +39,7 @@ def _star(points: int, inner_radius: float) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
-# Each outline in [-1, 1]^2 with y pointing down, as pixels do.
+# The outline of each class in [-1, 1]^2, with y pointing down as in images.
 OUTLINES: dict[str, Outline] = {
     "crescent": lambda x, y: (x**2 + y**2 < 1) & ((x - 0.5) ** 2 + y**2 > 0.72),
     "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 0.95),
@@ -56,21 +56,21 @@ SEGMENT_NAMES = (*SEGMENTS_BEHIND, *CLASS_NAMES)
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn image and everything that is known of it."""
+    """One image with its annotations."""
 
     image: np.ndarray  # uint8 (H, W, 3)
     segmentation: np.ndarray  # uint8 (H, W): an index into SEGMENT_NAMES
-    mask: np.ndarray  # uint8 (H, W): 1 on a rectangle around the shape, to be filled
+    mask: np.ndarray  # uint8 (H, W): 1 = missing, on a square around the shape
     class_index: int  # an index into CLASS_NAMES
 
 
 def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
-    """RGB in [0, 1] of a colour given by hue, saturation and value in [0, 1]."""
+    """Convert hue, saturation and value in [0, 1] to RGB in [0, 1]."""
     return value * (1 - saturation * (1 - np.clip(abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)))
 
 
 def draw_scene(seed: int, index: int, image_size: int) -> Scene:
-    """Scene `index` of the endless data set `seed`, at `image_size` pixels; its class is drawn evenly."""
+    """Draw scene `index` of the infinite data set `seed`; all classes are equally likely."""
     random = np.random.Generator(np.random.Philox(key=[seed, index]))
     class_index = int(random.integers(len(CLASS_NAMES)))
     fine = image_size * SUPERSAMPLING
@@ -115,12 +115,12 @@ def draw_scene(seed: int, index: int, image_size: int) -> Scene:
 # --- the recogniser ---------------------------------------------------------------------------------------------
 
 _TEMPLATE_SIZE = 32
-_TEMPLATE_REACH = 2.2  # in root mean square radii: holds every outline
+_TEMPLATE_REACH = 2.2  # in root mean square radii; contains every outline
 _TILTS = np.deg2rad(np.arange(-20, 21, 5))
 
 
 def _centred_view(shape: np.ndarray) -> np.ndarray:
-    """A mask (H, W) moved to its centroid and scaled by its root mean square radius: bool (32, 32)."""
+    """A shape, bool (H, W), centred on its centroid and scaled by its root mean square radius: bool (32, 32)."""
     rows, columns = np.nonzero(shape)
     row, column = rows.mean(), columns.mean()
     radius = np.sqrt(((rows - row) ** 2 + (columns - column) ** 2).mean()) + 1e-6
@@ -133,7 +133,7 @@ def _centred_view(shape: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _templates() -> np.ndarray:
-    """Every outline at every tilt: bool (classes, tilts, 32 * 32)."""
+    """The centred views of every outline at every tilt: bool (classes, tilts, 32 * 32)."""
     y, x = np.mgrid[-1.5:1.5:200j, -1.5:1.5:200j]
     views = [
         [_centred_view(outline(np.cos(t) * x + np.sin(t) * y, np.cos(t) * y - np.sin(t) * x)) for t in _TILTS]
@@ -143,14 +143,18 @@ def _templates() -> np.ndarray:
 
 
 def _smooth(shape: np.ndarray) -> np.ndarray:
-    """A mask (H, W) without single stray pixels: the majority of each 3 x 3 neighbourhood."""
+    """Remove stray pixels of a shape, bool (H, W), by the majority of each 3 x 3 neighbourhood."""
     padded = np.pad(shape.astype(np.uint8), 1, mode="edge")
     height, width = shape.shape
     return np.sum([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)], axis=0) >= 5
 
 
 def recognise(image: np.ndarray, *, least_overlap: float = 0.6) -> int | None:
-    """The class of an image, uint8 (H, W, 3), by its shape's outline; None where there is no such shape."""
+    """Recognise the class of an image, uint8 (H, W, 3), by the outline of its shape; None if no outline fits.
+
+    Args:
+        least_overlap: smallest intersection over union of the shape and the outline of a class.
+    """
     shape = _smooth(_shape_pixels(image.astype(np.float32) / 255))
     if not 0.01 < shape.mean() < 0.6:
         return None
@@ -160,9 +164,9 @@ def recognise(image: np.ndarray, *, least_overlap: float = 0.6) -> int | None:
 
 
 def segment(image: np.ndarray) -> np.ndarray:
-    """The segmentation of an image, uint8 (H, W, 3), by colour and outline: indices into SEGMENT_NAMES (H, W).
+    """Segment an image, uint8 (H, W, 3), by colour and outline: indices into SEGMENT_NAMES, uint8 (H, W).
 
-    A shape that is not recognised counts as the first class: it is a shape, but a wrong one nearly always.
+    A shape that is not recognised counts as the first class: as a shape, but nearly always of the wrong class.
     """
     pixels = image.astype(np.float32) / 255
     low, high = pixels.min(-1), pixels.max(-1)
@@ -173,6 +177,6 @@ def segment(image: np.ndarray) -> np.ndarray:
 
 
 def _shape_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Which pixels of an RGB image in [0, 1] are of a shape: the saturated ones, bool (H, W)."""
+    """The pixels of shapes, which are the saturated ones, in an RGB image in [0, 1]: bool (H, W)."""
     low, high = pixels.min(-1), pixels.max(-1)
     return (high - low > 0.56 * high) & (high > 0.35)

@@ -1,7 +1,7 @@
-"""`lfm demo`: the whole job on drawn scenes, by the commands that a user would type.
+"""`lfm demo`: the whole pipeline on synthetic scenes, by the commands that a user would type.
 
-Each stage is a process of its own, as in real work, and resumes; so does the demo. At the end the data set's recogniser
-says of how many images it sees the class that was asked for.
+Each stage is a separate process, as in real use, and resumes; so the demo resumes, too. At the end, the recogniser of the
+scenes reports in how many images it sees the requested class.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-import pipelines
 from lfm import storage
 from lfm.errors import ConfigError, LfmError
 from lfm.synthetic.scenes import recognise
 from pipelines.common.progress import Progress
 from pipelines.demo.demo_options import DemoConfig
 
-CHECKOUT = Path(pipelines.__file__).parents[1]
+CHECKOUT = Path(str(files("pipelines"))).parent  # launch/ and configs/ are beside the package
 NUM_SCENES = 4096
 NUM_IMAGES = 64
 IMAGE_SIZE = 64
@@ -32,7 +32,7 @@ IMAGE_SIZE = 64
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What was done, for people, and the share of images that are recognised as their class."""
+    """The commands, a report in words, and the share of images that are recognised as their class."""
 
     plan: str
     report: str = ""
@@ -43,74 +43,74 @@ def run(config: DemoConfig) -> DemoResult:
     """Run every stage into `out`.
 
     Raises:
-        ConfigError: the launch file or the configuration is not there.
-        LfmError: a stage failed; its own message stands above.
+        ConfigError: the launch file or the configuration does not exist.
+        LfmError: a stage failed, after printing its own message.
     """
     stages = commands(Path(config.out))
     plan = "\n".join(" ".join(command) for command in stages.values())
     if config.dry_run:
         return DemoResult(plan)
-    lines = []
+    lines = [""]
     for name, command in stages.items():
         print(f"\n$ {' '.join(command)}", flush=True)
         began = time.monotonic()
         if subprocess.run(command, env=_environment(_num_ranks() if name == "train" else 1)).returncode:
-            raise LfmError(f"demo: the stage `{name}` failed, see above; the same command goes on from there")
+            raise LfmError(f"demo: the stage {name} failed, see its message above; run the same command to resume")
         lines.append(f"{name:>8} {Progress.format_interval(time.monotonic() - began):>8}")
     samples = Path(config.out) / "samples"
     share = recognised_share(samples)
-    lines.append(f"{share:.0%} of {NUM_IMAGES} images are recognised as the class that was asked for")
-    return DemoResult(plan, "\n".join(["", *lines, f"the images: {samples / 'grid.png'}"]), share)
+    lines.append(f"{share:.0%} of {NUM_IMAGES} images are recognised as the requested class")
+    lines.append(f"the images: {samples / 'grid.png'}")
+    return DemoResult(plan, "\n".join(lines), share)
 
 
 def commands(out: Path) -> dict[str, list[str]]:
     """The command of each stage, in order."""
-    script, config = CHECKOUT / "launch" / "train.py", CHECKOUT / "configs" / "demo.yaml"
-    for path in (script, config):
+    script, experiment = CHECKOUT / "launch" / "train.py", CHECKOUT / "configs" / "demo.yaml"
+    for path in (script, experiment):
         if not path.exists():
             raise ConfigError(
-                f"{path}: not found; the demo runs from a checkout of the repository, installed with pip -e"
+                f"{path}: no such file; run the demo from a clone of the repository, installed with pip -e"
             )
     programs = Path(sys.executable).parent
-    lfm = str(programs / "lfm")
-    ranks = _num_ranks()
+    lfm, deepspeed = str(programs / "lfm"), str(programs / "deepspeed")
+    scenes, raw, latents, training, samples = (
+        str(out / name) for name in ("scenes", "raw", "latents", "run", "samples")
+    )
+    size, ranks, port = str(IMAGE_SIZE), str(_num_ranks()), str(_free_port())
+    launcher = [deepspeed, "--num_gpus", ranks, "--master_port", port, "--log_level", "error"]
+    settings = ["--set", f"run={training}", "--set", f"data.shards={latents}"]
+    quality = ["--guidance-scale", "3", "--num-steps", "20"]
     return {
-        "scenes": [lfm, "scenes", str(out / "scenes"), "--num", str(NUM_SCENES), "--image-size", str(IMAGE_SIZE)],
-        "shard": [lfm, "shard", str(out / "scenes" / "images"), str(out / "raw"), "--image-size", str(IMAGE_SIZE)],
-        "encode": [lfm, "encode", str(out / "raw"), str(out / "latents")],
-        "train": [
-            *(str(programs / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(_free_port())),
-            *("--log_level", "error", str(script)),
-            *("--config", str(config), "--set", f"run={out / 'run'}", "--set", f"data.shards={out / 'latents'}"),
-        ],
-        "sample": [
-            *(lfm, "sample", str(out / "run"), "--out", str(out / "samples"), "--seeds", f"0-{NUM_IMAGES - 1}"),
-            *("--guidance-scale", "3", "--num-steps", "20"),
-        ],
+        "scenes": [lfm, "scenes", scenes, "--num", str(NUM_SCENES), "--image-size", size],
+        "shard": [lfm, "shard", f"{scenes}/images", raw, "--image-size", size],
+        "encode": [lfm, "encode", raw, latents],
+        "train": [*launcher, str(script), "--config", str(experiment), *settings],
+        "sample": [lfm, "sample", training, "--out", samples, "--seeds", f"0-{NUM_IMAGES - 1}", *quality],
     }
 
 
 def recognised_share(samples: Path) -> float:
-    """The share of the images of a sample folder in which the recogniser sees the class that was asked for."""
-    record = storage.read_json(str(samples / "samples.json"))
-    seen = [recognise(np.asarray(Image.open(samples / image["file"]))) for image in record["pictures"]]
-    return float(np.mean([a == b["class_index"] for a, b in zip(seen, record["pictures"], strict=True)]))
+    """The share of the images of a sample folder in which the recogniser sees the requested class."""
+    images = storage.read_json(str(samples / "samples.json"))["pictures"]
+    correct = [recognise(np.asarray(Image.open(samples / image["file"]))) == image["class_index"] for image in images]
+    return float(np.mean(correct))
 
 
 def _num_ranks() -> int:
-    """A power of two, so that the batch can be shared out."""
+    """A power of two, so that it divides the global batch."""
     import torch
 
-    most = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    return 1 << (most.bit_length() - 1)
+    devices = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return 1 << (devices.bit_length() - 1)
 
 
-def _environment(processes: int) -> dict[str, str]:
-    """Each process has its part of the cores, and does not spin while another could work."""
+def _environment(num_processes: int) -> dict[str, str]:
+    """Environment of a stage: each process uses its part of the cores, and idle threads sleep instead of spinning."""
     import torch
 
     return {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
         "OMP_WAIT_POLICY": "PASSIVE",
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
         **os.environ,

@@ -12,7 +12,7 @@ class DemoConfig:
     """Options of `lfm demo`."""
 
     out: str = "demo"
-    """Folder for everything that the demo makes."""
+    """Folder for the files of all stages."""
     dry_run: DryRun = False
 
 
@@ -29,5 +29,5 @@ class ScenesConfig:
     seed: Seed = 0
     """Seed of the images."""
     kind: Literal["scenes", "leaves"] = "scenes"
-    """Scenes of shapes with classes and maps, or dead leaves, on which an autoencoder learns photographs."""
+    """Kind of images: scenes with classes, segmentations and masks, or dead leaves, with the statistics of photographs."""
     dry_run: DryRun = False
