@@ -17,6 +17,7 @@ from pipelines.common.processes import map_processes
 from pipelines.common.progress import Progress
 from pipelines.demo.demo_options import ScenesConfig
 
+
 @dataclass(frozen=True)
 class ScenesResult:
     """The plan in words."""
