@@ -132,7 +132,6 @@ def violation(edge: Edge) -> str | None:
     return None
 
 
-@pytest.mark.xfail(reason="the rooms that moved are rebuilt next", strict=True)
 def test_imports_point_one_way() -> None:
     wrong = [f"{edge}: {reason}" for edge in edges() if (reason := violation(edge))]
     assert not wrong, "\n" + "\n".join(wrong)
