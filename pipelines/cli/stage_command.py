@@ -1,4 +1,4 @@
-"""From an option class to a click command: one option per field, and errors that name flags."""
+"""Derive click commands from option classes: one option per field, and errors that name flags."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def show(config: Any, plan: str) -> None:
 
 
 def _fields(config_class: Any) -> Iterator[tuple[str, FieldInfo]]:
-    """The fields that the command line offers."""
+    """Yield the fields that the command line offers."""
     for key, field in config_class.__pydantic_fields__.items():
         if _marker(field, PythonOnly) is None:
             yield key, field
@@ -139,12 +139,12 @@ def _config_of(config_class: type, values: Mapping[str, Any], flags: Mapping[str
 
 
 def _marker(field: FieldInfo, kind: type) -> Any:
-    """The marker of a class among a field's annotations; None if it has none."""
+    """Return a field's marker of some class; None if it has none."""
     return next((marker for marker in field.metadata if isinstance(marker, kind)), None)
 
 
 def _flag(key: str, field: FieldInfo) -> str:
-    """The name of a field on the command line."""
+    """Return the name of a field on the command line."""
     if _marker(field, Argument):
         return key.upper()
     flag = _marker(field, Flag)
@@ -174,7 +174,7 @@ def _parameter(key: str, field: FieldInfo) -> click.Parameter:
 
 
 def _kind(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
-    """The type of a field's value, the choices of a Literal, and whether there may be several values."""
+    """Return the type of a field's value, the choices of a Literal, and whether the field takes several values."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _kind(arguments[0])
@@ -188,7 +188,7 @@ def _kind(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
 
 
 def _sections(described: list[tuple[str, FieldInfo]]) -> dict[str, list[str]]:
-    """The parameters under each title of the help."""
+    """Return the parameters under each title of the help."""
     sections: dict[str, list[str]] = {"Arguments": [], "Options": []}
     title = "Options"
     for key, field in described:

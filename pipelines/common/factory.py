@@ -39,8 +39,6 @@ def cache(folder: str | None, gigabytes: float | None = DEFAULT_LIMIT / 1e9) -> 
 
 def autoencoder(name: str, world: World, precision: str = "fp32") -> Autoencoder:
     """Return the named autoencoder on this process's device, in fp32 or bf16."""
-    if precision not in DTYPES:
-        raise ConfigError(f"`precision` {precision}: unknown; one of {', '.join(DTYPES)}")
     return autoencoders.load(name, device(world), DTYPES[precision])
 
 
@@ -71,7 +69,11 @@ def model_config(config: ExperimentConfig, manifest: Manifest) -> ModelConfig:
     members = {member.suffix for member in manifest.members}
     for condition, is_available, repair in (
         ("class", manifest.classes, "classes; shard class folders"),
-        ("inpaint", {"mask.npy", "masked.npy"} <= members, "masks; shard with --masks, or a layout that has them"),
+        (
+            "inpaint",
+            {"mask.npy", "masked.npy"} <= members,
+            "masks; shard with `lfm shard --masks`, or a layout that has them",
+        ),
         ("semantic", manifest.labels and "seg.npy" in members, "segmentations; shard a layout that has them"),
     ):
         if condition in config.conditions and not is_available:

@@ -1,4 +1,4 @@
-"""Images for people: grids and single files."""
+"""Write images: grids, single files with metadata, animations and plots."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from lfm import storage
 
-NOTE = "lfm"  # the key of a PNG's metadata
+NOTE = "lfm"  # key of the metadata in a PNG
 COLOURS = ("steelblue", "darkorange")
 
 
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 2, enlarge: int = 1) -> Image.Image:
-    """Images uint8 (B, H, W, 3) side by side on white, row by row; nearly square unless `columns` is given."""
+    """Arrange images, uint8 (B, H, W, 3), row by row on white; nearly square unless `columns` is set."""
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -33,13 +33,13 @@ def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 2, enlarg
 
 
 def colours(ids: np.ndarray) -> np.ndarray:
-    """A colour for each class id, neighbours far apart: float32 (H, W, 3)."""
+    """Return a colour for each class id, uint8 or uint16 (H, W), as float32 (H, W, 3) in [0, 255]; similar ids differ."""
     turns = np.multiply.outer(ids.astype(np.float32), np.array([0.618034, 0.381966, 0.754878], np.float32))
     return 255 * (0.5 + 0.5 * np.cos(2 * np.pi * turns))
 
 
 def save(image: np.ndarray | Image.Image, path: str | Path, *, flush: bool = True, note: Any = None) -> None:
-    """Publish an image, uint8 (H, W, 3), as PNG, with a note in its metadata that is JSON."""
+    """Write an image, uint8 (H, W, 3), as PNG, with a note in its metadata that JSON can represent."""
     pil_image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer, metadata = io.BytesIO(), PngInfo()
     if note is not None:
@@ -49,7 +49,7 @@ def save(image: np.ndarray | Image.Image, path: str | Path, *, flush: bool = Tru
 
 
 def note(path: str) -> Any:
-    """The note of a PNG, None where it has none or is no image."""
+    """Return the note of a PNG; None if the file has none or is not an image."""
     try:
         with storage.open_read(path) as file, Image.open(file) as image:
             return json.loads(image.info.get(NOTE, "null"))
@@ -57,8 +57,8 @@ def note(path: str) -> Any:
         return None
 
 
-def save_film(frames: Sequence[Image.Image], path: str, *, seconds: float = 3.0) -> None:
-    """Publish images of equal size as a GIF that plays for this time, and then shows the last for a while."""
+def save_animation(frames: Sequence[Image.Image], path: str, *, seconds: float = 3.0) -> None:
+    """Write images of equal size as a GIF that plays for `seconds` and then shows the last image for two seconds."""
     buffer = io.BytesIO()
     times = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [2000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=times, loop=0)

@@ -57,11 +57,11 @@ class Section:
 
 @dataclass(frozen=True, init=False)
 class Flag:
-    """Names and presentation of a field's flag, where `--field-name` is not all there is to say.
+    """Names and help of a field's flag, where they differ from `--field-name` and its type.
 
     Args:
         names: the flag's names; none for the field's own name.
-        metavar: the word that stands for the value in the help.
+        metavar: placeholder of the value in the help.
         hidden: leave the flag out of the help.
         required: demand the flag where the field has no default; if False, the stage must check it.
     """

@@ -51,7 +51,7 @@ def save_trajectory(job: SampleJob, kind: str) -> None:
         image_files.save(image_files.grid(images, columns=NUM_FRAMES, enlarge=enlarge), path)
     else:
         sheets = [image_files.grid(images, columns=len(batch), enlarge=enlarge) for images in frames]
-        image_files.save_film(sheets, path)
+        image_files.save_animation(sheets, path)
 
 
 def measure_time(job: SampleJob) -> str:
