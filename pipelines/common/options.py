@@ -106,7 +106,7 @@ NumGpus = Annotated[
 ]
 CacheFolder = Annotated[
     str | None,
-    Field(description="Folder for copies of remote shards.  [default: ~/.cache/lfm]"),
+    Field(description="Folder for copies of remote shards, of at most 50 GB.  [default: ~/.cache/lfm]"),
     Flag(metavar="DIR"),
     EXECUTION,
 ]
