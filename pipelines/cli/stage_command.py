@@ -148,7 +148,7 @@ def _flag(key: str, field: FieldInfo) -> str:
     if _marker(field, Argument):
         return key.upper()
     flag = _marker(field, Flag)
-    return flag.names[0] if flag and flag.names else f"--{key.replace('_', '-')}"
+    return flag.name if flag and flag.name else f"--{key.replace('_', '-')}"
 
 
 def _parameter(key: str, field: FieldInfo) -> click.Parameter:
@@ -156,12 +156,12 @@ def _parameter(key: str, field: FieldInfo) -> click.Parameter:
     if _marker(field, Argument):
         return DescribedArgument(key, nargs=-1 if several else 1, description=field.description or "")
     flag = _marker(field, Flag) or Flag()
-    names = flag.names or (_flag(key, field),)
+    name = _flag(key, field)
     if kind is bool and field.default is True:
-        names = (f"{names[0]}/--no-{names[0].removeprefix('--')}",)
+        name += f"/--no-{name.removeprefix('--')}"
     shown = not field.is_required() and kind is not bool and field.default not in (None, ())
     return click.Option(
-        [key, *names],
+        [key, name, flag.alias] if flag.alias else [key, name],
         is_flag=kind is bool,
         multiple=several,
         required=field.is_required() and flag.required,

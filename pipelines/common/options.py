@@ -55,26 +55,23 @@ class Section:
     title: str
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Flag:
     """Names and help of a field's flag, where they differ from `--field-name` and its type.
 
     Args:
-        names: the flag's names; none for the field's own name.
+        name: the flag's name; by default the field's own.
+        alias: a second name.
         metavar: placeholder of the value in the help.
         hidden: leave the flag out of the help.
         required: demand the flag where the field has no default; if False, the stage must check it.
     """
 
-    names: tuple[str, ...]
-    metavar: str | None
-    hidden: bool
-    required: bool
-
-    def __init__(self, *names: str, metavar: str | None = None, hidden: bool = False, required: bool = True) -> None:
-        values = {"names": names, "metavar": metavar, "hidden": hidden, "required": required}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+    name: str | None = None
+    alias: str | None = None
+    metavar: str | None = None
+    hidden: bool = False
+    required: bool = True
 
 
 def _location(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Annotated, Any, Literal
 
 import click
@@ -206,3 +208,13 @@ def test_a_dry_run_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None
     show(ExampleConfig("x"), "the plan")
     lines = capsys.readouterr().out.splitlines()
     assert "source: x" in lines and "num: 16" in lines and lines[-1] == "the plan"
+
+
+def test_no_help_text_needs_torch() -> None:
+    script = (
+        "import sys\nfrom click.testing import CliRunner\nfrom pipelines.cli.main import COMMANDS\n"
+        "codes = [CliRunner().invoke(command, ['--help']).exit_code for command in COMMANDS]\n"
+        "print(codes, [name for name in ('torch', 'diffusers', 'deepspeed') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"{[0] * len(COMMANDS)} []"
