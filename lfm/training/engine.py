@@ -31,16 +31,17 @@ MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 BYTES_PER_PARAMETER = 12  # masters and moments, over all ranks; 4 more for each average
 
 
-def start_processes(world: World) -> Any:
-    """Import deepspeed and begin to communicate; returns the module.
+def start_processes(world: World, store: Any = None) -> Any:
+    """Import deepspeed and make its process group; return the module.
 
-    Raises:
-        ConfigError: the ranks do not find each other.
+    Args:
+        world: this rank's place.
+        store: the store that the ranks share already; by default they meet by MASTER_ADDR and MASTER_PORT.
     """
     logging.getLogger("xformers").setLevel(logging.ERROR)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # DeepSpeed's calls into torch, not ours, are what it warns of.
+    # The deprecated calls are DeepSpeed's, not ours.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
@@ -49,19 +50,14 @@ def start_processes(world: World) -> Any:
         # Its shared-memory collectives would be compiled for 50 s, and leak 69 MB of shared memory per rank and run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if world.size == 1 and not torch.distributed.is_initialized():  # no launcher is needed, and no port
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, rank=world.rank, world_size=world.size, verbose=False
-        )
-    except torch.distributed.DistNetworkError as error:
-        wrong = (
-            f"rank {world.rank} meets nobody ({on_one_line(error)}); is this the first machine, and does rank 0 run?"
-        )
-        if "EADDRINUSE" in str(error):
-            wrong = "the port is taken, by another training perhaps; choose one, as in deepspeed --master_port 29501"
-        raise ConfigError(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {wrong}") from error
+    if not torch.distributed.is_initialized():
+        if world.size == 1:  # neither a launcher nor a port is needed
+            store = torch.distributed.HashStore()
+        if store is not None:
+            torch.distributed.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, rank=world.rank, world_size=world.size, verbose=False
+    )
     return deepspeed
 
 
@@ -74,6 +70,7 @@ class Engine:
         world: this rank's place.
         averages: the names of the averages to keep.
         guard: which steps are left out, on all ranks alike.
+        store: the store of `lfm.training.ranks.Ranks`, over which the ranks meet.
     """
 
     def __init__(
@@ -83,8 +80,9 @@ class Engine:
         world: World,
         averages: Sequence[str] = (),
         guard: StepGuard | None = None,
+        store: Any = None,
     ) -> None:
-        deepspeed = start_processes(world)
+        deepspeed = start_processes(world, store)
         self.world, self.guard = world, guard or StepGuard()
         try:
             self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,18 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from lfm import storage
 from lfm.errors import CheckpointError, LfmError, on_one_line
+from lfm.training.ranks import Ranks
 from lfm.weights_file import WEIGHTS
 
 STATE = "state.json"
 _FOLDER = "checkpoints"
 _SNAPSHOTS = "snapshots"
 _PREFIX = "samples-"
-_REPAIR = "remove that folder to go on from the checkpoint before it"
+DAMAGED = "damaged-"  # before the name of a checkpoint that was put aside
+_REPAIR = "remove that folder to resume from the checkpoint before it"
+SHARED_FOLDER_SECONDS = 15.0  # for a new file to appear in the listings of other machines
+
+logger = logging.getLogger(__name__)
 
 
 def tag(samples_seen: int) -> str:
@@ -85,6 +93,55 @@ class RunFolder:
     def newest(self) -> Path | None:
         """The checkpoint to go on from."""
         return next(reversed(self.complete()), None)
+
+    def newest_intact(self) -> tuple[Path, RunState] | None:
+        """Return the newest checkpoint whose files are as they were written; None if there is no checkpoint.
+
+        Newer ones that are damaged are put aside under the prefix "damaged-", with a warning that names them.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged; the last of them is left in place.
+        """
+        checkpoints = self.complete()
+        while checkpoints:
+            newest = checkpoints.pop()
+            try:
+                return newest, self.read_state(newest)
+            except CheckpointError as error:
+                if not checkpoints:
+                    raise CheckpointError(
+                        f"{on_one_line(error)} (it is the only checkpoint); or name another folder with run"
+                    ) from error
+                aside = newest.with_name(f"{DAMAGED}{newest.name}-{uuid.uuid4().hex[:4]}")
+                newest.rename(aside)
+                logger.warning(
+                    "%s; put aside as %s, resuming from %s", str(error).split("; ")[0], aside.name, checkpoints[-1].name
+                )
+        return None
+
+    def require_shared(self, ranks: Ranks) -> None:
+        """Check that all ranks see the same folder: rank 0 writes a token file, which the others must find.
+
+        Raises:
+            CheckpointError: this rank does not see it.
+        """
+        token = ranks.broadcast(f".shared-{uuid.uuid4().hex[:12]}")
+        path = self.path / token
+        if ranks.world.is_main:
+            path.touch()
+        ranks.broadcast("the token is written")
+        deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{self.path.absolute()}: is not shared: rank {ranks.world.rank} does not see what rank 0 writes there; "
+                    "name a folder of a file system that all machines share with run"
+                )
+            next(self.path.parent.iterdir(), None)  # makes a network file system look again
+            time.sleep(0.2)
+        ranks.gather()
+        if ranks.world.is_main:
+            path.unlink()
 
     def read_state(self, checkpoint: Path, *, verify: bool = True) -> RunState:
         """The state of a checkpoint; with `verify` all of its files are checked against it.

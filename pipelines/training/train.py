@@ -18,20 +18,22 @@ from lfm import storage, weights_file
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
 from lfm.data.stream.latent_stream import LatentStream, shard_sizes
-from lfm.errors import DataError
+from lfm.errors import ConfigError, DataError
 from lfm.flow.path import path_sample, velocity_loss
 from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
 from lfm.models import registry
 from lfm.models.config import ModelConfig
+from lfm.models.network import VelocityNetwork
 from lfm.training.ema import decay_after, power_decay_after
 from lfm.training.engine import BYTES_PER_PARAMETER, Engine
+from lfm.training.ranks import Ranks
 from lfm.training.run_folder import RunFolder, RunState
 from lfm.training.step_guard import StepGuard
 from lfm.types import LatentBatch
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
-from pipelines.common.config_schema import ExperimentConfig, TrainConfig
+from pipelines.common.config_schema import ExperimentConfig, TrainConfig, differences
 from pipelines.common.progress import Progress
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
@@ -50,9 +52,9 @@ class TrainResult:
     """Where the run is, and what it came to; weights are None after a dry run."""
 
     plan: str
-    weights: Path | None
-    samples_seen: int
-    loss: float | None
+    weights: Path | None = None
+    samples_seen: int = 0
+    loss: float | None = None
 
 
 def run(
@@ -72,41 +74,110 @@ def run(
         ConfigError, DataError, CheckpointError: before training, wherever it can be known before.
         KeyboardInterrupt: SIGTERM or Ctrl-C came; everything is saved.
     """
-    manifest = manifests.load(config.data.shards, "latents")
-    trained, _ = split(manifest, config.data.held_back)
-    if not sum(shard_sizes(trained, config.data.skip_shards, config.data.shards)):
+    with Ranks(world) as ranks:
+        _require_equal_configuration(config, ranks)
+        manifest = manifests.load(config.data.shards, "latents")
+        ranks.require_equal(f"data.shards {config.data.shards}", manifest.digest)
+        folder = RunFolder(config.run)
+        if dry_run:
+            checkpoint, _ = _choose_checkpoint(folder, ranks, dry_run=True)
+            return TrainResult(
+                _prepare(config, manifest, world, folder, checkpoint, initialize_from, allow_changes).plan
+            )
+        with folder.only_one() if world.is_main else nullcontext():
+            folder.require_shared(ranks)
+            checkpoint, newest = _choose_checkpoint(folder, ranks)
+            prepared = _prepare(config, manifest, world, folder, checkpoint, initialize_from, allow_changes)
+            training = _start(config, manifest, prepared, ranks, folder)
+            training.run(newest, prepared.initial)
+            training.engine.close()
+    if training.stop_requested:
+        raise KeyboardInterrupt
+    return TrainResult(prepared.plan, folder.path / weights_file.WEIGHTS, training.samples_seen, training.loss)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training begins with."""
+
+    plan: str
+    model: VelocityNetwork
+    settings: dict[str, Any]  # DeepSpeed's configuration
+    reference_set: ReferenceSet | None
+    initial: dict[str, torch.Tensor] | None  # weights of another run
+
+
+def _require_equal_configuration(config: ExperimentConfig, ranks: Ranks) -> None:
+    """Raise ConfigError, naming the key, if this rank's configuration is not that of rank 0; caches may differ."""
+    own = config.model_dump(mode="json", exclude={"data": {"cache", "cache_gigabytes"}})
+    for key, main_value, own_value in differences(ranks.broadcast(own), own):
+        raise ConfigError(
+            f"{key}: {main_value} on rank 0, {own_value} on rank {ranks.world.rank}; start all ranks with one configuration"
+        )
+
+
+def _choose_checkpoint(
+    folder: RunFolder, ranks: Ranks, *, dry_run: bool = False
+) -> tuple[tuple[Path, RunState] | None, Path | None]:
+    """Return the checkpoint to resume from, with its state, as rank 0 chooses it; None to start anew."""
+    choice: tuple[Path, RunState] | None = None
+    if dry_run:
+        newest = folder.newest()
+        choice = (newest, folder.read_state(newest)) if newest else None
+    elif ranks.world.is_main:
+        choice = folder.newest_intact()
+    name = ranks.broadcast(choice[0].name if choice else None)
+    if name is None:
+        return None, None
+    path = folder.checkpoints / name
+    state = choice[1] if choice else folder.read_state(path, verify=False)
+    ranks.require_equal(f"{path}", state.model_dump(mode="json"))
+    return (path, state), path
+
+
+def _prepare(
+    config: ExperimentConfig,
+    manifest: Manifest,
+    world: World,
+    folder: RunFolder,
+    checkpoint: tuple[Path, RunState] | None,
+    initialize_from: str | None,
+    allow_changes: bool,
+) -> Prepared:
+    """Check everything that can be checked before training, and build the network."""
+    training_shards, _ = split(manifest, config.data.held_back)
+    if not sum(shard_sizes(training_shards, config.data.skip_shards, config.data.shards)):
         raise DataError(f"{config.data.shards}: data.skip_shards leaves nothing to train on; name fewer")
     model_config = factory.model_config(config, manifest)
     settings = factory.deepspeed_settings(config, world)
-    folder = RunFolder(config.run)
-    newest = folder.newest()
-    standard = load_reference_set(config, manifest, world) if config.evaluation else None
-    torch.manual_seed(config.train.seed)  # of the initial weights alone
+    reference_set = load_reference_set(config, manifest, world) if config.evaluation else None
+    torch.manual_seed(config.train.seed)  # used for the initial weights only
     model = registry.build_network(model_config)
-    if newest:
-        state = folder.read_state(newest, verify=world.is_main)
-        check_continues(config, manifest, model, state, newest, allow_changes)
+    if checkpoint:
+        path, state = checkpoint
+        check_continues(config, manifest, model, state, path, allow_changes)
     if config.model.compile:
         model.compile_blocks()
-    initial = initial_weights(initialize_from, model, manifest) if initialize_from and not newest else None
-    kept = (BYTES_PER_PARAMETER + 4 * (1 + len(config.train.ema_sigma_rel))) * model.num_parameters
-    folder.require_space(kept, config.train.keep_checkpoints, 4 * model.num_parameters)
-    plan = describe(config, manifest, model, world, settings, newest.name if newest else initialize_from)
-    if dry_run:
-        return TrainResult(plan, None, 0, None)
-    with folder.only_one() if world.is_main else nullcontext():
-        guard = StepGuard(config.train.skip_above)
-        engine = Engine(model, settings, world, ("ema", *map(_profile, config.train.ema_sigma_rel)), guard)
-        if world.is_main:
-            print(plan, flush=True)
-            storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
-        engine.barrier()
-        training = Training(config, manifest, _header(config, manifest, model_config), engine, folder, standard)
-        training.run(newest, initial)
-        engine.close()
-    if training.leaves:
-        raise KeyboardInterrupt
-    return TrainResult(plan, folder.path / weights_file.WEIGHTS, training.samples_seen, training.loss)
+    initial = initial_weights(initialize_from, model, manifest) if initialize_from and not checkpoint else None
+    bytes_of_checkpoint = (BYTES_PER_PARAMETER + 4 * (1 + len(config.train.ema_sigma_rel))) * model.num_parameters
+    folder.require_space(bytes_of_checkpoint, config.train.keep_checkpoints, 4 * model.num_parameters)
+    plan = describe(config, manifest, model, world, settings, checkpoint[0].name if checkpoint else initialize_from)
+    return Prepared(plan, model, settings, reference_set, initial)
+
+
+def _start(
+    config: ExperimentConfig, manifest: Manifest, prepared: Prepared, ranks: Ranks, folder: RunFolder
+) -> Training:
+    """Start the engine on all ranks and build the training loop."""
+    guard = StepGuard(config.train.skip_above)
+    averages = ("ema", *map(_profile, config.train.ema_sigma_rel))
+    engine = Engine(prepared.model, prepared.settings, ranks.world, averages, guard, ranks.store)
+    if ranks.world.is_main:
+        print(prepared.plan, flush=True)
+        storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
+    engine.barrier()
+    header = _header(config, manifest, prepared.model.config)
+    return Training(config, manifest, header, engine, folder, prepared.reference_set)
 
 
 class Training:
@@ -137,7 +208,7 @@ class Training:
             self.selection = BestWeights(config, trained, header["model"], engine, decoder, standard)
         self.samples_seen = 0
         self.loss: float | None = None  # over all ranks, of the last step
-        self.leaves = False  # every rank knows that one was asked to leave
+        self.stop_requested = False  # set on all ranks once any rank received SIGTERM or SIGINT
 
     @property
     def step(self) -> int:
@@ -166,12 +237,12 @@ class Training:
         log = Log(self.folder.path, self.samples_seen, self.engine, 3 * (self.header["model"].flops_per_sample or 0))
         bar = Progress("train", total, "samples", done=self.samples_seen, quiet=not self.world.is_main)
         with bar, closing(log), closing(self.stream.batches(self.samples_seen)) as batches:
-            while self.samples_seen < total and not self.leaves:
+            while self.samples_seen < total and not self.stop_requested:
                 self._step(next(batches), leave)
                 if self.engine.guard.in_a_row > MOST_SKIPPED_IN_A_ROW:
                     return False
                 log.losses.append(self.loss if self.loss is not None else math.nan)
-                saves = self.step % train.checkpoint_every == 0 or self.leaves
+                saves = self.step % train.checkpoint_every == 0 or self.stop_requested
                 # What comes before skipped steps may be what ruined the weights: no checkpoint to go back to.
                 saves = self.samples_seen == total or (saves and not self.engine.guard.in_a_row)
                 figures: dict[str, str] = {}
@@ -206,8 +277,8 @@ class Training:
         for width in self.train.ema_sigma_rel:
             self.engine.averages[_profile(width)].update(power_decay_after(self.step, width))
         mean = torch.stack(losses).mean()
-        loss, leaves = self.engine.sum_over_ranks(torch.stack([mean, torch.full_like(mean, leave.came)])).tolist()
-        self.loss, self.leaves = loss / self.world.size, leaves > 0
+        loss, num_requests = self.engine.sum_over_ranks(torch.stack([mean, torch.full_like(mean, leave.came)])).tolist()
+        self.loss, self.stop_requested = loss / self.world.size, num_requests > 0
 
     def _times(self, uniform: torch.Tensor) -> torch.Tensor:
         return shifted_time(TIME_SAMPLERS[self.config.flow.time](uniform), self.config.flow.time_shift)
