@@ -2,9 +2,10 @@
 
     attend(q, k, v) = softmax(q k^T / sqrt(d)) v      over the tokens, for each head; d = head_dim
 
-Vaswani et al. 2017, Eq. 1. On CUDA it is computed by the memory-efficient kernels of xformers, elsewhere by torch's own
-scaled_dot_product_attention ("sdpa"). xformers is built against one version of CUDA and installs beside any torch, so that
-it can be imported does not mean that it works. Before its first use a small call is made, and if it fails, "auto" uses sdpa.
+Vaswani et al. 2017, Eq. 1. On CUDA it is computed by the memory-efficient kernels of xformers, elsewhere and in compiled
+blocks by torch's own scaled_dot_product_attention ("sdpa"). xformers is built against one version of CUDA and installs
+beside any torch, so that it can be imported does not mean that it works. Before its first use a small call is made, and if
+it fails, "auto" uses sdpa.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> 
 
 def _use_xformers(query: Tensor, backend: str) -> bool:
     assert backend in get_args(AttentionBackend), f"backend {backend!r}"
-    if backend == "sdpa" or (backend == "auto" and not query.is_cuda):
+    # xformers breaks the graph of torch.compile, which costs more than its kernels gain.
+    if backend == "sdpa" or (backend == "auto" and (torch.compiler.is_compiling() or not query.is_cuda)):
         return False
     problem = _xformers_problem(query.dtype, query.shape[-1]) if query.is_cuda else "it runs on CUDA only"
     if problem and backend == "xformers":

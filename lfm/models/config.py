@@ -115,8 +115,8 @@ class BackboneOptions:
 
     backbone: str
     """Name of the network architecture."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    compile: bool | None = None
+    """Compile each block with torch.compile; by default on a GPU, if there is a C compiler."""
 
     def build_config(self, base: ModelConfig) -> ModelConfig:
         """Return the full configuration of the network for what the latents and the task prescribe.

@@ -16,6 +16,8 @@ has a velocity and a loss.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -103,9 +105,9 @@ class DiT(VelocityNetwork):
         velocity = self._unpatchify(self.final(tokens, signal)).float()  # (B, C, h, w)
         return (velocity, tuple(outputs[index] for index in return_tokens)) if return_tokens else velocity
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         for block in self.blocks:
-            block.compile()  # the blocks are equal, so that one compiled graph serves all of them
+            block.compile(**options)  # the blocks are equal, so that one compiled graph serves all of them
 
     def _embed_patches(self, state: Tensor, condition: Condition) -> Tensor:
         """Embed the patches of the state and of the conditions that lie over it: (B, hidden, h/p, w/p)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lfm.errors import ConfigError
@@ -46,8 +48,12 @@ class VelocityNetwork(nn.Module):
         """
         raise NotImplementedError
 
-    def compile_blocks(self) -> None:
-        """Compile each block with torch.compile at its first call; nothing for a backbone without equal blocks."""
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block with torch.compile at its first call; nothing for a backbone without equal blocks.
+
+        Args:
+            options: of `torch.compile`, such as `backend`.
+        """
 
     @property
     def num_parameters(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ def model_config(config: ExperimentConfig, manifest: Manifest) -> ModelConfig:
         downsample_factor=record.downsample_factor,
     )
     return config.model.build_config(base)
+
+
+def compiles_blocks(config: ExperimentConfig) -> bool:
+    """Return whether to compile the network's blocks: as `model.compile` says, by default where it pays and is possible."""
+    if config.model.compile is not None:
+        return config.model.compile
+    return torch.cuda.is_available() and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 def stream_options(config: ExperimentConfig, model: ModelConfig) -> StreamOptions:

@@ -156,7 +156,7 @@ def _prepare(
     if checkpoint:
         path, state = checkpoint
         check_continues(config, manifest, model, state, path, allow_changes)
-    if config.model.compile:
+    if factory.compiles_blocks(config):
         model.compile_blocks()
     initial = initial_weights(initialize_from, model, manifest) if initialize_from and not checkpoint else None
     bytes_of_checkpoint = (BYTES_PER_PARAMETER + 4 * (1 + len(config.train.ema_sigma_rel))) * model.num_parameters

@@ -233,17 +233,14 @@ def test_every_nth_block_is_checkpointed_without_a_changed_gradient(
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 @pytest.mark.parametrize("option", ["swiglu", "all"])
-def test_compiled_blocks_share_their_graphs_and_keep_names_and_velocity(
-    option: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_blocks_share_their_graphs_and_keep_names_and_velocity(option: str) -> None:
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    graphs, compiled = CompileCounter(), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend=graphs))
+    graphs = CompileCounter()
     model = randomized_dit(configured(option, depth=12, activation_checkpointing=0))
     names, expected = list(model.state_dict()), velocity(model, kept_tokens(model.config))
-    model.compile_blocks()
+    model.compile_blocks(backend=graphs)
     torch.testing.assert_close(velocity(model, kept_tokens(model.config)), expected)
     assert list(model.state_dict()) == names
     assert 1 <= graphs.frame_count <= 3  # all tokens, kept tokens: not one for each block
