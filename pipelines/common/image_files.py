@@ -1,4 +1,4 @@
-"""Write images: grids, single files with metadata, animations and plots."""
+"""Write images: grids, single files with metadata, and animations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lfm import storage
 
 NOTE = "lfm"  # key of the metadata in a PNG
-COLOURS = ("steelblue", "darkorange")
 
 
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 2, enlarge: int = 1) -> Image.Image:
@@ -63,33 +62,3 @@ def save_animation(frames: Sequence[Image.Image], path: str, *, seconds: float =
     times = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [2000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=times, loop=0)
     storage.write_bytes(path, buffer.getvalue())
-
-
-def plot(curves: dict[str, list[tuple[float, float]]], width: int = 640, height: int = 360) -> Image.Image:
-    """Curves over samples seen, by name; the vertical axis is logarithmic where all values are positive."""
-    image = Image.new("RGB", (width, height), "white")
-    draw, edge = ImageDraw.Draw(image), 50
-    values = [value for points in curves.values() for _, value in points]
-    logarithmic = min(values) > 0
-    rise = math.log if logarithmic else float
-    low, high = rise(min(values)), rise(max(values))
-    last = max(x for points in curves.values() for x, _ in points)
-
-    def place(x: float, value: float) -> tuple[float, float]:
-        share = (rise(value) - low) / (high - low) if high > low else 0.5
-        return edge + x / last * (width - 1.5 * edge), height - edge - share * (height - 1.5 * edge)
-
-    for part in range(5):
-        value = low + (high - low) * part / 4
-        at = place(0, math.exp(value) if logarithmic else value)[1]
-        draw.line([(edge, at), (width - edge / 2, at)], "lightgrey")
-        draw.text((4, at - 6), f"{math.exp(value) if logarithmic else value:.3g}", "black")
-        seen = f"{round(last * part / 4):,}"
-        draw.text(
-            (place(last * part / 4, values[0])[0], height - edge + 8), seen, "black", anchor="ra" if part else "la"
-        )
-    draw.text((width / 2, height - 20), "samples seen", "black", anchor="ma")
-    for number, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
-        draw.line([place(*point) for point in points], colour, width=2)
-        draw.text((width - edge / 2 - 110, 8 + 14 * number), name, colour)
-    return image

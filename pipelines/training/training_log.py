@@ -14,7 +14,7 @@ import torch
 from lfm import storage
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.training.engine import Engine
-from pipelines.common import image_files
+from pipelines.common import image_files, plots
 
 LOG = "log.jsonl"
 PLOT = "loss.png"
@@ -102,7 +102,9 @@ class Log:
                 if name
             }
             if any(curves.values()):
-                plot = image_files.plot({name: points for name, points in curves.items() if points})
+                plot = plots.line_plot(
+                    {name: points for name, points in curves.items() if points}, x_label="samples seen"
+                )
                 image_files.save(plot, self.path.parent / file, flush=False)
 
     def close(self) -> None:
