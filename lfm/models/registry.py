@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lfm.errors import ConfigError
 from lfm.models.config import BackboneOptions, ModelConfig
 from lfm.models.dit_config import DiTConfig, DiTOptions
+from lfm.models.unet_config import UNetConfig, UNetOptions
 
 if TYPE_CHECKING:
     from lfm.models.network import VelocityNetwork
@@ -31,6 +32,7 @@ class Backbone:
 
 BACKBONES = {
     "dit": Backbone(DiTConfig, DiTOptions, "lfm.models.dit:DiT"),
+    "unet": Backbone(UNetConfig, UNetOptions, "lfm.models.unet:UNet"),
 }
 
 
