@@ -24,13 +24,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lfm.conversion.published_unets import is_unet, unet_from_state_dict
 from lfm.errors import CheckpointError, ConfigError, on_one_line
+from lfm.models.config import ModelConfig
 from lfm.models.dit_config import DIT_SIZES, DiTConfig
 from lfm.models.embeddings import MAX_PERIOD
 
 # Applied in this order; the first occurrence of each key in a name is replaced.
 NAMES = {
-    "module.": "",
     "x_embedder.proj": "patch_embedding",
     "t_embedder": "time_embedding",
     "y_embedder.embedding_table": "class_embedding.table",
@@ -112,9 +113,14 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
 
 
 def from_state_dict(
-    state: dict[str, Tensor], source: str, *, num_heads: int | None = None, num_classes: int | None = None
-) -> tuple[dict[str, Tensor], DiTConfig]:
-    """Return the weights and the configuration of a DiT from a checkpoint.
+    state: dict[str, Tensor],
+    source: str,
+    *,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    latent_size: int | None = None,
+) -> tuple[dict[str, Tensor], ModelConfig]:
+    """Return the weights and the configuration of a network from a checkpoint: a DiT, or one of the paper's ADM U-Nets.
 
     Args:
         state: the tensors as the training script saved them, of one GPU or several.
@@ -122,11 +128,15 @@ def from_state_dict(
         num_heads: required if width and depth are not those of a published model.
         num_classes: by default one less than the rows of the class table, whose last row is the null class. 0 makes the
             model unconditional: the null class becomes part of the time embedding.
+        latent_size: height and width of the latents, for U-Nets whose checkpoint does not tell it.
 
     Raises:
         CheckpointError: it is not such a checkpoint; names what is missing or wrong.
-        ConfigError: `num_heads` is required, or `num_classes` does not fit.
+        ConfigError: `num_heads` or `latent_size` is required, or `num_classes` does not fit.
     """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if source == "lfm" and is_unet(state):
+        return unet_from_state_dict(state, latent_size=latent_size, num_heads=num_heads, num_classes=num_classes)
     position = next((value for name, value in state.items() if name.endswith("pos_embed")), None)
     weights = {our_name(name): value.float() for name, value in state.items() if not name.endswith("pos_embed")}
     if missing := [name for name in _REQUIRED if name not in weights]:
@@ -172,7 +182,7 @@ def _convert_classes(weights: dict[str, Tensor], num_classes: int | None) -> tup
         if num_classes:
             raise ConfigError(f"`num_classes` {num_classes}: the checkpoint has no classes; leave it out")
         return None, 0.0
-    if num_classes == 0:
+    if num_classes == 0 or (num_classes is None and rows == 1):  # one class without a null class is no condition
         weights[TIME_LAST_BIAS] = weights[TIME_LAST_BIAS] + weights.pop(CLASS_TABLE)[-1]
         return None, 0.0
     if num_classes not in (None, rows, rows - 1):

@@ -18,6 +18,7 @@ from torch import Tensor
 from lfm.errors import CheckpointError, ConfigError
 from lfm.models.unet_config import BlockShape, UNetConfig
 
+EDM_CLASSES = "map_label.weight"
 EDM_KEY, GUIDED_KEY = "map_layer0.weight", "time_embed.0.weight"
 EDM_HEAD_CHANNELS = 64  # of each attention head, in the published code
 GUIDED_NUM_HEADS = 4  # the published code's default
@@ -64,7 +65,11 @@ def is_unet(state: dict[str, Tensor]) -> bool:
 
 
 def unet_from_state_dict(
-    state: dict[str, Tensor], *, latent_size: int | None = None, num_heads: int | None = None
+    state: dict[str, Tensor],
+    *,
+    latent_size: int | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
 ) -> tuple[dict[str, Tensor], UNetConfig]:
     """Convert a published state dict to weights and configuration of a `lfm.models.unet.UNet`.
 
@@ -80,10 +85,14 @@ def unet_from_state_dict(
 
     Raises:
         CheckpointError: a parameter is missing.
-        ConfigError: `latent_size` is needed, or contradicts the names.
+        ConfigError: `latent_size` is needed, or contradicts the names, or `num_classes` does not fit.
     """
+    if num_classes == 0 and EDM_CLASSES in state:  # the null class is 0
+        state = {name: value for name, value in state.items() if name != EDM_CLASSES}
     form = _EdmForm(state, latent_size) if EDM_KEY in state else _GuidedForm(state, latent_size)
     config = form.config(num_heads)
+    if num_classes not in (None, config.num_classes or 0):
+        raise ConfigError(f"`num_classes` {num_classes}: the checkpoint has {config.num_classes or 'no'} classes")
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
     for theirs, ours in form.names(config):
@@ -121,7 +130,7 @@ class _EdmForm:
         blocks = [_get(self.state, f"enc.{size}x{size}_block0.conv0.weight") for size in self.sizes]
         first = _get(self.state, f"enc.{self.sizes[0]}x{self.sizes[0]}_conv.weight")
         latent_channels = len(_get(self.state, "out_conv.weight"))
-        labels = self.state.get("map_label.weight")
+        labels = self.state.get(EDM_CLASSES)
         pattern = rf"enc\.{self.sizes[0]}x\d+_block(\d+)\.conv0\.weight"
         return UNetConfig(
             latent_channels,

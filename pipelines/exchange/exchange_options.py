@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipelines.common.options import Argument, Count, DryRun, Flag, Location, MovedAutoencoder, stage_options
+from pipelines.common.options import Argument, Count, DryRun, Flag, Location, MovedAutoencoder, Pixels, stage_options
 
 
 @stage_options
@@ -18,13 +18,15 @@ class ImportConfig:
     dest: Annotated[Location, Argument()]
     """Run folder for the converted weights."""
     source: Annotated[Literal["lfm", "dit", "sit"], Flag("--from")]
-    """Model family of the checkpoint: lfm (of the paper, or exported by `lfm export`), dit or sit."""
+    """Model family of the checkpoint: lfm (DiT or ADM U-Net of the paper, or exported by `lfm export`), dit or sit."""
     autoencoder: Annotated[str, Flag(metavar="PATH_OR_ID")] = "embedded"
     """Path or hub id of the autoencoder of the model's latents, or embedded."""
     num_heads: Count | None = None
     """Number of attention heads, if width and depth are not those of a published model."""
     num_classes: Annotated[int, Field(ge=0)] | None = None
     """Number of classes; 0 makes the model unconditional.  [default: from the class embedding]"""
+    image_size: Pixels | None = None
+    """Pixels of the model's images, for an ADM U-Net of inpainting or semantic synthesis, whose checkpoint does not tell it."""
     dry_run: DryRun = False
 
 

@@ -43,14 +43,18 @@ def import_checkpoint(config: ImportConfig) -> str:
 
 def _convert(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader]:
     """Return the converted weights of a checkpoint, and a header for them."""
+    codec = factory.autoencoder(config.autoencoder, World())
     try:
         weights, model = published_checkpoints.from_state_dict(
             published_checkpoints.read_state_dict(config.path),
             config.source,
             num_heads=config.num_heads,
             num_classes=config.num_classes,
+            latent_size=None if config.image_size is None else codec.latent_size(config.image_size),
         )
         registry.build_network(model).load_state_dict(weights)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("set `latent_size`", "set `image_size`")) from error
     except CheckpointError as error:
         message = str(error) if str(error).startswith(config.path) else f"{config.path}: {error}; check `source`"
         raise CheckpointError(message) from error
@@ -58,7 +62,6 @@ def _convert(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader]:
         raise CheckpointError(
             f"{config.path}: is not a checkpoint of `source` {config.source}: {on_one_line(error)}"
         ) from error
-    codec = factory.autoencoder(config.autoencoder, World())
     if codec.latent_channels != model.latent_channels:
         raise ConfigError(
             f"`autoencoder` {config.autoencoder}: has {codec.latent_channels} channels, the model {model.latent_channels}"
