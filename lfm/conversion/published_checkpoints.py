@@ -32,6 +32,7 @@ from lfm.models.embeddings import MAX_PERIOD
 
 # Applied in this order; the first occurrence of each key in a name is replaced.
 NAMES = {
+    "module.": "",
     "x_embedder.proj": "patch_embedding",
     "t_embedder": "time_embedding",
     "y_embedder.embedding_table": "class_embedding.table",
@@ -134,9 +135,9 @@ def from_state_dict(
         CheckpointError: it is not such a checkpoint; names what is missing or wrong.
         ConfigError: `num_heads` or `latent_size` is required, or `num_classes` does not fit.
     """
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    if source == "lfm" and is_unet(state):
-        return unet_from_state_dict(state, latent_size=latent_size, num_heads=num_heads, num_classes=num_classes)
+    bare = {name.removeprefix("module."): value for name, value in state.items()}
+    if source == "lfm" and is_unet(bare):
+        return unet_from_state_dict(bare, latent_size=latent_size, num_heads=num_heads, num_classes=num_classes)
     position = next((value for name, value in state.items() if name.endswith("pos_embed")), None)
     weights = {our_name(name): value.float() for name, value in state.items() if not name.endswith("pos_embed")}
     if missing := [name for name in _REQUIRED if name not in weights]:

@@ -18,6 +18,8 @@ heads, in how levels are connected and in the class embedding; see `lfm.models.u
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, one_hot, silu
@@ -71,10 +73,10 @@ class UNet(VelocityNetwork):
         state: Tensor,
         time: Tensor,
         condition: Condition,
-        kept: Tensor | None = None,
+        kept_tokens: Tensor | None = None,
         return_tokens: tuple[int, ...] = (),
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        assert kept is None, "the U-Net has no token dropout"
+        assert kept_tokens is None, "the U-Net has no token dropout"
         self.check_inputs(state, condition)
         signal = self.time_embedding(time)  # (B, embedding)
         if self.class_embedding is not None:
@@ -100,9 +102,9 @@ class UNet(VelocityNetwork):
             return velocity
         return velocity, tuple(outputs[index].flatten(2).transpose(1, 2) for index in return_tokens)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         for block in [*self.encoder, *self.middle, *self.decoder]:
-            block.compile()
+            block.compile(**options)
 
     def _concatenate(self, state: Tensor, condition: Condition) -> Tensor:
         """Concatenate the state and the conditions that lie over it: (B, input channels, h, w)."""

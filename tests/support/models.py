@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lfm.data.manifest import AutoencoderRecord, ClassRecord
@@ -19,6 +21,19 @@ SMALL_DIT = DiTConfig(
     num_classes=10,
     condition_dropout=0.1,
 )
+
+# Keys of the `model:` section of a small network of each backbone.
+SMALL_OPTIONS: dict[str, dict[str, Any]] = {
+    "dit": {"hidden_size": 32, "depth": 2, "num_heads": 2},
+    "unet": {
+        "backbone": "unet",
+        "model_channels": 16,
+        "channel_multipliers": [1, 2],
+        "num_blocks": 1,
+        "attention_resolutions": [],
+        "head_channels": 16,
+    },
+}
 
 WEIGHTS_HEADER = WeightsHeader(
     model=DiTConfig(latent_channels=4, latent_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=2),

@@ -16,17 +16,14 @@ from lfm.models import registry
 from lfm.models.config import ModelConfig
 from lfm.models.network import VelocityNetwork
 from lfm.types import Condition
-from tests.support.models import SMALL_DIT, dit_inputs, randomized_dit
+from tests.support.models import SMALL_DIT, SMALL_OPTIONS, dit_inputs, randomized_dit
 
 BASE = ModelConfig(4, 8, num_classes=10, condition_dropout=0.1, condition_channels=5, num_labels=3, downsample_factor=2)
-# Options of a small network of each backbone.
-OPTIONS = {"dit": {"hidden_size": 32, "depth": 2, "num_heads": 2}}
-
 each_backbone = pytest.mark.parametrize("name", registry.BACKBONES)
 
 
 def small_config(name: str) -> ModelConfig:
-    return registry.BACKBONES[name].options(**OPTIONS[name]).build_config(BASE)
+    return registry.BACKBONES[name].options(**SMALL_OPTIONS[name]).build_config(BASE)
 
 
 @each_backbone
