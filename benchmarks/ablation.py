@@ -24,7 +24,7 @@ import torch
 
 from lfm.data import manifest as manifests
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
-from lfm.flow.path import path_sample, velocity_loss
+from lfm.flow.path import path_sample, squared_error
 from lfm.models import registry
 from lfm.models.network import VelocityNetwork
 from lfm.storage.cache import Cache
@@ -92,7 +92,7 @@ def fixed_loss(model: VelocityNetwork, batches: list[LatentBatch]) -> float:
     losses = []
     for batch in batches:
         sample = path_sample(batch.latents, batch.noise, batch.uniform)
-        losses.append(velocity_loss(model(sample.state, sample.time, batch.condition), sample.velocity))
+        losses.append(squared_error(model(sample.state, sample.time, batch.condition), sample.velocity))
     return float(torch.cat(losses).mean())
 
 

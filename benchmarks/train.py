@@ -26,7 +26,7 @@ import torch
 
 from lfm.autoencoder import import_diffusers
 from lfm.data import manifest as manifests
-from lfm.flow.path import path_sample, velocity_loss
+from lfm.flow.path import path_sample, squared_error
 from lfm.models import registry
 from lfm.training.engine import Engine
 from lfm.training.run_folder import RunFolder
@@ -102,7 +102,7 @@ class Ways:
         """The same step by a plain loop: clipping, AdamW and EMA included."""
         batch = next(self.batches)
         example = path_sample(batch.latents, batch.noise, batch.uniform)
-        loss = velocity_loss(self.plain_model(example.state, example.time, batch.condition), example.velocity).mean()
+        loss = squared_error(self.plain_model(example.state, example.time, batch.condition), example.velocity).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.plain_model.parameters(), 1.0)
         self.optimizer.step()

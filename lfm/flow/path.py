@@ -1,13 +1,14 @@
-"""The probability path between data and noise, and the loss.
+"""The probability path between data and noise, and the errors of a predicted velocity.
 
-    state(t)    = (1 - t) data + (s + (1 - s) t) noise          t in [0, 1]: 0 is data, 1 is noise
-    velocity    = d state / dt = (1 - s) noise - data           the same at every t
-    loss        = mean over C, h, w of (predicted - velocity)^2
-                + direction_weight * mean over h, w of (1 - cosine over C of predicted and velocity)
+    state(t)          = (1 - t) data + (s + (1 - s) t) noise          t in [0, 1]: 0 is data, 1 is noise
+    velocity          = d state / dt = (1 - s) noise - data           the same at every t
+    squared error     = mean over C, h, w of (predicted - velocity)^2
+    direction error   = mean over h, w of (1 - cosine over C of predicted and velocity)
 
 data is a latent, noise is standard normal, and s is sigma_min, the standard deviation of the noise at t = 0. This is
 section 3 of Dao et al. 2023, and the conditional optimal-transport path of Lipman et al. 2023, Eq. 22 and 23, with time
-reversed. There direction_weight is 0; the direction term is that of Yao et al. 2024 (FasterDiT).
+reversed. Their loss is the squared error; the direction error is that of Yao et al. 2024 (FasterDiT). The training loss
+is the weighted sum of such errors in `lfm.training.loss_terms`.
 
 Everything is float32, whatever the dtype of the inputs.
 """
@@ -48,9 +49,3 @@ def direction_error(predicted: Tensor, target: Tensor) -> Tensor:
     assert predicted.shape == target.shape, f"predicted {tuple(predicted.shape)}, target {tuple(target.shape)}"
     cosine = cosine_similarity(predicted.float(), target.float(), dim=1, eps=_COSINE_EPSILON)  # (B, ...)
     return (1 - cosine).flatten(1).mean(1)
-
-
-def velocity_loss(predicted: Tensor, target: Tensor, direction_weight: float = 0.0) -> Tensor:
-    """Return the loss of each row, float32 (B,), of predicted and target velocities (B, C, ...)."""
-    loss = squared_error(predicted, target)
-    return loss + direction_weight * direction_error(predicted, target) if direction_weight else loss

@@ -17,6 +17,7 @@ from lfm.data.stream.latent_stream import StreamOptions
 from lfm.errors import ConfigError, DataError
 from lfm.models.config import ModelConfig
 from lfm.storage.cache import DEFAULT_LIMIT, Cache
+from lfm.training.loss_terms import LossTerm, TrainingLoss
 from lfm.world import World
 from pipelines.common.config_schema import ExperimentConfig
 
@@ -114,6 +115,15 @@ def stream_options(config: ExperimentConfig, model: ModelConfig) -> StreamOption
         num_tokens=model.num_tokens,
         num_kept_tokens=model.num_kept_tokens,
     )
+
+
+def training_loss(config: ExperimentConfig) -> TrainingLoss:
+    """Return the training loss, with the terms and weights of the `flow:` section."""
+    terms = [
+        LossTerm("velocity"),
+        LossTerm("direction", config.flow.direction_weight),
+    ]
+    return TrainingLoss(terms, config.flow.sigma_min)
 
 
 def micro_batch(config: ExperimentConfig, world: World) -> int:

@@ -7,6 +7,7 @@ it had not been: bit for bit on as many ranks at the same ZeRO stage, and to rou
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
 from lfm.data.stream.latent_stream import LatentStream, shard_sizes
 from lfm.errors import ConfigError, DataError
-from lfm.flow.path import path_sample, velocity_loss
 from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
 from lfm.models import registry
 from lfm.models.config import ModelConfig
@@ -93,7 +93,9 @@ def run(
             training.engine.close()
     if training.stop_requested:
         raise KeyboardInterrupt
-    return TrainResult(prepared.plan, folder.path / weights_file.WEIGHTS, training.samples_seen, training.loss)
+    return TrainResult(
+        prepared.plan, folder.path / weights_file.WEIGHTS, training.samples_seen, training.losses.get("loss")
+    )
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,9 @@ class Training:
             self.validation = Validation(config, trained, held_back, header["model"], engine, decoder)
         if standard:
             self.selection = BestWeights(config, trained, header["model"], engine, decoder, standard)
+        self.training_loss = factory.training_loss(config)
         self.samples_seen = 0
-        self.loss: float | None = None  # over all ranks, of the last step
+        self.losses: dict[str, float] = {}  # of the last step, over all ranks: "loss", and each term as "loss_NAME"
         self.stop_requested = False  # set on all ranks once any rank received SIGTERM or SIGINT
 
     @property
@@ -241,7 +244,7 @@ class Training:
                 self._step(next(batches), leave)
                 if self.engine.guard.in_a_row > MOST_SKIPPED_IN_A_ROW:
                     return False
-                log.losses.append(self.loss if self.loss is not None else math.nan)
+                log.losses.append(self.losses)
                 saves = self.step % train.checkpoint_every == 0 or self.stop_requested
                 # What comes before skipped steps may be what ruined the weights: no checkpoint to go back to.
                 saves = self.samples_seen == total or (saves and not self.engine.guard.in_a_row)
@@ -264,21 +267,23 @@ class Training:
         """One optimizer update, and the ranks' agreement on its loss and on leaving."""
         self.engine.set_learning_rate(learning_rate_at(self.samples_seen, self.train))
         parts = torch.arange(len(batch.latents), device=batch.latents.device).split(self.micro_batch)
-        losses = []
+        losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         for rows in parts:
             micro = batch.rows(rows)
-            example = path_sample(micro.latents, micro.noise, self._times(micro.uniform), self.config.flow.sigma_min)
-            predicted = self.engine(example.state, example.time, micro.condition, micro.kept_tokens)
-            loss = velocity_loss(predicted, example.velocity, self.config.flow.direction_weight).mean()
+            loss, terms = self.training_loss(self.engine, micro, self._times(micro.uniform))
             self.engine.backward_and_step(loss)
-            losses.append(loss.detach())
+            losses["loss"].append(loss.detach())
+            for name, value in terms.items():
+                losses[f"loss_{name}"].append(value)
         self.samples_seen += self.train.global_batch
         self.engine.averages["ema"].update(decay_after(self.step, self.train.ema_decay))
         for width in self.train.ema_sigma_rel:
             self.engine.averages[_profile(width)].update(power_decay_after(self.step, width))
-        mean = torch.stack(losses).mean()
-        loss, num_requests = self.engine.sum_over_ranks(torch.stack([mean, torch.full_like(mean, leave.came)])).tolist()
-        self.loss, self.stop_requested = loss / self.world.size, num_requests > 0
+        means = [torch.stack(values).mean() for values in losses.values()]
+        stop = torch.full_like(means[0], leave.came)
+        *sums, num_requests = self.engine.sum_over_ranks(torch.stack([*means, stop])).tolist()
+        self.losses = {name: total / self.world.size for name, total in zip(losses, sums, strict=True)}
+        self.stop_requested = num_requests > 0
 
     def _times(self, uniform: torch.Tensor) -> torch.Tensor:
         return shifted_time(TIME_SAMPLERS[self.config.flow.time](uniform), self.config.flow.time_shift)

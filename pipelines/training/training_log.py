@@ -35,7 +35,7 @@ class Log:
         self.quiet = not engine.world.is_main
         self.matmul_rate = matmul_rate(engine.device, engine.dtype)  # on all ranks at once, as they train
         self.at, self.seen, self.waited = time.perf_counter(), samples_seen, 0.0
-        self.losses: list[float] = []
+        self.losses: list[dict[str, float]] = []  # of every step since the last line
         if self.quiet:
             return
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
@@ -52,7 +52,7 @@ class Log:
             stream: tells how long training has waited for data, and what its cache did.
             found: what was measured on the EMA, by name.
         """
-        now, finite = time.perf_counter(), [loss for loss in self.losses if math.isfinite(loss)]
+        now, losses = time.perf_counter(), _means_of_finite(self.losses)
         elapsed, waited = now - self.at, stream.wait_seconds - self.waited
         rate = (samples_seen - self.seen) / elapsed
         self.at, self.seen, self.waited, self.losses = now, samples_seen, stream.wait_seconds, []
@@ -61,7 +61,7 @@ class Log:
         line: dict[str, Any] = {
             "samples_seen": samples_seen,
             "step": step,
-            "loss": sum(finite) / len(finite) if finite else None,
+            **losses,
             "gradient_norm": norm if math.isfinite(norm) else None,
             "skipped_steps": guard.skipped,
             "samples_per_second": rate,
@@ -79,7 +79,7 @@ class Log:
         self.engine.write_monitors(numbers, samples_seen)
         shown = {
             "step": f"{step:,}",
-            "loss": "none finite" if line["loss"] is None else f"{line['loss']:.4f}",
+            "loss": "none finite" if losses["loss"] is None else f"{losses['loss']:.4f}",
             "gradient_norm": f"{norm:.2f}",
             "data_wait": f"{line['data_wait']:.1%}",
             "MFU": f"{line['model_flop_utilisation']:.0%}",
@@ -111,6 +111,15 @@ class Log:
         """Nothing more is written."""
         if not self.quiet:
             self.file.close()
+
+
+def _means_of_finite(losses: list[dict[str, float]]) -> dict[str, float | None]:
+    """Return the mean of each loss by name over the steps at which it was finite; None if it never was."""
+    means: dict[str, float | None] = {}
+    for name in losses[0]:
+        values = [loss[name] for loss in losses if math.isfinite(loss[name])]
+        means[name] = sum(values) / len(values) if values else None
+    return means
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -19,7 +19,7 @@ from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import DataError
 from lfm.flow.guidance import NetworkVelocity
 from lfm.flow.null_condition import class_condition
-from lfm.flow.path import path_sample, velocity_loss
+from lfm.flow.path import path_sample, squared_error
 from lfm.flow.time_samplers import uniform_time
 from lfm.models.config import ModelConfig
 from lfm.training import run_folder
@@ -110,7 +110,7 @@ class Validation:
                 batch = whole.rows(rows)
                 time = uniform_time(batch.uniform)
                 example = path_sample(batch.latents, batch.noise, time, self.config.flow.sigma_min)
-                losses = velocity_loss(self.engine(example.state, example.time, batch.condition), example.velocity)
+                losses = squared_error(self.engine(example.state, example.time, batch.condition), example.velocity)
                 total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=losses.device)])
         self.engine.sum_over_ranks(total)
         return float(total[0] / total[1])

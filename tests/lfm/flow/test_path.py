@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.flow.path import direction_error, path_sample, velocity_loss
+from lfm.flow.path import direction_error, path_sample, squared_error
 from tests.support.recorded_values import recorded
 
 SMALL = settings(max_examples=30, deadline=None)
@@ -39,7 +39,7 @@ def test_the_velocity_is_the_derivative_of_the_state(start: float, length: float
 def test_path_and_loss_are_float32_whatever_comes_in(dtype: torch.dtype) -> None:
     data, noise = (tensor.to(dtype) for tensor in pair())
     sample = path_sample(data, noise, torch.rand(5).to(dtype))
-    loss = velocity_loss(data, noise)
+    loss = squared_error(data, noise)
     assert {sample.state.dtype, sample.time.dtype, sample.velocity.dtype, loss.dtype} == {torch.float32}
     assert loss.shape == (5,)
 
@@ -54,8 +54,8 @@ def test_the_path_is_float32_under_autocast() -> None:
 
 def test_a_row_of_the_loss_depends_on_its_row_alone() -> None:
     predicted, target = pair()
-    whole = velocity_loss(predicted, target)
-    torch.testing.assert_close(whole[2:3], velocity_loss(predicted[2:3], target[2:3]))
+    whole = squared_error(predicted, target)
+    torch.testing.assert_close(whole[2:3], squared_error(predicted[2:3], target[2:3]))
     torch.testing.assert_close(whole.mean(), torch.nn.functional.mse_loss(predicted, target))
 
 
@@ -67,14 +67,11 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
         path_sample(data, noise[:1], torch.rand(5))
 
 
-def test_the_direction_adds_one_minus_the_cosine_of_each_place() -> None:
+def test_the_direction_error_is_one_minus_the_cosine_of_each_place() -> None:
     predicted, target = pair()
     angle = torch.nn.functional.cosine_similarity(predicted, target, dim=1)
-    expected = velocity_loss(predicted, target) + 0.5 * (1 - angle).flatten(1).mean(1)
-    torch.testing.assert_close(velocity_loss(predicted, target, 0.5), expected)
     torch.testing.assert_close(direction_error(predicted, target), (1 - angle).flatten(1).mean(1))
-    assert torch.equal(velocity_loss(predicted, target, 0.0), velocity_loss(predicted, target))
-    torch.testing.assert_close(velocity_loss(2 * target, target, 7.0), velocity_loss(2 * target, target))
+    torch.testing.assert_close(direction_error(2 * target, target), torch.zeros(5))
 
 
 def test_the_gradient_of_the_direction_is_bounded_at_a_velocity_of_zero() -> None:
@@ -82,10 +79,10 @@ def test_the_gradient_of_the_direction_is_bounded_at_a_velocity_of_zero() -> Non
     predicted = torch.zeros(5, 4, 3, 3, requires_grad=True)
     _, target = pair()
     norms = []
-    for weight in (0.0, 1.0):
-        (gradient,) = torch.autograd.grad(velocity_loss(predicted, target, weight).sum(), predicted)
+    for error in (squared_error, direction_error):
+        (gradient,) = torch.autograd.grad(error(predicted, target).sum(), predicted)
         norms.append(gradient.norm())
-    assert norms[0] < norms[1] < 20 * norms[0]
+    assert 0 < norms[1] < 20 * norms[0]
 
 
 def test_state_target_and_loss_are_those_of_the_paper() -> None:
@@ -93,5 +90,5 @@ def test_state_target_and_loss_are_those_of_the_paper() -> None:
     sample = path_sample(theirs["z0"], theirs["z1"], theirs["t"])
     assert torch.equal(sample.state, theirs["z_t"])
     assert torch.equal(sample.velocity, theirs["u"])
-    loss = velocity_loss(theirs["v"], sample.velocity).mean()
+    loss = squared_error(theirs["v"], sample.velocity).mean()
     torch.testing.assert_close(loss, theirs["loss"], atol=1e-6, rtol=0)

@@ -10,7 +10,7 @@ import torch
 
 from lfm.conversion.published_checkpoints import our_name
 from lfm.errors import ConfigError
-from lfm.flow.path import path_sample, velocity_loss
+from lfm.flow.path import path_sample, squared_error
 from lfm.models.dit import DiT
 from lfm.models.dit_config import DIT_SIZES, DiTConfig
 from lfm.models.embeddings import ClassEmbedding, TimeEmbedding, sincos_position_embedding
@@ -229,7 +229,7 @@ def test_the_output_is_that_of_the_paper() -> None:
 def test_loss_and_gradients_are_those_of_the_paper() -> None:
     reference, model = recorded("loss"), recorded_model()
     sample = path_sample(reference["z0"], reference["z1"], reference["t"])
-    loss = velocity_loss(model(sample.state, sample.time, Condition(reference["y"])), sample.velocity).mean()
+    loss = squared_error(model(sample.state, sample.time, Condition(reference["y"])), sample.velocity).mean()
     torch.testing.assert_close(loss, reference["loss"], atol=1e-6, rtol=0)
     loss.backward()
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,0 +1,109 @@
+"""The training loss: a weighted sum of named terms, all computed from one forward pass of the network.
+
+    loss         = mean over the samples of the sum over the terms of weight * term
+
+    velocity     mean over C, h, w of (predicted - velocity)^2
+    direction    mean over h, w of (1 - cosine over C of predicted and velocity)      FasterDiT, Yao et al. 2024
+
+To add a term, write a function of `LossInputs` and a line in `LOSS_TERMS`, and give it a weight in `training_loss` of
+`pipelines.common.factory`, from a key of the `flow:` section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfm.flow.path import SIGMA_MIN, direction_error, path_sample, squared_error
+from lfm.types import LatentBatch
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The values of one forward pass that a term may use, for B samples; float32 except for the tokens."""
+
+    data: Tensor  # (B, C, h, w), clean latents
+    noise: Tensor  # (B, C, h, w)
+    time: Tensor  # (B,) in [0, 1]
+    velocity: Tensor  # (B, C, h, w), the target
+    predicted: Tensor  # (B, C, h, w), the network's velocity
+    tokens: tuple[
+        Tensor, ...
+    ] = ()  # each (B, tokens, hidden): outputs of the blocks that the term asks for, in its order
+
+
+def velocity_term(inputs: LossInputs) -> Tensor:
+    """Return the mean squared error of the velocity of each sample, float32 (B,)."""
+    return squared_error(inputs.predicted, inputs.velocity)
+
+
+def direction_term(inputs: LossInputs) -> Tensor:
+    """Return 1 - the mean cosine between predicted and target velocity of each sample, float32 (B,) in [0, 2]."""
+    return direction_error(inputs.predicted, inputs.velocity)
+
+
+LOSS_TERMS: Mapping[str, Callable[[LossInputs], Tensor]] = MappingProxyType(
+    {
+        "velocity": velocity_term,
+        "direction": direction_term,
+    }
+)
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A term of a training loss, with its weight."""
+
+    name: str
+    """Key of `LOSS_TERMS`."""
+    weight: float = 1.0
+    """Factor of the term; a term of weight 0 is not computed."""
+    token_blocks: tuple[int, ...] = ()
+    """Numbers of the blocks whose output tokens the term needs, counted from 0."""
+
+
+class TrainingLoss:
+    """The weighted sum of loss terms over one forward pass.
+
+    Args:
+        terms: terms with different names.
+        sigma_min: standard deviation of the noise at time 0 of the probability path.
+    """
+
+    def __init__(self, terms: Sequence[LossTerm], sigma_min: float = SIGMA_MIN) -> None:
+        self.terms = tuple(term for term in terms if term.weight)
+        self.sigma_min = sigma_min
+        self.token_blocks = tuple(sorted({block for term in self.terms for block in term.token_blocks}))
+
+    def __call__(
+        self, network: Callable[..., Any], batch: LatentBatch, time: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a batch at times (B,).
+
+        Args:
+            network: called as a `lfm.models.network.VelocityNetwork`; returns tokens only if a term asks for them.
+            batch: clean latents with their noise and conditions.
+            time: float32 (B,) in [0, 1].
+
+        Returns:
+            The loss, a float32 scalar with gradients; and the mean of each term over the batch by its name, without its
+            weight and without gradients.
+        """
+        example = path_sample(batch.latents, batch.noise, time, self.sigma_min)
+        arguments = (example.state, example.time, batch.condition, batch.kept_tokens)
+        predicted, tokens = network(*arguments, self.token_blocks) if self.token_blocks else (network(*arguments), ())
+        tokens_of = dict(zip(self.token_blocks, tokens, strict=True))
+        inputs = LossInputs(batch.latents, batch.noise, example.time, example.velocity, predicted)
+        losses, means = torch.zeros_like(example.time), {}
+        for term in self.terms:
+            errors = LOSS_TERMS[term.name](
+                replace(inputs, tokens=tuple(tokens_of[block] for block in term.token_blocks))
+            )
+            losses = losses + term.weight * errors  # (B,)
+            means[term.name] = errors.detach().mean()
+        return losses.mean(), means
