@@ -43,7 +43,7 @@ class ReferenceSet:
         if header.network_hash not in (None, network.content_hash) or header.network_name != network.name:
             raise ConfigError(
                 f"{path}: was computed with the network {header.network_name} ({str(header.network_hash)[:12]}), not "
-                f"with {network.name} ({network.content_hash[:12]}); name the former with --network"
+                f"with {network.name} ({network.content_hash[:12]}); restore the former, or name its location with `network`"
             )
         return ReferenceSet(path, reference, network)
 

@@ -1,4 +1,4 @@
-"""What is evaluated: a source of images in blocks, each of which any process can make by itself."""
+"""Candidates: sets of images to evaluate, in blocks that any process can produce independently."""
 
 from __future__ import annotations
 
@@ -17,62 +17,66 @@ from lfm.errors import ConfigError, DataError
 from lfm.flow.guidance import Guidance
 from lfm.inference import trained_model
 from lfm.inference.condition_inputs import Conditions, encode_conditions
+from lfm.inference.trained_model import TrainedModel
 from lfm.solvers import Solving
 from lfm.types import RawSample
-from lfm.world import World
-from pipelines.common import factory
-from pipelines.evaluation import feature_files
+from pipelines.evaluation.evaluation_options import EvaluateConfig
+from pipelines.evaluation.feature_files import batched, stack_images
+
+DEFAULT_NUM = 50_000
 
 
 @dataclass(frozen=True)
-class GeneratedBatch:
-    """Some images of a target."""
+class CandidateBatch:
+    """Some images of a candidate; None for what the candidate does not provide."""
 
     images: Tensor  # uint8 (B, 3, H, W)
-    real: Tensor | None = None  # uint8 (B, 3, H, W): what each stands for
-    segmentation: Tensor | None = None  # int64 (B, H, W): what each was to show
+    real: Tensor | None = None  # uint8 (B, 3, H, W): the ground truth of each image
+    segmentation: Tensor | None = None  # int64 (B, H, W): the segmentation map of the ground truth
     nfe: Tensor | None = None  # int64 (B,)
-    seconds: float = 0.0
+    seconds: float = 0.0  # time to generate the batch
 
 
-class Target(Protocol):
-    """Images to be judged."""
+class Candidate(Protocol):
+    """A set of images to evaluate."""
 
     name: str
     image_size: int
-    rule: str | None
-    counts: tuple[int, ...]  # images in each block
-    offers: tuple[str, ...]  # pairs, maps, nfe: what `make` gives beside the images
-    settings: dict[str, Any]  # for the report: all that decides the images
-    identity: Any  # as JSON: equal where the images are
+    crop: str | None  # resize and crop rule of the images; None where it is unknown
+    counts: tuple[int, ...]  # number of images in each block
+    provides: tuple[str, ...]  # what each batch has besides images: pairs, segmentations, nfe
+    settings: dict[str, Any]  # for the report: everything that determines the images
+    identity: Any  # JSON value; equal identities mean equal images
 
-    def make(self, block: int) -> Iterator[GeneratedBatch]:
-        """The images of a block, batch by batch."""
+    def batches(self, block: int) -> Iterator[CandidateBatch]:
+        """Yield the images of a block."""
 
 
 class StoredImages:
-    """Those of a folder or of raw shards."""
+    """The images of a folder or of raw shards."""
 
     def __init__(self, images: ImageSet, batch_size: int) -> None:
         self.images, self.batch_size = images, batch_size
-        self.name, self.image_size, self.rule = images.name, images.image_size, images.rule
+        self.name, self.image_size, self.crop = images.name, images.image_size, images.rule
         self.counts = images.blocks
-        self.offers: tuple[str, ...] = ()
+        self.provides: tuple[str, ...] = ()
         self.identity: Any = images.digest
-        self.settings: dict[str, Any] = {"pictures": images.name, "data_digest": images.digest}
-        self.settings |= {"stored": images.stored}
+        self.settings: dict[str, Any] = {
+            "pictures": images.name,
+            "data_digest": images.digest,
+            "stored": images.stored,
+        }
 
-    def make(self, block: int) -> Iterator[GeneratedBatch]:
-        """As they are."""
-        for samples in feature_files.batched(self.images.read(block), self.batch_size):
-            yield GeneratedBatch(feature_files.as_batch(samples))
+    def batches(self, block: int) -> Iterator[CandidateBatch]:
+        for samples in batched(self.images.read(block), self.batch_size):
+            yield CandidateBatch(stack_images(samples))
 
 
 class PairedImages(StoredImages):
-    """Those of a folder, each beside the real image of the same key, in the order of the real ones.
+    """The images of a folder, each with the ground-truth image of the same key, in the order of the ground truth.
 
     Raises:
-        DataError: there are not as many, or keys without an image.
+        DataError: If sizes or numbers of images differ; while reading, if a key has no image.
     """
 
     def __init__(self, images: FolderImages, real: ImageSet, batch_size: int) -> None:
@@ -80,123 +84,160 @@ class PairedImages(StoredImages):
         if real.image_size != images.image_size:
             raise DataError(f"{real.name}: images of size {real.image_size}, {images.name} has {images.image_size}")
         self.folder, self.real, self.counts = images, real, real.blocks
-        self.offers = ("pairs", "maps") if "segmentation" in real.fields else ("pairs",)
+        self.provides = ("pairs", "segmentations") if "segmentation" in real.fields else ("pairs",)
         if len(images.by_key) != sum(real.blocks):
             raise DataError(
-                f"{images.name}: {len(images.by_key):,} images, {real.name} has {sum(real.blocks):,}; every one "
-                "needs its pair, and no other file may lie there"
+                f"{images.name}: {len(images.by_key):,} images, {real.name} has {sum(real.blocks):,}; the folder must "
+                "hold exactly one image for each of them"
             )
         self.identity = [images.digest, real.digest]
         self.settings |= {"pairs": real.name, "pairs_digest": real.digest}
 
-    def make(self, block: int) -> Iterator[GeneratedBatch]:
-        for samples in feature_files.batched(self.real.read(block), self.batch_size):
+    def batches(self, block: int) -> Iterator[CandidateBatch]:
+        for samples in batched(self.real.read(block), self.batch_size):
             missing = [sample.key for sample in samples if sample.key not in self.folder.by_key]
             if missing:
                 raise DataError(f"{self.name}: no image of the key {missing[0]}, which {self.real.name} has")
-            fakes = [self.folder.image(self.folder.by_key[sample.key]) for sample in samples]
-            yield GeneratedBatch(feature_files.as_batch(fakes), feature_files.as_batch(samples), _maps(samples))
+            images = [self.folder.image(self.folder.by_key[sample.key]) for sample in samples]
+            yield CandidateBatch(stack_images(images), stack_images(samples), _stack_segmentations(samples))
 
 
-class Run:
-    """Images of a run: of `num` seeds, without a condition or of all classes in turn; or of what each real one tells.
+class ModelLoader:
+    """Loads trained models and holds the last one: it is released before another one is loaded.
+
+    Candidates ask for their model whenever they generate images, so that a curve over many checkpoints needs the memory of
+    one network and one autoencoder.
+    """
+
+    def __init__(self, autoencoder: str | None, device: torch.device) -> None:
+        self.autoencoder, self.device = autoencoder, device
+        self._name: str | None = None
+        self._model: TrainedModel | None = None
+
+    def load(self, name: str) -> TrainedModel:
+        """Return the model of a run folder, checkpoint or weights file."""
+        if self._model is None or self._name != name:
+            self._model = None
+            self._model = trained_model.load(name, autoencoder=self.autoencoder, device=self.device)
+            self._name = name
+        return self._model
+
+
+class GeneratedImages:
+    """Images generated by the model of a run.
+
+    Without ground truth, `num` seeds from `first_seed` on, unconditionally or with all classes in turn. With it, one image
+    for each ground-truth image, under its mask, segmentation map or class.
 
     Args:
-        name: a run folder, checkpoint or weights file.
-        num: how many, without `real`.
-        first_seed: the seeds count on from it.
-        real: images with the masks or maps that the model takes.
+        name: Run folder, checkpoint or weights file.
+        guidance_scale: Scale of classifier-free guidance.
+        config: Options of the evaluation.
+        real: Ground truth with the masks or segmentation maps that the model takes.
+        models: Loads the model, once to check these arguments and then for each batch.
 
     Raises:
-        ConfigError, CheckpointError, DataError: it cannot be done so; nothing has been made.
+        ConfigError, CheckpointError, DataError: If the model cannot be loaded, or cannot be sampled this way.
     """
 
     def __init__(
-        self,
-        name: str,
-        num: int,
-        first_seed: int,
-        solving: Solving,
-        guidance_scale: float,
-        real: ImageSet | None,
-        autoencoder: str | None,
-        batch_size: int,
-        world: World,
+        self, name: str, guidance_scale: float, config: EvaluateConfig, real: ImageSet | None, models: ModelLoader
     ) -> None:
-        self.model = trained_model.load(name, autoencoder=autoencoder, device=factory.device(world))
-        header = self.model.header
-        self.name, self.image_size, self.rule, self.real = name, header.image_size, header.crop, real
-        self.solving, self.guidance = solving, Guidance(guidance_scale)
-        self.offers: tuple[str, ...] = ("nfe",)
-        self.first_seed, self.batch_size = first_seed, batch_size
+        model = models.load(name)
+        header = model.header
+        self.models, self.name, self.image_size, self.crop = models, name, header.image_size, header.crop
+        self.real, self.batch_size, self.first_seed = real, config.batch_size, config.first_seed or 0
+        self.solving = Solving(config.solver or "heun", config.num_steps, atol=config.atol, rtol=config.rtol)
+        self.guidance = Guidance(guidance_scale)
+        self.provides: tuple[str, ...] = ("nfe",)
         if real is None:
-            self.conditions = encode_conditions(header, self.model.autoencoder)
-            self.model.velocity(
-                self.conditions.condition([0]).to(self.model.device), 1, self.guidance
-            )  # refused here or never
-            self.counts = blocks_of(num)
+            self.conditions = encode_conditions(header, model.autoencoder)
+            model.velocity(self.conditions.condition([0]).to(model.device), 1, self.guidance)  # checks the guidance
+            self.counts = blocks_of(config.num or DEFAULT_NUM)
         else:
-            self.needs = ["mask"] * bool(header.model.condition_channels) + ["segmentation"] * bool(
-                header.model.num_labels
-            )
-            if not self.needs or not {*self.needs} <= {*real.fields} or real.image_size != header.image_size:
-                wanted = " and ".join(self.needs) or "neither masks nor maps"
-                raise ConfigError(
-                    f"--pairs {real.name}: {name} takes {wanted}, of {header.image_size} pixels; name raw shards of such"
-                )
-            self.counts, self.offers = real.blocks, ("nfe", "pairs", *["maps"] * ("segmentation" in real.fields))
+            self.fields = _condition_fields(model, real)
+            self.counts = real.blocks
+            self.provides += ("pairs", "segmentations") if "segmentation" in real.fields else ("pairs",)
         self.settings: dict[str, Any] = {
             "run": name,
             "samples_seen": header.samples_seen,
-            "weights_hash": content_hash(self.model.network, 1.0, 0.0),
+            "weights_hash": content_hash(model.network, 1.0, 0.0),
             "latents_digest": header.manifest_digest,
-            "rule": self.rule,
+            "rule": self.crop,
             "autoencoder": header.autoencoder.model_dump(),
             "trained_by": header.code_version,
-            "first_seed": first_seed,
+            "first_seed": self.first_seed,
             "guidance_scale": guidance_scale,
-            "solving": str(solving),
+            "solving": str(self.solving),
             "pairs": real and real.name,
             "pairs_digest": real and real.digest,
         }
         names = ("weights_hash", "first_seed", "guidance_scale", "solving", "pairs_digest")
-        self.identity: Any = [self.settings[key] for key in names] + [asdict(solving), header.autoencoder.content_hash]
+        self.identity: Any = [self.settings[key] for key in names]
+        self.identity += [asdict(self.solving), header.autoencoder.content_hash]
 
-    def make(self, block: int) -> Iterator[GeneratedBatch]:
-        start = sum(self.counts[:block])
+    def batches(self, block: int) -> Iterator[CandidateBatch]:
+        model, first = self.models.load(self.name), sum(self.counts[:block])
         if self.real is None:
-            for numbers in feature_files.batched(range(start, start + self.counts[block]), self.batch_size):
-                yield self._made(numbers, self.conditions, numbers)
+            for numbers in batched(range(first, first + self.counts[block]), self.batch_size):
+                yield self._generate(model, numbers, self.conditions, numbers)
             return
-        for samples in feature_files.batched(self.real.read(block), self.batch_size):
+        for samples in batched(self.real.read(block), self.batch_size):
             rows = range(len(samples))
-            made = self._made([start + row for row in rows], self._conditions(samples), rows)
-            yield replace(made, real=feature_files.as_batch(samples), segmentation=_maps(samples))
-            start += len(samples)
+            numbers = [first + row for row in rows]
+            batch = self._generate(model, numbers, self._conditions(model, samples), rows)
+            yield replace(batch, real=stack_images(samples), segmentation=_stack_segmentations(samples))
+            first += len(samples)
 
-    def _conditions(self, samples: list[RawSample]) -> Conditions:
-        def stacked(field: str) -> np.ndarray:
+    def _conditions(self, model: TrainedModel, samples: list[RawSample]) -> Conditions:
+        def stack(field: str) -> np.ndarray:
             return np.stack([getattr(sample, field) for sample in samples])
 
-        images, masks = (stacked(field) if "mask" in self.needs else None for field in ("image", "mask"))
-        maps = stacked("segmentation") if "segmentation" in self.needs else None
-        classes = stacked("class_index").tolist() if self.model.header.model.num_classes else None
-        keys = [sample.key for sample in samples]
-        return encode_conditions(self.model.header, self.model.autoencoder, classes, images, masks, maps, keys)
+        has_masks = "mask" in self.fields
+        return encode_conditions(
+            model.header,
+            model.autoencoder,
+            class_index=stack("class_index").tolist() if model.header.model.num_classes else None,
+            images=stack("image") if has_masks else None,
+            masks=stack("mask") if has_masks else None,
+            segmentations=stack("segmentation") if "segmentation" in self.fields else None,
+            names=[sample.key for sample in samples],
+        )
 
-    def _made(self, numbers: Sequence[int], conditions: Conditions, rows: Sequence[int]) -> GeneratedBatch:
-        """The images of some numbers, each under its row of the conditions."""
-        began = time.perf_counter()
+    def _generate(
+        self, model: TrainedModel, numbers: Sequence[int], conditions: Conditions, rows: Sequence[int]
+    ) -> CandidateBatch:
+        """Generate the images of some numbers, counted from the first seed, each under its row of `conditions`."""
+        start = time.perf_counter()
         seeds = [self.first_seed + number for number in numbers]
-        result = self.model.solve(seeds, conditions.condition(rows), self.solving, self.guidance)
-        images = self.model.decode(result.latents)
+        result = model.solve(seeds, conditions.condition(rows), self.solving, self.guidance)
+        images = model.decode(result.latents)
         if conditions.masks is not None:
             images = conditions.composite(rows, images)
-        batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return GeneratedBatch(batch, nfe=result.nfe, seconds=time.perf_counter() - began)
+        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return CandidateBatch(tensor, nfe=result.nfe, seconds=time.perf_counter() - start)
 
 
-def _maps(samples: list[RawSample]) -> Tensor | None:
-    """int64 (B, H, W), where every sample has one."""
+def _condition_fields(model: TrainedModel, real: ImageSet) -> list[str]:
+    """Return the fields of `real` that the model takes as conditions.
+
+    Raises:
+        ConfigError: If the model takes none, or `real` lacks them, or the image sizes differ.
+    """
+    config = model.header.model
+    fields = ["mask"] if config.condition_channels else []
+    fields += ["segmentation"] if config.num_labels else []
+    if not fields:
+        raise ConfigError(f"`pairs` {real.name}: {model.name} takes neither masks nor segmentation maps")
+    if not set(fields) <= set(real.fields) or real.image_size != model.header.image_size:
+        raise ConfigError(
+            f"`pairs` {real.name}: {model.name} takes {' and '.join(fields)} of {model.header.image_size} pixels; name "
+            "raw shards that hold them"
+        )
+    return fields
+
+
+def _stack_segmentations(samples: list[RawSample]) -> Tensor | None:
+    """Return the segmentation maps of samples, int64 (B, H, W); None if a sample has none."""
     maps = [sample.segmentation for sample in samples if sample.segmentation is not None]
     return torch.from_numpy(np.stack(maps).astype(np.int64)) if len(maps) == len(samples) else None

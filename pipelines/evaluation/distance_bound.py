@@ -1,4 +1,7 @@
-"""`lfm evaluate RUN --bound RAW`: the paper's bound on the distance of what a run generates to held-back images."""
+"""`lfm evaluate RUN --bound RAW`: the paper's bound on the distance between generated and held-out images.
+
+All computations are in float32: the Jacobians come from difference quotients, which bfloat16 cannot resolve.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,30 @@ import torch
 from torch import Tensor
 
 from lfm import storage
-from lfm.autoencoder import Autoencoder, to_unit_range
-from lfm.data.image_sets import open_images
+from lfm.autoencoder import to_unit_range
+from lfm.data.image_sets import ImageSet, open_images
 from lfm.data.random_draws import draw, draw_noise
 from lfm.errors import ConfigError
 from lfm.flow.null_condition import class_condition
 from lfm.flow.path import SIGMA_MIN, path_sample
 from lfm.inference import trained_model
+from lfm.inference.trained_model import TrainedModel
 from lfm.metrics.bound import Bound, Estimate, estimate, steepness
 from lfm.types import Condition, RawSample
-from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.progress import Progress
 from pipelines.common.provenance import code_version
-from pipelines.evaluation import feature_files
 from pipelines.evaluation.evaluation_options import BoundConfig
+from pipelines.evaluation.feature_files import Block, batched, stack_images
 
 REPORT = "bound.json"
-PARTS = 10  # of [0, 1], in each of which the velocity is looked at
+NUM_PARTS = 10  # equal parts of [0, 1], for each of which error and Lipschitz constant of the velocity are estimated
 
 
 @dataclass(frozen=True)
 class BoundResult:
-    """The terms; None after a dry run."""
+    """The bound and a table of its terms; None and empty after a dry run."""
 
     plan: str
     bound: Bound | None
@@ -42,40 +45,25 @@ class BoundResult:
 
 
 def run(config: BoundConfig, world: World) -> BoundResult:
-    """Estimate the terms on the first `num` images, and write them into bound.json.
+    """Estimate the terms on the first `num` images, and write bound.json.
 
     Raises:
-        ConfigError: the images are of another size or without the classes that the model takes.
+        ConfigError: If there are too few images, or they have another size or lack the classes that the model takes.
     """
-    found = trained_model.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
-    model, header, autoencoder = found.network, found.header, found.autoencoder
+    model = trained_model.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
+    header = model.header
     real = open_images(config.raw, factory.cache(config.cache))
     if real.image_size != header.image_size:
         raise ConfigError(
-            f"--bound {config.raw}: images of {real.image_size} pixels, {config.run} has {header.image_size}"
+            f"{config.raw}: its images have {real.image_size} pixels, those of {config.run} {header.image_size}"
         )
     num = min(config.num, sum(real.blocks))
-    if num < 2 * PARTS:
-        raise ConfigError(f"--bound {config.raw}: {num} images; {2 * PARTS} are the least")
+    if num < 2 * NUM_PARTS:
+        raise ConfigError(f"{config.raw}: {num} images; the bound needs at least {2 * NUM_PARTS}")
     plan = f"{num:,} images of {config.raw}, Jacobians at {min(config.num_steep, num)} -> {config.out}/{REPORT}"
     if config.dry_run:
         return BoundResult(plan, None, "")
-    measured: dict[str, list[Tensor]] = {}
-    samples = islice(chain.from_iterable(map(real.read, range(len(real.blocks)))), num)
-    terms = Terms(model, header, autoencoder, config.seed)
-    with Progress("bound", num, "images") as bar:
-        for number, batch in enumerate(feature_files.batched(samples, config.batch_size)):
-            start = number * config.batch_size
-            for name, values in terms.of(batch, start, max(0, config.num_steep - start)).items():
-                measured.setdefault(name, []).append(values.cpu())
-            bar.advance(len(batch))
-    joined = {name: torch.cat(values) for name, values in measured.items()}
-    bound = estimate(
-        joined["reconstruction"],
-        joined["decoder"],
-        [joined[f"error {part}"] for part in range(PARTS)],
-        [joined[f"velocity {part}"] for part in range(PARTS)],
-    )
+    bound = _estimate(config, model, real, num)
     report = {
         "settings": asdict(config) | {"num": num, "samples_seen": header.samples_seen, "data_digest": real.digest},
         "autoencoder": header.autoencoder.model_dump(),
@@ -88,71 +76,97 @@ def run(config: BoundConfig, world: World) -> BoundResult:
     return BoundResult(plan, bound, table(bound, 3 * header.image_size**2))
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What the bound takes from images, a batch at a time."""
+def _estimate(config: BoundConfig, model: TrainedModel, real: ImageSet, num: int) -> Bound:
+    batches: dict[str, list[Tensor]] = {}
+    samples = islice(chain.from_iterable(map(real.read, range(len(real.blocks)))), num)
+    with Progress("bound", num, "images") as progress:
+        for number, batch in enumerate(batched(samples, config.batch_size)):
+            first = number * config.batch_size
+            terms = _measure(model, batch, config.seed, first, num_steep=max(0, config.num_steep - first))
+            for name, values in terms.items():
+                batches.setdefault(name, []).append(values.cpu())
+            progress.advance(len(batch))
+    columns = {name: torch.cat(values) for name, values in batches.items()}
+    return estimate(
+        columns["reconstruction"],
+        columns["decoder"],
+        [columns[f"error {part}"] for part in range(NUM_PARTS)],
+        [columns[f"velocity {part}"] for part in range(NUM_PARTS)],
+    )
 
-    model: torch.nn.Module
-    header: WeightsHeader
-    autoencoder: Autoencoder
-    seed: int
 
-    def of(self, batch: list[RawSample], start: int, num_steep: int) -> feature_files.Block:
-        """Squared errors of every image (B,), and Jacobians at the first `num_steep`; `start` numbers the first."""
-        shape = (self.header.model.latent_channels, *[self.header.model.latent_size] * 2)
-        images = feature_files.as_batch(batch).to(self.autoencoder.device)
-        numbers = torch.arange(start, start + len(batch), device=images.device)
-        uniform, (drawn, noise) = draw(self.seed, numbers).uniform, draw_noise(self.seed, numbers, shape)
-        posterior = self.autoencoder.encode(images)
-        latents = (posterior.mean + posterior.std * drawn - self.autoencoder.shift) * self.autoencoder.scale_factor
-        condition, few = self._condition(batch).to(images.device), torch.arange(min(num_steep, len(batch)))
+def _measure(model: TrainedModel, batch: list[RawSample], seed: int, first: int, num_steep: int) -> Block:
+    """Return the terms of a batch.
+
+    Args:
+        model: The trained model.
+        batch: Images.
+        seed: Seed of time and noise.
+        first: Number of the first image, counted over all batches.
+        num_steep: Number of images at which Jacobians are evaluated.
+
+    Returns:
+        `reconstruction` and `error PART`: squared errors of every image (B,). `decoder` and `velocity PART`: largest
+        singular values of Jacobians at the first `num_steep` images.
+    """
+    header, autoencoder = model.header, model.autoencoder
+    images = stack_images(batch).to(autoencoder.device)
+    numbers = torch.arange(first, first + len(batch), device=images.device)
+    uniform, (posterior_noise, noise) = draw(seed, numbers).uniform, draw_noise(seed, numbers, model.latent_shape)
+    posterior = autoencoder.encode(images)
+    latents = (posterior.mean + posterior.std * posterior_noise - autoencoder.shift) * autoencoder.scale_factor
+    condition = _class_condition(batch, header.model.num_classes).to(images.device)
+    steep = torch.arange(min(num_steep, len(batch)))
+    with torch.no_grad():
+        terms = {"reconstruction": _squared_norm(autoencoder.pixels(latents) - to_unit_range(images))}
+    if len(steep):
+        terms["decoder"] = steepness(autoencoder.pixels, latents[steep])
+    sigma_min = header.config.get("flow", {}).get("sigma_min", SIGMA_MIN)
+    for part in range(NUM_PARTS):
+        example = path_sample(latents, noise, (part + uniform) / NUM_PARTS, sigma_min)
         with torch.no_grad():
-            found = {"reconstruction": _squares(self.autoencoder.pixels(latents) - to_unit_range(images))}
-        if len(few):
-            found["decoder"] = steepness(self.autoencoder.pixels, latents[few])
-        sigma_min = self.header.config.get("flow", {}).get("sigma_min", SIGMA_MIN)
-        for part in range(PARTS):
-            example = path_sample(latents, noise, (part + uniform) / PARTS, sigma_min)
-            with torch.no_grad():
-                predicted = self.model(example.state, example.time, condition)
-            found[f"error {part}"] = _squares(predicted - example.velocity)
-            if len(few):
-                told, time = condition.rows(few), example.time[few]
-                field = functools.partial(self._velocity, time=time, condition=told)
-                found[f"velocity {part}"] = steepness(field, example.state[few])
-        return found
-
-    def _velocity(self, state: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        return self.model(state, time, condition)
-
-    def _condition(self, batch: list[RawSample]) -> Condition:
-        if self.header.model.num_classes is None:
-            return Condition()
-        classes = [sample.class_index for sample in batch if sample.class_index is not None]
-        if len(classes) < len(batch):
-            raise ConfigError("--bound: the model takes classes, the images have none; shard them from class folders")
-        return class_condition(classes, self.header.model.num_classes)
+            predicted = model.network(example.state, example.time, condition)
+        terms[f"error {part}"] = _squared_norm(predicted - example.velocity)
+        if len(steep):
+            velocity = functools.partial(
+                _velocity, model.network, time=example.time[steep], condition=condition.rows(steep)
+            )
+            terms[f"velocity {part}"] = steepness(velocity, example.state[steep])
+    return terms
 
 
-def table(bound: Bound, values: int) -> str:
-    """The terms for people; `values` are the pixels times colours of an image."""
+def _velocity(network: torch.nn.Module, state: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    return network(state, time, condition)
 
-    def line(name: str, found: Estimate) -> str:
-        return f"{name}: {found.value:.4g} +- {found.standard_error:.2g} ({found.kind})"
+
+def _class_condition(batch: list[RawSample], num_classes: int | None) -> Condition:
+    if num_classes is None:
+        return Condition()
+    classes = [sample.class_index for sample in batch if sample.class_index is not None]
+    if len(classes) < len(batch):
+        raise ConfigError("the model takes classes, the images have none; shard them from class folders")
+    return class_condition(classes, num_classes)
+
+
+def table(bound: Bound, num_values: int) -> str:
+    """Return a table of the terms; an image has `num_values` values (pixels times channels)."""
+
+    def line(name: str, term: Estimate) -> str:
+        return f"{name}: {term.value:.4g} +- {term.standard_error:.2g} ({term.kind})"
 
     lines = [line("reconstruction, R", bound.reconstruction), line("decoder's Lipschitz constant", bound.decoder)]
     for part, (error, velocity) in enumerate(zip(bound.error, bound.velocity, strict=True)):
-        place = f"t from {part / PARTS:.1f} to {(part + 1) / PARTS:.1f}"
-        lines.append(f"{place}: {line('error', error)}, {line('Lipschitz constant', velocity)}")
+        times = f"t from {part / NUM_PARTS:.1f} to {(part + 1) / NUM_PARTS:.1f}"
+        lines.append(f"{times}: {line('error', error)}, {line('Lipschitz constant', velocity)}")
     for name, value in (("the paper's", bound.paper), ("by time", bound.by_time)):
-        lines.append(f"bound, {name}: {value:.4g} ({value / math.sqrt(values):.3g} a value, whose range is 2)")
+        lines.append(f"bound, {name}: {value:.4g} ({value / math.sqrt(num_values):.3g} per value, whose range is 2)")
     return "\n".join(lines)
 
 
-def _squares(values: Tensor) -> Tensor:
+def _squared_norm(values: Tensor) -> Tensor:
     return values.float().square().flatten(1).sum(1)
 
 
 def _finite(value: float) -> float | None:
-    """None where it is infinite, which JSON cannot say."""
+    """Return None for infinity, which JSON cannot represent."""
     return value if math.isfinite(value) else None

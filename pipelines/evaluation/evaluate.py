@@ -1,14 +1,14 @@
-"""`lfm evaluate`: generated images against a reference, in numbers that another laboratory gets too.
+"""`lfm evaluate`: compare generated images with a reference, with reproducible metrics.
 
-The images of a folder or of raw shards, or of runs, which are generated in memory: exactly as many as asked for, seed by
-seed, whatever the number of ranks. Everything that decides a number is in the report beside it.
+The images come from a folder, from raw shards, or from runs that generate them in memory: exactly as many as requested,
+seed by seed, whatever the number of ranks. The report records everything that determines a number.
 """
 
 from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -17,29 +17,27 @@ import torch
 from lfm import storage
 from lfm.data.image_sets import FolderImages, open_images, pick
 from lfm.errors import ConfigError, LfmError
-from lfm.metrics import features as networks
-from lfm.metrics.features import FeatureNetwork
+from lfm.metrics import features
 from lfm.metrics.precision_recall import nearest
-from lfm.metrics.reference import Reference
-from lfm.solvers import Solving
 from lfm.weights_file import WEIGHTS
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.evaluation import metric_table, report
-from pipelines.evaluation.candidates import PairedImages, Run, StoredImages, Target
+from pipelines.evaluation.candidates import Candidate, GeneratedImages, ModelLoader, PairedImages, StoredImages
 from pipelines.evaluation.evaluation_options import EvaluateConfig
-from pipelines.evaluation.metric_table import EvaluationInputs
-from pipelines.evaluation.per_image_pass import SHOWN, Scorer
+from pipelines.evaluation.feature_files import FeatureFiles
+from pipelines.evaluation.metric_table import EvaluationInputs, Metric
+from pipelines.evaluation.per_image_pass import NUM_SHOWN, PerImagePass
 
-DEFAULT_NUM = 50_000
-PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "diffusers")
+PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "scikit-learn", "diffusers")
+RUN_OPTIONS = ("num", "first_seed", "guidance_scale", "solver", "num_steps", "atol", "rtol", "autoencoder")
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The report; its rows are empty after a dry run, or while other ranks have blocks to finish."""
+    """The report; empty after a dry run, and while other ranks have images to measure."""
 
     plan: str
     report: dict[str, Any]
@@ -47,138 +45,147 @@ class EvaluateResult:
 
 
 def run(config: EvaluateConfig, world: World) -> EvaluateResult:
-    """Measure every target, and write report.json, report.txt and report.png into `out`.
+    """Evaluate every candidate, and write report.json, report.txt and report.png into the folder `out`.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before anything is generated, wherever it can be known before.
+        ConfigError, DataError, CheckpointError: If the inputs do not fit together; before anything is generated.
     """
-    sets = [ReferenceSet.load(path, factory.device(world), config.network) for path in config.reference]
-    found, used = [each.reference for each in sets], [each.network for each in sets]
-    for name in config.network:
-        if networks.short_name(name) not in [network.name for network in used]:
-            raise ConfigError(f"--network {name}: no reference was made by it; leave it out, or name its reference")
-    targets = _targets(config, world)
-    for target in targets:
-        for each in sets:
-            each.check_comparable(target.name, target.image_size, target.rule)
-        if sum(target.counts) < 2:
-            raise ConfigError(f"{target.name}: a single image has no distribution; two are the least")
-    modules = {"lpips": config.lpips, "segmenter": config.segmenter}
-    means = EvaluationInputs(found, used, targets[0].offers, tuple(name for name, path in modules.items() if path))
-    chosen = means.choose(config.metrics)
-    plan = "\n".join(
-        f"{target.name}: {sum(target.counts):,} images of {target.image_size} x {target.image_size} pixels against "
-        f"{', '.join(config.reference)} by {', '.join(chosen)} -> {config.out}"
-        for target in targets
-    )
+    reference_sets = _load_reference_sets(config, world)
+    candidates = _candidates(config, world)
+    for candidate in candidates:
+        for reference_set in reference_sets:
+            reference_set.check_comparable(candidate.name, candidate.image_size, candidate.crop)
+        if sum(candidate.counts) < 2:
+            raise ConfigError(f"{candidate.name}: holds a single image; metrics need at least two")
+    modules = {name: path for name, path in (("lpips", config.lpips), ("segmenter", config.segmenter)) if path}
+    inputs = EvaluationInputs(reference_sets, candidates[0].provides, tuple(modules))
+    metrics = metric_table.choose(config.metrics, inputs)
+    plan = "\n".join(_plan(candidate, config, metrics) for candidate in candidates)
     if config.dry_run:
         return EvaluateResult(plan, {}, "")
-    settings: dict[str, Any] = {
-        "targets": [target.settings for target in targets],
-        "references": [reference.header.model_dump() for reference in found],
-        "networks": [_described(network) for network in used],
-        "modules": {name: networks.file_hash(path) for name, path in modules.items() if path},
-        "metrics": chosen,
+    image_pass = PerImagePass(config.out, [reference_set.network for reference_set in reference_sets], modules)
+    settings = {
+        "targets": [candidate.settings for candidate in candidates],
+        "references": [reference_set.reference.header.model_dump() for reference_set in reference_sets],
+        "networks": [_description(reference_set) for reference_set in reference_sets],
+        "modules": image_pass.hashes,
+        "metrics": [metric.name for metric in metrics],
     }
     if world.is_main:
-        report.claim(config.out, settings, overwrite=config.overwrite)
-    scorer = Scorer(config.out, used, modules)
-    complete = [scorer.measure(target, world) for target in targets]  # all of them, also where others are not done
+        report.check_folder(config.out, settings, overwrite=config.overwrite)
+    complete = [image_pass.run(candidate, world) for candidate in candidates]
     if not all(complete):
         return EvaluateResult(plan, {}, "")
-    rows = [_row(scorer.folder(target), target, means, chosen) for target in targets]
+    files = [image_pass.files(candidate) for candidate in candidates]
+    rows = [_row(candidate, each, metrics, inputs) for candidate, each in zip(candidates, files, strict=True)]
     content = {"settings": settings, "rows": rows, "versions": _versions()}
-    first = [scorer.first(target) for target in targets]
-    shown = [block["shown"] for block in first]
-    neighbours = _neighbours(config, found[0], [block["0.pooled"][:SHOWN] for block in first])
-    return EvaluateResult(plan, content, report.write(config.out, content, shown, neighbours))
+    first_blocks = [next(each.blocks()) for each in files]
+    neighbours = _neighbours(config, reference_sets[0], [block["0.pooled"][:NUM_SHOWN] for block in first_blocks])
+    table = report.write(config.out, content, [block["shown"] for block in first_blocks], neighbours)
+    return EvaluateResult(plan, content, table)
 
 
-def _targets(config: EvaluateConfig, world: World) -> list[Target]:
-    """What the command names: runs, or images."""
-    are_runs = {
-        name: name.endswith(".safetensors") or storage.exists(storage.join(name, WEIGHTS)) for name in config.targets
-    }
-    if len({*are_runs.values()}) != 1:
-        raise ConfigError("TARGETS: are runs and folders of images; evaluate them one kind at a time")
-    if not config.targets or not are_runs[config.targets[0]]:
-        return _images(config)
+def _load_reference_sets(config: EvaluateConfig, world: World) -> list[ReferenceSet]:
+    sets = [ReferenceSet.load(path, factory.device(world), config.network) for path in config.reference]
+    for name in config.network:
+        if features.short_name(name) not in [reference_set.network.name for reference_set in sets]:
+            raise ConfigError(f"`network` {name}: no reference uses it; leave it out, or add its reference")
+    return sets
+
+
+def _candidates(config: EvaluateConfig, world: World) -> list[Candidate]:
+    """Return the candidates that `targets` names, all of them runs or all of them stored images."""
+    are_runs = [name.endswith(".safetensors") or storage.exists(storage.join(name, WEIGHTS)) for name in config.targets]
+    if not any(are_runs):
+        return _stored_candidates(config)
+    if not all(are_runs):
+        raise ConfigError("`targets`: holds both runs and folders of images; evaluate them one kind at a time")
     if config.pairs and config.num:
-        raise ConfigError(f"--num {config.num}: there is one image for each of --pairs {config.pairs}; leave it out")
+        raise ConfigError(f"`num` {config.num}: with `pairs` there is one image for each of them; leave it out")
     real = open_images(config.pairs, factory.cache(config.cache)) if config.pairs else None
-    solving = Solving(config.solver or "heun", config.num_steps, atol=config.atol, rtol=config.rtol)
-    num, first_seed = config.num or DEFAULT_NUM, config.first_seed or 0
+    models = ModelLoader(config.autoencoder, factory.device(world))
     return [
-        Run(name, num, first_seed, solving, scale, real, config.autoencoder, config.batch_size, world)
+        GeneratedImages(name, scale, config, real, models)
         for name in config.targets
         for scale in config.guidance_scale or (1.0,)
     ]
 
 
-def _images(config: EvaluateConfig) -> list[Target]:
-    for flag in ("num", "first_seed", "guidance_scale", "solver", "num_steps", "atol", "rtol", "autoencoder"):
-        if getattr(config, flag) not in (None, ()):
-            raise ConfigError(
-                f"--{flag.replace('_', '-')}: is for runs; {config.targets[0]} holds images, leave it out"
-            )
+def _stored_candidates(config: EvaluateConfig) -> list[Candidate]:
+    for option in RUN_OPTIONS:
+        if getattr(config, option) not in (None, ()):
+            raise ConfigError(f"`{option}`: is for runs; {config.targets[0]} holds images, leave it out")
     cache = factory.cache(config.cache)
-    opened = [open_images(name, cache) for name in config.targets]
+    image_sets = [open_images(name, cache) for name in config.targets]
     if not config.pairs:
-        return [StoredImages(images, config.batch_size) for images in opened]
+        return [StoredImages(images, config.batch_size) for images in image_sets]
     real = open_images(config.pairs, cache)
-    targets: list[Target] = []
-    for images in opened:
+    candidates: list[Candidate] = []
+    for images in image_sets:
         if not isinstance(images, FolderImages):
-            raise ConfigError(f"--pairs {config.pairs}: {images.name} holds shards; name a folder of images")
-        targets.append(PairedImages(images, real, config.batch_size))
-    return targets
+            raise ConfigError(f"`pairs` {config.pairs}: {images.name} holds shards; name a folder of images instead")
+        candidates.append(PairedImages(images, real, config.batch_size))
+    return candidates
 
 
-def _described(network: FeatureNetwork) -> dict[str, str]:
+def _plan(candidate: Candidate, config: EvaluateConfig, metrics: list[Metric]) -> str:
+    return (
+        f"{candidate.name}: {sum(candidate.counts):,} images of {candidate.image_size} x {candidate.image_size} pixels "
+        f"against {', '.join(config.reference)} by {', '.join(metric.name for metric in metrics)} -> {config.out}"
+    )
+
+
+def _description(reference_set: ReferenceSet) -> dict[str, str]:
+    network = reference_set.network
     return {"name": network.name, "content_hash": network.content_hash, "description": network.description}
 
 
-def _row(folder: str, target: Target, means: EvaluationInputs, chosen: tuple[str, ...]) -> dict[str, Any]:
-    """A target's part of the report."""
-    values, warnings = metric_table.of_pixels(folder, target.counts, chosen), []
-    for number, (network, reference) in enumerate(zip(means.networks, means.references, strict=True)):
-        of_network, about = metric_table.of_network(folder, target.counts, number, means, chosen)
-        prefix = f"{network.name}: " if len(means.networks) > 1 else ""
-        values |= {prefix + name: value for name, value in of_network.items()}
-        warnings += about
-        if reference.header.stored and "jp" in reference.header.stored:
-            warnings.append(f"{reference.header.source}: its images are JPEGs, whose artefacts count as real")
-        if reference.header.count not in (None, sum(target.counts)):
-            warnings.append(f"{sum(target.counts):,} images against {reference.header.count:,} real ones")
+def _row(candidate: Candidate, files: FeatureFiles, metrics: list[Metric], inputs: EvaluationInputs) -> dict[str, Any]:
+    """Return a candidate's part of the report."""
+    values, warnings = metric_table.compute(metrics, files, inputs)
+    for reference_set in inputs.reference_sets:
+        header = reference_set.reference.header
+        if header.stored and "jp" in header.stored:
+            warnings.append(f"{header.source}: its images are JPEGs, so that JPEG artefacts count as real")
+        if header.count not in (None, files.total):
+            warnings.append(f"{files.total:,} images against {header.count:,} real ones")
     return {
-        "target": target.name,
-        "count": sum(target.counts),
-        **target.settings,
+        "target": candidate.name,
+        "count": files.total,
+        **candidate.settings,
         "metrics": values,
         "warnings": warnings,
     }
 
 
-def _neighbours(config: EvaluateConfig, reference: Reference, pooled: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The real images nearest to those shown, by the first reference's features, uint8 (n, 3, H, W) for each target.
+def _neighbours(
+    config: EvaluateConfig, reference_set: ReferenceSet, pooled: list[torch.Tensor]
+) -> list[torch.Tensor] | None:
+    """Return the real images nearest to those with the features `pooled` (n, D), uint8 (n, 3, H, W), for each candidate.
 
-    None where the reference is without features, or its images are no longer where they were.
+    None if the reference has no features, or its images are no longer at their location.
     """
+    reference = reference_set.reference
     header = reference.header
     if reference.features is None or reference.rows is None:
         return None
+    size = header.image_size if header.resized else None
     try:
-        size = header.image_size if header.resized else None
         real = open_images(header.source, factory.cache(config.cache), image_size=size, rule=header.rule)
         if real.digest != header.data_digest:
             return None
-        rows = [reference.rows[nearest(features, reference.features)].tolist() for features in pooled]
+        rows = [reference.rows[nearest(points, reference.features)].tolist() for points in pooled]
         return [torch.from_numpy(np.stack(pick(real, part))).permute(0, 3, 1, 2) for part in rows]
     except LfmError:
         return None
 
 
 def _versions() -> dict[str, str]:
-    return {"lfm": code_version(), "python": platform.python_version()} | {
-        package: version(package) for package in PACKAGES
-    }
+    """Return the versions of this package, Python, and those of `PACKAGES` that are installed."""
+    versions = {"lfm": code_version(), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,13 +1,14 @@
-"""The feature pass: images in blocks -> files of what is measured on them.
+"""Per-image results in files, one file per block of images.
 
-A block in is a file out, so every process works by itself, as in `lfm encode`: it takes its part of the blocks and leaves
-out those that are done, and whoever finds all of them there goes on. The files lie in a folder named after everything
-that decides them, so what is found there is never of something else; memory holds one block.
+Every process computes its share of the blocks and skips those whose files exist, so that an interrupted evaluation resumes.
+The process that finds all files complete continues with the metrics. The name of the folder is a digest of everything that
+determines the contents. Memory holds one block at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
@@ -26,91 +27,108 @@ from lfm.types import RawSample
 from lfm.world import World
 from pipelines.common.progress import Progress
 
-Block = dict[str, Tensor]  # one row for each image
+Block = dict[str, Tensor]  # results by name, one row for each image
 T = TypeVar("T")
 
 
-def compute(
-    folder: str, counts: tuple[int, ...], make: Callable[[int], Iterable[Block]], world: World, title: str
-) -> bool:
-    """Make this rank's part of the blocks that are not there yet; returns whether all of them are there now.
+@dataclass(frozen=True)
+class FeatureFiles:
+    """The files of one set of images.
 
-    Args:
-        counts: how many images each block holds.
-        make: a block's parts, a batch of images each.
+    Columns of the features of network number n are called `n.pooled`, `n.spatial` and `n.probabilities`.
     """
-    there = storage.sizes(folder)
-    mine = range(world.rank, len(counts), world.size)
-    before = sum(counts[block] for block in mine if _file(block) in there)
-    with Progress(title, sum(counts[b] for b in mine), "images", done=before, quiet=not world.is_main) as bar:
-        for block in mine:
-            if _file(block) in there:
-                continue
-            parts: dict[str, list[Tensor]] = {}
-            for part in make(block):
-                for name, value in part.items():
-                    parts.setdefault(name, []).append(value.cpu())
-                bar.advance(len(next(iter(part.values()))))
-            with storage.writing(storage.join(folder, _file(block)), flush=False) as temporary:
-                save_file({name: torch.cat(values).contiguous() for name, values in parts.items()}, temporary)
-    there = storage.sizes(folder)
-    return all(_file(block) in there for block in range(len(counts)))
+
+    folder: str
+    counts: tuple[int, ...]  # number of images in each block
+
+    @property
+    def total(self) -> int:
+        """Number of images in all blocks."""
+        return sum(self.counts)
+
+    def compute(self, measure: Callable[[int], Iterable[Block]], world: World, title: str) -> bool:
+        """Write this rank's share of the missing files, and return whether all files exist afterwards.
+
+        Args:
+            measure: returns the results of a block by its number, batch by batch.
+            world: the ranks that share the blocks.
+            title: title of the progress bar.
+        """
+        existing = storage.sizes(self.folder)
+        mine = range(world.rank, len(self.counts), world.size)
+        missing = [block for block in mine if _name(block) not in existing]
+        total, remaining = (sum(self.counts[block] for block in blocks) for blocks in (mine, missing))
+        with Progress(title, total, "images", done=total - remaining, quiet=not world.is_main) as progress:
+            for block in missing:
+                batches: dict[str, list[Tensor]] = {}
+                for batch in measure(block):
+                    for name, value in batch.items():
+                        batches.setdefault(name, []).append(value.cpu())
+                    progress.advance(len(next(iter(batch.values()))))
+                with storage.writing(storage.join(self.folder, _name(block)), flush=False) as temporary:
+                    save_file({name: torch.cat(values).contiguous() for name, values in batches.items()}, temporary)
+        existing = storage.sizes(self.folder)
+        return all(_name(block) in existing for block in range(len(self.counts)))
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks in order."""
+        for block in range(len(self.counts)):
+            yield load_tensors(storage.read_bytes(storage.join(self.folder, _name(block))))
+
+    def column(self, name: str) -> Tensor:
+        """Return one result of all images, (N, ...)."""
+        return torch.cat([block[name] for block in self.blocks()])
+
+    def statistics(self, network: int) -> tuple[dict[str, Gaussian], Tensor]:
+        """Return statistics of the features of one network.
+
+        Returns:
+            Gaussians `pooled` and, if the network computes spatial features, `spatial`; and the pooled features of the
+            images `subset_rows`, float32 (K, D).
+        """
+        sums: dict[str, FeatureSums] = {}
+        rows, first, subset = torch.from_numpy(subset_rows(self.total)), 0, []
+        for block in self.blocks():
+            for name in ("pooled", "spatial"):
+                if (values := block.get(f"{network}.{name}")) is not None:
+                    block_sums = FeatureSums.of(values)
+                    sums[name] = sums[name] + block_sums if name in sums else block_sums
+            pooled = block[f"{network}.pooled"]
+            subset.append(pooled[rows[(rows >= first) & (rows < first + len(pooled))] - first])
+            first += len(pooled)
+        return {name: value.gaussian() for name, value in sums.items()}, torch.cat(subset)
 
 
-def read(folder: str, counts: tuple[int, ...]) -> Iterator[Block]:
-    """The blocks in their order, one at a time."""
-    for block in range(len(counts)):
-        yield load_tensors(storage.read_bytes(storage.join(folder, _file(block))))
+def _name(block: int) -> str:
+    return f"{block:06d}.safetensors"
 
 
 def describe(networks: list[FeatureNetwork], images: Tensor) -> Block:
-    """What the networks say of images uint8 (B, 3, H, W): `0.pooled`, ... by the network's number.
+    """Return the features of images uint8 (B, 3, H, W), with the column names of `FeatureFiles`.
 
     Raises:
-        DataError: a feature is not finite.
+        DataError: If a feature is not finite.
     """
-    found = {
-        f"{number}.{name}": value
-        for number, network in enumerate(networks)
-        for name, value in vars(network(images)).items()
-        if value is not None
-    }
-    for name, value in found.items():
-        if not value.isfinite().all():
-            network = networks[int(name.partition(".")[0])]
-            raise DataError(f"network {network.name}: gives features that are not finite; are its weights damaged?")
-    return found
+    result: Block = {}
+    for number, network in enumerate(networks):
+        features = network(images)
+        values = {"pooled": features.pooled, "spatial": features.spatial, "probabilities": features.probabilities}
+        for name, value in values.items():
+            if value is None:
+                continue
+            if not value.isfinite().all():
+                raise DataError(f"network {network.name}: computes features that are not finite; check its weights")
+            result[f"{number}.{name}"] = value
+    return result
 
 
-def summarise(folder: str, counts: tuple[int, ...], number: int) -> tuple[dict[str, Gaussian], Tensor]:
-    """Of one network's features: `pooled` and `spatial` as Gaussians, and the kept rows of `pooled`, float32 (K, D)."""
-    sums: dict[str, FeatureSums] = {}
-    rows, start, kept = torch.from_numpy(subset_rows(sum(counts))), 0, torch.empty(0)
-    for block in read(folder, counts):
-        for name in ("pooled", "spatial"):
-            if (values := block.get(f"{number}.{name}")) is not None:
-                part = FeatureSums.of(values)
-                sums[name] = sums[name] + part if name in sums else part
-        pooled = block[f"{number}.pooled"]
-        if not start:
-            kept = pooled.new_empty(len(rows), pooled.shape[1])
-        here = (rows >= start) & (rows < start + len(pooled))
-        kept[here] = pooled[rows[here] - start]
-        start += len(pooled)
-    return {name: value.gaussian() for name, value in sums.items()}, kept
-
-
-def batched(things: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` things, the last one perhaps shorter."""
-    rest = iter(things)
-    while batch := list(islice(rest, size)):
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items; the last one may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
         yield batch
 
 
-def as_batch(samples: list[RawSample]) -> Tensor:
-    """The images of samples: uint8 (B, 3, H, W)."""
+def stack_images(samples: list[RawSample]) -> Tensor:
+    """Return the images of samples, uint8 (B, 3, H, W)."""
     return torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous()
-
-
-def _file(block: int) -> str:
-    return f"{block:06d}.safetensors"

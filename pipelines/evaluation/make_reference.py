@@ -1,4 +1,4 @@
-"""`lfm reference`: the statistics of the real images that generated ones are compared with, made once."""
+"""`lfm reference`: compute the statistics of real images that generated ones are compared with."""
 
 from __future__ import annotations
 
@@ -10,41 +10,44 @@ import torch
 from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.image_sets import ImageSet, open_images
-from lfm.data.transforms import CROPS
 from lfm.errors import ConfigError
-from lfm.metrics import features as networks
+from lfm.metrics import features
 from lfm.metrics import reference as references
+from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.reference import Reference, ReferenceHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.provenance import code_version
-from pipelines.evaluation import feature_files
 from pipelines.evaluation.evaluation_options import ReferenceConfig
+from pipelines.evaluation.feature_files import Block, FeatureFiles, batched, describe, stack_images
+
+MAY_DIFFER = ("source", "network", "code_version")  # header fields in which an existing reference may differ
 
 
 @dataclass(frozen=True)
 class ReferenceResult:
-    """The reference that is there now; None after a dry run, or while other ranks have blocks to finish."""
+    """The reference; None after a dry run, and while other ranks have images to measure."""
 
     plan: str
     reference: Reference | None
 
 
 def run(config: ReferenceConfig, world: World) -> ReferenceResult:
-    """Measure every image once, never a mirror of one, and write the reference.
+    """Compute the features of every image once, without mirroring, and write the reference.
 
     Raises:
-        ConfigError, DataError, StorageError: the same command continues.
+        ConfigError, DataError, StorageError: Running the same command again resumes.
     """
     if not config.out.endswith(".safetensors"):
-        raise ConfigError(f"{config.out}: a reference is one file; give it a name that ends in .safetensors")
+        raise ConfigError(f"`out` {config.out}: must be a file name that ends with .safetensors")
     if config.source.endswith(".npz"):
         return _import(config)
-    if config.crop and (config.image_size is None or config.crop not in CROPS):
-        raise ConfigError(f"--crop {config.crop}: one of {', '.join(CROPS)}, together with --image-size, for a folder")
-    rule = config.crop or "centre"
-    images = open_images(config.source, factory.cache(config.cache), image_size=config.image_size, rule=rule)
-    network = networks.load(config.network, factory.device(world))
+    if config.crop and config.image_size is None:
+        raise ConfigError(f"`crop` {config.crop}: is for the images of a folder, together with `image_size`")
+    images = open_images(
+        config.source, factory.cache(config.cache), image_size=config.image_size, rule=config.crop or "centre"
+    )
+    network = features.load(config.network, factory.device(world))
     header = _header(config, images, network)
     plan = (
         f"{header.count:,} images of {header.image_size} x {header.image_size} pixels in {config.source} "
@@ -52,27 +55,26 @@ def run(config: ReferenceConfig, world: World) -> ReferenceResult:
     )
     if config.dry_run:
         return ReferenceResult(plan, None)
-    if (there := _there(config, header)) is not None:
-        return ReferenceResult(plan, there)
+    if (existing := _existing(config, header)) is not None:
+        return ReferenceResult(plan, existing)
     recipe = [header.data_digest, header.image_size, header.rule, header.network_hash]
-    folder = f"{config.out}.blocks-{manifests.digest(recipe)[:12]}"
+    files = FeatureFiles(f"{config.out}.blocks-{manifests.digest(recipe)[:12]}", images.blocks)
 
-    def make(block: int) -> Iterator[feature_files.Block]:
-        for samples in feature_files.batched(images.read(block), config.batch_size):
-            yield feature_files.describe([network], feature_files.as_batch(samples))
+    def measure(block: int) -> Iterator[Block]:
+        for samples in batched(images.read(block), config.batch_size):
+            yield describe([network], stack_images(samples))
 
-    if not feature_files.compute(folder, images.blocks, make, world, "reference"):
+    if not files.compute(measure, world, "reference"):
         return ReferenceResult(plan, None)
-    gaussians, kept = feature_files.summarise(folder, images.blocks, 0)
-    rows = torch.from_numpy(references.subset_rows(sum(images.blocks)))
-    reference = Reference(header, gaussians, kept, rows)
+    gaussians, subset = files.statistics(0)
+    reference = Reference(header, gaussians, subset, torch.from_numpy(references.subset_rows(files.total)))
     references.save(config.out, reference)
-    if world.size == 1:  # else another rank may be reading them
-        storage.remove(folder)
+    if world.size == 1:  # otherwise another rank may still read the files
+        storage.remove(files.folder)
     return ReferenceResult(plan, reference)
 
 
-def _header(config: ReferenceConfig, images: ImageSet, network: networks.FeatureNetwork) -> ReferenceHeader:
+def _header(config: ReferenceConfig, images: ImageSet, network: FeatureNetwork) -> ReferenceHeader:
     return ReferenceHeader(
         source=config.source,
         data_digest=images.digest,
@@ -89,31 +91,31 @@ def _header(config: ReferenceConfig, images: ImageSet, network: networks.Feature
     )
 
 
-def _there(config: ReferenceConfig, header: ReferenceHeader) -> Reference | None:
-    """The reference that the command made before, if it did.
+def _existing(config: ReferenceConfig, header: ReferenceHeader) -> Reference | None:
+    """Return the reference that the same command wrote before, or None if it has to be made.
 
     Raises:
-        ConfigError: there is another one.
+        ConfigError: If `out` is the reference of other images or another network.
     """
     if config.overwrite or not storage.exists(config.out):
         return None
-    there = references.load(config.out)
-    before, now = there.header.model_dump(), header.model_dump()
-    free = ("source", "network", "code_version")
-    if changed := [key for key in now if before[key] != now[key] and key not in free]:
+    reference = references.load(config.out)
+    before, now = reference.header.model_dump(), header.model_dump()
+    if changed := [key for key in now if before[key] != now[key] and key not in MAY_DIFFER]:
         raise ConfigError(
-            f"{config.out}: is the reference of another {', '.join(changed)}; choose another file, or --overwrite"
+            f"{config.out}: is a reference with another {', '.join(changed)}; choose another `out`, or set `overwrite`"
         )
-    return there
+    return reference
 
 
 def _import(config: ReferenceConfig) -> ReferenceResult:
+    """Write a reference from published statistics of the original FID's network."""
     if config.image_size is None:
-        raise ConfigError(f"{config.source}: does not say of what size its images were; give --image-size")
-    plan = f"the statistics of {config.source}, of the original FID's network -> {config.out}"
+        raise ConfigError(f"{config.source}: does not record the size of its images; set `image_size`")
+    plan = f"the statistics of {config.source}, computed with the original FID's network -> {config.out}"
     reference = references.import_npz(config.source, config.image_size, code_version())
     if config.dry_run:
         return ReferenceResult(plan, None)
-    if _there(config, reference.header) is None:
+    if _existing(config, reference.header) is None:
         references.save(config.out, reference)
     return ReferenceResult(plan, reference)

@@ -1,119 +1,228 @@
-"""From the blocks of a feature pass and a reference to the metrics, by name."""
+"""The table of metrics: the name of each, what it requires, and how to compute it.
+
+To add a metric, write its mathematics as a module of `lfm.metrics` and add an entry to `TABLE`. An entry computes its values
+from a `Comparison`, which has the features of the generated and of the real images; with `per_pair`, its value is the
+mean of a function of pairs of images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from lfm.errors import ConfigError
-from lfm.metrics.features import FeatureNetwork
-from lfm.metrics.frechet import frechet_distance, singular_warning
+from lfm.metrics.frechet import Gaussian, frechet_distance, singular_warning
 from lfm.metrics.inception_score import inception_score
 from lfm.metrics.kid import kid
-from lfm.metrics.paired import discrimination_scores
+from lfm.metrics.paired import discrimination_scores, psnr, ssim
 from lfm.metrics.precision_recall import density_coverage, precision_recall
-from lfm.metrics.reference import Reference
 from lfm.metrics.segmentation import Confusion
-from pipelines.evaluation import feature_files
-
-OF_NETWORKS = ("fd", "fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage", "p-ids", "u-ids")
-OF_PIXELS = ("psnr", "ssim", "lpips", "miou", "pixel-accuracy", "nfe", "seconds")
+from pipelines.common.reference_features import ReferenceSet
+from pipelines.evaluation.feature_files import FeatureFiles
 
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """What there is to measure with."""
+    """What the metrics of an evaluation can be computed from."""
 
-    references: list[Reference]
-    networks: list[FeatureNetwork]
-    offers: tuple[str, ...]  # of the targets: pairs, maps, nfe
+    reference_sets: list[ReferenceSet]
+    provides: tuple[str, ...]  # of the candidates: pairs, segmentations, nfe
     modules: tuple[str, ...]  # lpips, segmenter
 
-    def lack(self, metric: str) -> str | None:
-        """What a metric needs and is not there; None where it can be had."""
-        inception = any(network.name == "inception" for network in self.networks)
-        spatial = inception and any("spatial" in reference.gaussians for reference in self.references)
-        kept = any(reference.features is not None for reference in self.references)
-        published = any(network.frechet == "fid" for network in self.networks)
-        features, pairs = "a reference with features, which imported ones have not", "pairs" in self.offers
-        segmenter = ("segmenter" in self.modules and "maps" in self.offers, "--segmenter, and --pairs with maps")
-        there, needed = {
-            "fid": (published, "the published Inception network: make the reference with --network inception:PATH"),
-            "sfid": (spatial, "the Inception network, and a reference with its spatial statistics"),
-            "is": (inception, "the Inception network"),
-            **dict.fromkeys(("kid", "precision", "recall", "density", "coverage"), (kept, features)),
-            **dict.fromkeys(("p-ids", "u-ids", "psnr", "ssim"), (pairs, "--pairs")),
-            "lpips": (pairs and "lpips" in self.modules, "--lpips, and --pairs"),
-            **dict.fromkeys(("miou", "pixel-accuracy"), segmenter),
-            **dict.fromkeys(("nfe", "seconds"), ("nfe" in self.offers, "a run, whose images are generated here")),
-        }.get(metric, (True, ""))
-        return None if there else needed
 
-    def choose(self, names: str | None) -> tuple[str, ...]:
-        """The metrics of a list such as fd,kid; all that can be had where there is no list.
+@dataclass(frozen=True)
+class Comparison:
+    """The feature files of one candidate, and one of the references that it is compared with."""
 
-        Raises:
-            ConfigError: one is unknown, or cannot be had; or a module would not be used.
-        """
-        known = (*OF_NETWORKS, *OF_PIXELS)
-        for module, metric in (("lpips", "lpips"), ("segmenter", "miou")):
-            if module in self.modules and (lack := self.lack(metric)):
-                raise ConfigError(f"--{module}: needs {lack}")
-        if names is None:
-            return tuple(name for name in known if name != "fid" and not self.lack(name))
-        for name in names.split(","):
-            if name not in known:
-                raise ConfigError(f"--metrics {name}: unknown; of {', '.join(known)}")
-            if lack := self.lack(name):
-                raise ConfigError(f"--metrics {name}: needs {lack}")
-        return tuple(names.split(","))
+    files: FeatureFiles
+    number: int  # of the reference's network among all networks
+    reference_set: ReferenceSet
+
+    @cached_property
+    def statistics(self) -> tuple[dict[str, Gaussian], Tensor]:
+        """Statistics of the candidate's features; see `FeatureFiles.statistics`."""
+        return self.files.statistics(self.number)
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Return features of a subset of the real (K, D) and of the generated images (M, D), on the network's device."""
+        assert self.reference_set.reference.features is not None, "required by the entry"
+        device = self.reference_set.network.device
+        return self.reference_set.reference.features.to(device), self.statistics[1].to(device)
+
+    def gaussians(self, kind: str) -> tuple[Gaussian, Gaussian]:
+        """Return the Gaussians of the real and of the generated images, of `pooled` or `spatial` features."""
+        return self.reference_set.reference.gaussians[kind], self.statistics[0][kind]
 
 
-def of_network(
-    folder: str, counts: tuple[int, ...], number: int, means: EvaluationInputs, chosen: tuple[str, ...]
-) -> tuple[dict[str, float], list[str]]:
-    """The chosen metrics on the features of one network, and warnings about them."""
-    reference, network = means.references[number], means.networks[number]
-    gaussians, fake = feature_files.summarise(folder, counts, number)
+class Requirement(NamedTuple):
+    """A condition on the inputs of an evaluation, and how a user can meet it."""
+
+    is_met: Callable[[EvaluationInputs, ReferenceSet], bool]
+    description: str
+
+
+def _provides(what: str, description: str) -> Requirement:
+    return Requirement(lambda inputs, _: what in inputs.provides, description)
+
+
+POOLED = Requirement(lambda *_: True, "")
+PUBLISHED = Requirement(
+    lambda _, references: references.network.frechet == "fid",
+    "the published Inception network: make the reference with `network` inception:PATH",
+)
+SPATIAL = Requirement(
+    lambda _, references: references.network.name == "inception" and "spatial" in references.reference.gaussians,
+    "the Inception network, and a reference with its spatial statistics",
+)
+INCEPTION = Requirement(lambda _, references: references.network.name == "inception", "the Inception network")
+FEATURES = Requirement(
+    lambda _, references: references.reference.features is not None,
+    "a reference with features of single images, which imported ones do not have",
+)
+PAIRS = _provides("pairs", "`pairs`")
+LPIPS = Requirement(
+    lambda inputs, _: "pairs" in inputs.provides and "lpips" in inputs.modules,
+    "`lpips`, and `pairs`",
+)
+SEGMENTER = Requirement(
+    lambda inputs, _: "segmentations" in inputs.provides and "segmenter" in inputs.modules,
+    "`segmenter`, and `pairs` with segmentation maps",
+)
+GENERATED = _provides("nfe", "a run, whose images are generated here")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """An entry of the table."""
+
+    name: str
+    requirement: Requirement
+    compute: Callable[[Comparison], Mapping[str, float]]  # values by their names in the report
+    per_network: bool = True  # whether the values depend on the feature network
+    is_default: bool = True
+    per_pair: Callable[[Tensor, Tensor], Tensor] | None = None  # uint8 (B, 3, H, W), twice -> (B,): one column
+
+
+def _frechet(comparison: Comparison) -> dict[str, float]:
+    return {comparison.reference_set.network.frechet: frechet_distance(*comparison.gaussians("pooled"))}
+
+
+def _spatial_frechet(comparison: Comparison) -> dict[str, float]:
+    return {"sfid": frechet_distance(*comparison.gaussians("spatial"))}
+
+
+def _inception_score(comparison: Comparison) -> dict[str, float]:
+    blocks = (block[f"{comparison.number}.probabilities"] for block in comparison.files.blocks())
+    score = inception_score(blocks, comparison.files.total)
+    return {"is": score.mean, "is deviation": score.deviation}
+
+
+def _kid(comparison: Comparison) -> dict[str, float]:
+    value = kid(*comparison.features())
+    return {"kid": value.mean, "kid deviation": value.deviation}
+
+
+def _precision_recall(comparison: Comparison) -> dict[str, float]:
+    return dict(zip(("precision", "recall"), precision_recall(*comparison.features()), strict=True))
+
+
+def _density_coverage(comparison: Comparison) -> dict[str, float]:
+    return dict(zip(("density", "coverage"), density_coverage(*comparison.features()), strict=True))
+
+
+def _discrimination(comparison: Comparison) -> dict[str, float]:
+    real, fake = (comparison.files.column(f"{comparison.number}.{side}") for side in ("paired", "pooled"))
+    scores = discrimination_scores(real, fake)
+    return {"p-ids": scores.paired, "u-ids": scores.unpaired}
+
+
+def _confusion(comparison: Comparison) -> dict[str, float]:
+    confusion = Confusion(comparison.files.column("confusion").sum(0))
+    return {"miou": confusion.mean_iou, "pixel-accuracy": confusion.pixel_accuracy}
+
+
+def _per_image(
+    name: str, requirement: Requirement, per_pair: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Metric:
+    """Return the entry of a metric that is the mean of the column of its name."""
+
+    def compute(comparison: Comparison) -> dict[str, float]:
+        return {name: float(comparison.files.column(name).double().mean())}
+
+    return Metric(name, requirement, compute, per_network=False, per_pair=per_pair)
+
+
+# Entries with the same function are computed together: choosing one of them reports the values of all.
+TABLE = (
+    Metric("fd", POOLED, _frechet),
+    Metric("fid", PUBLISHED, _frechet, is_default=False),  # `fd` of the published Inception network
+    Metric("sfid", SPATIAL, _spatial_frechet),
+    Metric("is", INCEPTION, _inception_score),
+    Metric("kid", FEATURES, _kid),
+    Metric("precision", FEATURES, _precision_recall),
+    Metric("recall", FEATURES, _precision_recall),
+    Metric("density", FEATURES, _density_coverage),
+    Metric("coverage", FEATURES, _density_coverage),
+    Metric("p-ids", PAIRS, _discrimination),
+    Metric("u-ids", PAIRS, _discrimination),
+    _per_image("psnr", PAIRS, psnr),
+    _per_image("ssim", PAIRS, ssim),
+    _per_image("lpips", LPIPS),
+    Metric("miou", SEGMENTER, _confusion, per_network=False),
+    Metric("pixel-accuracy", SEGMENTER, _confusion, per_network=False),
+    _per_image("nfe", GENERATED),
+    _per_image("seconds", GENERATED),
+)
+_USER_OF_MODULE = {"lpips": "lpips", "segmenter": "miou"}
+
+
+def missing_requirement(metric: Metric, inputs: EvaluationInputs) -> str | None:
+    """Return the description of what a metric requires and `inputs` lack, or None if it can be computed."""
+    is_met = any(metric.requirement.is_met(inputs, reference_set) for reference_set in inputs.reference_sets)
+    return None if is_met else metric.requirement.description
+
+
+def choose(names: str | None, inputs: EvaluationInputs) -> list[Metric]:
+    """Return the metrics of a list such as fd,kid; by default all that the inputs allow.
+
+    Raises:
+        ConfigError: If a name is unknown, a requirement of a metric is missing, or a module would not be used.
+    """
+    by_name = {metric.name: metric for metric in TABLE}
+    for module in inputs.modules:
+        if missing := missing_requirement(by_name[_USER_OF_MODULE[module]], inputs):
+            raise ConfigError(f"`{module}`: needs {missing}")
+    if names is None:
+        return [metric for metric in TABLE if metric.is_default and not missing_requirement(metric, inputs)]
+    for name in names.split(","):
+        if name not in by_name:
+            raise ConfigError(f"`metrics` {name}: unknown; one of {', '.join(by_name)}")
+        if missing := missing_requirement(by_name[name], inputs):
+            raise ConfigError(f"`metrics` {name}: needs {missing}")
+    return [by_name[name] for name in names.split(",")]
+
+
+def compute(metrics: list[Metric], files: FeatureFiles, inputs: EvaluationInputs) -> tuple[dict[str, float], list[str]]:
+    """Return the values of metrics by their names in the report, and warnings about them."""
+    comparisons = [Comparison(files, number, references) for number, references in enumerate(inputs.reference_sets)]
     values: dict[str, float] = {}
     warnings: list[str] = []
-    if {"fd", "fid"} & {*chosen}:
-        pair = reference.gaussians["pooled"], gaussians["pooled"]
-        values[network.frechet] = frechet_distance(*pair)
-        warnings += [f"{network.frechet}: {warning}" for warning in [singular_warning(*pair)] if warning]
-    if "sfid" in chosen and {*reference.gaussians, *gaussians} >= {"spatial"} and "spatial" in gaussians:
-        values["sfid"] = frechet_distance(reference.gaussians["spatial"], gaussians["spatial"])
-    if "is" in chosen and network.name == "inception":
-        blocks = (block[f"{number}.probabilities"] for block in feature_files.read(folder, counts))
-        values["is"], values["is deviation"] = inception_score(blocks, sum(counts))
-    if reference.features is not None:
-        real, fake = reference.features.to(network.device), fake.to(network.device)
-        if "kid" in chosen:
-            values["kid"], values["kid deviation"] = kid(real, fake)
-        if {"precision", "recall"} & {*chosen}:
-            values["precision"], values["recall"] = precision_recall(real, fake)
-        if {"density", "coverage"} & {*chosen}:
-            values["density"], values["coverage"] = density_coverage(real, fake)
-    if {"p-ids", "u-ids"} & {*chosen}:
-        pairs = (_all(folder, counts, f"{number}.{side}").to(network.device) for side in ("paired", "pooled"))
-        values["p-ids"], values["u-ids"] = discrimination_scores(*pairs)
+    for function in dict.fromkeys(metric.compute for metric in metrics if not metric.per_network):
+        values |= function(comparisons[0])
+    for comparison in comparisons:
+        network = comparison.reference_set.network
+        prefix = f"{network.name}: " if len(comparisons) > 1 else ""
+        possible = [
+            metric.compute
+            for metric in metrics
+            if metric.per_network and metric.requirement.is_met(inputs, comparison.reference_set)
+        ]
+        for function in dict.fromkeys(possible):
+            values |= {prefix + name: value for name, value in function(comparison).items()}
+        if _frechet in possible and (warning := singular_warning(*comparison.gaussians("pooled"))):
+            warnings.append(f"{network.frechet}: {warning}")
     return values, warnings
-
-
-def of_pixels(folder: str, counts: tuple[int, ...], chosen: tuple[str, ...]) -> dict[str, float]:
-    """The chosen metrics that need no feature network."""
-    values: dict[str, float] = {}
-    for name in ("psnr", "ssim", "lpips", "nfe", "seconds"):
-        if name in chosen:
-            values[name] = float(_all(folder, counts, name).double().mean())
-    if {"miou", "pixel-accuracy"} & {*chosen}:
-        confusion = Confusion(_all(folder, counts, "confusion").sum(0))
-        values |= {"miou": confusion.mean_iou, "pixel-accuracy": confusion.pixel_accuracy}
-    return values
-
-
-def _all(folder: str, counts: tuple[int, ...], name: str) -> torch.Tensor:
-    blocks: Iterator[feature_files.Block] = feature_files.read(folder, counts)
-    return torch.cat([block[name] for block in blocks])

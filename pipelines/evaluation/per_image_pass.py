@@ -1,4 +1,4 @@
-"""What `lfm evaluate` measures on every image, and where it keeps it."""
+"""The pass over all images of a candidate, which writes everything that the metrics need to feature files."""
 
 from __future__ import annotations
 
@@ -6,67 +6,74 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.metrics.features import FeatureNetwork, file_hash, load_module
-from lfm.metrics.paired import psnr, ssim
 from lfm.metrics.segmentation import Confusion
 from lfm.world import World
 from pipelines.common.provenance import code_version
-from pipelines.evaluation import feature_files
-from pipelines.evaluation.candidates import GeneratedBatch, Target
+from pipelines.evaluation.candidates import Candidate, CandidateBatch
+from pipelines.evaluation.feature_files import Block, FeatureFiles, describe
+from pipelines.evaluation.metric_table import TABLE
 
-SHOWN = 16  # images of each target that the report shows
+NUM_SHOWN = 16  # images of each candidate in the report
 
 
-class Scorer:
-    """What is measured on every image."""
+class PerImagePass:
+    """Computes the columns of feature files for candidates.
 
-    def __init__(self, out: str, networks: list[FeatureNetwork], modules: dict[str, str | None]) -> None:
+    Columns besides the features: `n.paired`, the features of the ground truth; one for each entry of the metric table with
+    `per_pair`; `lpips`; `confusion`; `nfe`; `seconds`; and in the first block `shown`, the first images.
+
+    Args:
+        out: Folder of the evaluation.
+        networks: Feature networks, at least one, on the device of all computations.
+        modules: Files of the exported modules `lpips` and `segmenter`, those that are in use.
+    """
+
+    def __init__(self, out: str, networks: list[FeatureNetwork], modules: dict[str, str]) -> None:
         self.out, self.networks, self.device = out, networks, networks[0].device
-        self.hashes = {name: file_hash(path) for name, path in modules.items() if path}
-        self.modules = {name: load_module(path, self.device) for name, path in modules.items() if path}
+        self.hashes = {name: file_hash(path) for name, path in modules.items()}
+        self.modules = {name: load_module(path, self.device) for name, path in modules.items()}
 
-    def folder(self, target: Target) -> str:
-        """Where the blocks of a target are: named after all that decides them."""
-        measured_by = [code_version(), [network.content_hash for network in self.networks], self.hashes]
-        recipe = [target.identity, target.counts, *measured_by]
-        return storage.join(self.out, f"blocks-{manifests.digest(recipe)[:16]}")
+    def files(self, candidate: Candidate) -> FeatureFiles:
+        """Return the feature files of a candidate, whether they exist or not."""
+        networks = [network.content_hash for network in self.networks]
+        recipe = [candidate.identity, candidate.counts, code_version(), networks, self.hashes]
+        folder = storage.join(self.out, f"blocks-{manifests.digest(recipe)[:16]}")
+        return FeatureFiles(folder, candidate.counts)
 
-    def measure(self, target: Target, world: World) -> bool:
-        """This rank's part of the blocks of a target; whether all of them are there now."""
-        make = functools.partial(self._block, target)
-        return feature_files.compute(self.folder(target), target.counts, make, world, f"evaluate {target.name}")
+    def run(self, candidate: Candidate, world: World) -> bool:
+        """Compute this rank's share of a candidate's files, and return whether all of them exist afterwards."""
+        measure = functools.partial(self._measure_block, candidate)
+        return self.files(candidate).compute(measure, world, f"evaluate {candidate.name}")
 
-    def _block(self, target: Target, block: int) -> Iterator[feature_files.Block]:
-        """What is measured on the images of a block, batch by batch."""
-        shown = SHOWN if block == 0 else 0
-        for made in target.make(block):
-            found = feature_files.describe(self.networks, made.images)
-            if made.real is not None:
-                found |= self._of_pairs(made, made.real)
-            if made.nfe is not None:
-                found |= {"nfe": made.nfe, "seconds": torch.full(made.nfe.shape, made.seconds / len(made.nfe))}
-            if shown > 0:
-                found["shown"] = made.images[:shown]
-                shown -= len(made.images)
-            yield found
+    def _measure_block(self, candidate: Candidate, block: int) -> Iterator[Block]:
+        num_missing = NUM_SHOWN if block == 0 else 0
+        for batch in candidate.batches(block):
+            result = describe(self.networks, batch.images)
+            if batch.real is not None:
+                result |= self._measure_pairs(batch, batch.real)
+            if batch.nfe is not None:
+                seconds = torch.full(batch.nfe.shape, batch.seconds / len(batch.nfe))
+                result |= {"nfe": batch.nfe, "seconds": seconds}
+            if num_missing > 0:
+                result["shown"] = batch.images[:num_missing]
+                num_missing -= len(batch.images)
+            yield result
 
-    def _of_pairs(self, made: GeneratedBatch, real: torch.Tensor) -> feature_files.Block:
-        fake = made.images
-        described = feature_files.describe(self.networks, real)
-        found = {name.replace("pooled", "paired"): value for name, value in described.items() if "pooled" in name}
-        found |= {"psnr": psnr(fake, real), "ssim": ssim(fake, real)}
-        with torch.inference_mode():
-            if lpips := self.modules.get("lpips"):
-                found["lpips"] = lpips(fake.to(self.device), real.to(self.device)).flatten().float()
-            if made.segmentation is not None and (segmenter := self.modules.get("segmenter")):
-                scores = segmenter(fake.to(self.device))  # (B, K, H, W)
-                confusion = Confusion.of(scores.argmax(1).cpu(), made.segmentation, scores.shape[1])
-                found["confusion"] = confusion.pixels[None]
-        return found
-
-    def first(self, target: Target) -> feature_files.Block:
-        """The first block of a target, which holds its first images too: `shown`, uint8 (up to 16, 3, H, W)."""
-        return next(feature_files.read(self.folder(target), target.counts))
+    @torch.inference_mode()
+    def _measure_pairs(self, batch: CandidateBatch, real: Tensor) -> Block:
+        fake = batch.images
+        features = describe(self.networks, real)
+        result = {f"{number}.paired": features[f"{number}.pooled"] for number in range(len(self.networks))}
+        result |= {metric.name: metric.per_pair(fake, real) for metric in TABLE if metric.per_pair}
+        if lpips := self.modules.get("lpips"):
+            result["lpips"] = lpips(fake.to(self.device), real.to(self.device)).flatten().float()
+        if batch.segmentation is not None and (segmenter := self.modules.get("segmenter")):
+            scores = segmenter(fake.to(self.device))  # (B, K, H, W)
+            confusion = Confusion.of(scores.argmax(1).cpu(), batch.segmentation, scores.shape[1])
+            result["confusion"] = confusion.pixels[None]
+        return result

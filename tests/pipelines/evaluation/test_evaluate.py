@@ -263,7 +263,7 @@ def test_maps_are_compared_with_what_a_segmenter_finds(reference: Path, tmp_path
     raw, segmenter = tmp_path / "raw", export_network(Brightness(), tmp_path / "brightness.pt2")
     assert lfm("shard", tmp_path / "source", raw, "--layout", "paired", "--image-size", 16).exit_code == 0
     command = ("evaluate", tmp_path / "fake", "--reference", reference, "--segmenter", segmenter)
-    assert_one_line(lfm(*command, "--out", tmp_path / "out"), "--segmenter", "--pairs with maps")
+    assert_one_line(lfm(*command, "--out", tmp_path / "out"), "--segmenter", "--pairs with segmentation maps")
     assert lfm(*command, "--out", tmp_path / "out", "--pairs", raw, "--metrics", "miou,pixel-accuracy").exit_code == 0
     assert metrics(tmp_path / "out") == {"pixel-accuracy": 15 / 16, "miou": pytest.approx(120 / 136)}
 
@@ -280,7 +280,7 @@ def test_a_run_that_fills_in_is_judged_by_its_pairs(tasks: Tasks, reference: Pat
     assert {"p-ids", "u-ids", "ssim", "nfe"} <= set(found)
     assert found["psnr"] > 8, "what is known is put back"
     refused = lfm("evaluate", tasks.runs / "class", *options, "--out", tmp_path / "three")
-    assert_one_line(refused, "--pairs", "neither masks nor maps")
+    assert_one_line(refused, "--pairs", "neither masks nor segmentation maps")
     assert_one_line(lfm(*command, "--num", 5), "--num", "--pairs")
 
 
