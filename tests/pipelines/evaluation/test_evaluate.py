@@ -199,7 +199,7 @@ def test_published_statistics_and_weights_make_a_fid(
     lfm("reference", tmp_path / "adm.npz", statistics, "--image-size", 16)
     folder = image_folder(tmp_path / "pictures", 4)
     command = ("evaluate", folder, "--reference", statistics, "--reference", reference, "--out", tmp_path / "out")
-    assert_one_line(lfm(*command), "--network inception:WEIGHTS.pth")
+    assert_one_line(lfm(*command), "set --network to inception:WEIGHTS.pth")
     command = (*command, "--network", f"inception:{weights}")
     assert_one_line(lfm(*command, "--metrics", "fid"), "fid", "published")
     monkeypatch.setattr("lfm.metrics.features.PUBLISHED", features.file_hash(str(weights)))
