@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -109,6 +109,10 @@ CacheFolder = Annotated[
 ]
 Overwrite = Annotated[
     bool, Field(description="Delete what an earlier run of the command wrote, and start again."), EXECUTION
+]
+Precision = Annotated[
+    Literal["fp32", "tf32", "bf16"] | None,
+    Field(description="Arithmetic of the network: fp32, tf32 (faster on a GPU) or bf16.  [default: as in training]"),
 ]
 DryRun = Annotated[bool, Field(description="Print the resolved configuration and the plan, and do nothing."), EXECUTION]
 

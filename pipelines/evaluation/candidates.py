@@ -109,8 +109,8 @@ class ModelLoader:
     one network and one autoencoder.
     """
 
-    def __init__(self, autoencoder: str | None, device: torch.device) -> None:
-        self.autoencoder, self.device = autoencoder, device
+    def __init__(self, autoencoder: str | None, device: torch.device, precision: str | None) -> None:
+        self.autoencoder, self.device, self.precision = autoencoder, device, precision
         self._name: str | None = None
         self._model: TrainedModel | None = None
 
@@ -118,7 +118,9 @@ class ModelLoader:
         """Return the model of a run folder, checkpoint or weights file."""
         if self._model is None or self._name != name:
             self._model = None
-            self._model = trained_model.load(name, autoencoder=self.autoencoder, device=self.device)
+            self._model = trained_model.load(
+                name, autoencoder=self.autoencoder, device=self.device, precision=self.precision
+            )
             self._name = name
         return self._model
 
@@ -169,10 +171,11 @@ class GeneratedImages:
             "first_seed": self.first_seed,
             "guidance_scale": guidance_scale,
             "solving": str(self.solving),
+            "precision": model.precision,
             "pairs": real and real.name,
             "pairs_digest": real and real.digest,
         }
-        names = ("weights_hash", "first_seed", "guidance_scale", "solving", "pairs_digest")
+        names = ("weights_hash", "first_seed", "guidance_scale", "solving", "precision", "pairs_digest")
         self.identity: Any = [self.settings[key] for key in names]
         self.identity += [asdict(self.solving), header.autoencoder.content_hash]
 

@@ -50,7 +50,9 @@ def run(config: BoundConfig, world: World) -> BoundResult:
     Raises:
         ConfigError: If there are too few images, or they have another size or lack the classes that the model takes.
     """
-    model = trained_model.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
+    model = trained_model.load(
+        config.run, autoencoder=config.autoencoder, device=factory.device(world), precision="fp32"
+    )
     header = model.header
     real = open_images(config.raw, factory.cache(config.cache))
     if real.image_size != header.image_size:

@@ -28,11 +28,21 @@ from pipelines.evaluation import metric_table, report
 from pipelines.evaluation.candidates import Candidate, GeneratedImages, ModelLoader, PairedImages, StoredImages
 from pipelines.evaluation.evaluation_options import EvaluateConfig
 from pipelines.evaluation.feature_files import FeatureFiles
-from pipelines.evaluation.metric_table import EvaluationInputs, Metric
+from pipelines.evaluation.metric_table import EvaluationInputs, Metric, Results
 from pipelines.evaluation.per_image_pass import NUM_SHOWN, PerImagePass
 
 PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "scikit-learn", "diffusers")
-RUN_OPTIONS = ("num", "first_seed", "guidance_scale", "solver", "num_steps", "atol", "rtol", "autoencoder")
+RUN_OPTIONS = (
+    "num",
+    "first_seed",
+    "guidance_scale",
+    "solver",
+    "num_steps",
+    "atol",
+    "rtol",
+    "precision",
+    "autoencoder",
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,13 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
     if not all(complete):
         return EvaluateResult(plan, {}, "")
     files = [image_pass.files(candidate) for candidate in candidates]
-    rows = [_row(candidate, each, metrics, inputs) for candidate, each in zip(candidates, files, strict=True)]
-    content = {"settings": settings, "rows": rows, "versions": _versions()}
+    results = [metric_table.compute(metrics, each, inputs) for each in files]
+    content = {
+        "settings": settings,
+        "rows": [_row(*row, inputs) for row in zip(candidates, files, results, strict=True)],
+        "metrics": results[0].descriptions,
+        "versions": _versions(),
+    }
     first_blocks = [next(each.blocks()) for each in files]
     neighbours = _neighbours(config, reference_sets[0], [block["0.pooled"][:NUM_SHOWN] for block in first_blocks])
     table = report.write(config.out, content, [block["shown"] for block in first_blocks], neighbours)
@@ -103,7 +118,7 @@ def _candidates(config: EvaluateConfig, world: World) -> list[Candidate]:
     if config.pairs and config.num:
         raise ConfigError(f"`num` {config.num}: with `pairs` there is one image for each of them; leave it out")
     real = open_images(config.pairs, factory.cache(config.cache)) if config.pairs else None
-    models = ModelLoader(config.autoencoder, factory.device(world))
+    models = ModelLoader(config.autoencoder, factory.device(world), config.precision)
     return [
         GeneratedImages(name, scale, config, real, models)
         for name in config.targets
@@ -140,9 +155,9 @@ def _description(reference_set: ReferenceSet) -> dict[str, str]:
     return {"name": network.name, "content_hash": network.content_hash, "description": network.description}
 
 
-def _row(candidate: Candidate, files: FeatureFiles, metrics: list[Metric], inputs: EvaluationInputs) -> dict[str, Any]:
+def _row(candidate: Candidate, files: FeatureFiles, results: Results, inputs: EvaluationInputs) -> dict[str, Any]:
     """Return a candidate's part of the report."""
-    values, warnings = metric_table.compute(metrics, files, inputs)
+    warnings = list(results.warnings)
     for reference_set in inputs.reference_sets:
         header = reference_set.reference.header
         if header.stored and "jp" in header.stored:
@@ -153,7 +168,7 @@ def _row(candidate: Candidate, files: FeatureFiles, metrics: list[Metric], input
         "target": candidate.name,
         "count": files.total,
         **candidate.settings,
-        "metrics": values,
+        "metrics": results.values,
         "warnings": warnings,
     }
 

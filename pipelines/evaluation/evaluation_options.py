@@ -18,6 +18,7 @@ from pipelines.common.options import (
     Overwrite,
     Pixels,
     Positive,
+    Precision,
     PythonOnly,
     Section,
     Seed,
@@ -83,6 +84,7 @@ class EvaluateConfig:
     """Absolute tolerance of an adaptive solver.  [default: 1e-5]"""
     rtol: Positive | None = None
     """Relative tolerance of an adaptive solver.  [default: 1e-5]"""
+    precision: Precision = None
     batch_size: Count = 32
     """Images per forward pass."""
     autoencoder: MovedAutoencoder = None
@@ -137,6 +139,7 @@ class LikelihoodConfig:
     """Absolute tolerance of an adaptive solver.  [default: 1e-5]"""
     rtol: Positive | None = None
     """Relative tolerance of an adaptive solver.  [default: 1e-5]"""
+    precision: Precision = None
     batch_size: Count = 32
     """Latents per forward pass."""
     autoencoder: MovedAutoencoder = None

@@ -42,7 +42,9 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
         ConfigError, DataError, CheckpointError: Before anything is computed.
     """
     solving = Solving(config.solver, config.num_steps, atol=config.atol, rtol=config.rtol)
-    model = trained_model.load(config.run, autoencoder=config.autoencoder, device=factory.device(world))
+    model = trained_model.load(
+        config.run, autoencoder=config.autoencoder, device=factory.device(world), precision=config.precision
+    )
     manifest = manifests.load(config.latents, "latents")
     rows = read_samples.sample_rows(config.rows, config.latents, manifest, DEFAULT_NUM)
     record = read_samples.check_latents(config.latents, manifest, model)
@@ -61,7 +63,7 @@ def run(config: LikelihoodConfig, world: World) -> LikelihoodResult:
             progress.advance(len(batch), bits_per_dim=f"{np.mean(bits):.3f}")
     result = LikelihoodResult(plan, float(np.mean(bits)), float(np.std(bits) / np.sqrt(len(bits))), float(np.mean(nfe)))
     content = {
-        "settings": asdict(config),
+        "settings": asdict(config) | {"precision": model.precision},
         "data": manifest.digest,
         "samples_seen": model.header.samples_seen,
         "bits_per_dim": result.bits_per_dim,

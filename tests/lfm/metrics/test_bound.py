@@ -5,6 +5,7 @@ The model's velocity field is the exact one of other parameters, so it generates
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 from lfm.flow.path import SIGMA_MIN, path_sample
 from lfm.metrics.bound import Bound, estimate, largest, root_mean, steepness
 from lfm.metrics.frechet import Gaussian, frechet_distance
+from lfm.weights_file import WEIGHTS, load_weights, save_weights
 from tests.support.commands import SmallSet, assert_one_line, lfm
 
 LATENT, PIXELS, PARTS, SAMPLES = 3, 5, 20, 8_000
@@ -142,4 +144,9 @@ def test_the_command_writes_every_term_with_its_error(weights: Path, small_set: 
     assert len(terms["error"]) == 10 and all(term["standard_error"] > 0 for term in terms["error"])
     assert found["bound"]["by_time"] > terms["reconstruction"]["value"]
     assert found["settings"]["num"] == 40
+    tensors, header = load_weights(str(weights))
+    in_bf16 = dataclasses.replace(header, config={"train": {"precision": "bf16"}})
+    save_weights(str(weights / WEIGHTS), tensors, in_bf16)
+    assert lfm(*command).exit_code == 0
+    assert json.loads((tmp_path / "bound.json").read_text())["terms"] == terms, "always computed in float32"
     assert_one_line(lfm(*command, "--metrics", "kid"), "--metrics", "--bound")

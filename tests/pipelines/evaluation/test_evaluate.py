@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 
 from lfm.data.random_draws import image_noise
 from lfm.errors import ConfigError
+from lfm.inference import trained_model
 from lfm.metrics import features
 from lfm.metrics import reference as references
 from lfm.metrics.frechet import FeatureSums, frechet_distance
@@ -379,6 +382,75 @@ def test_several_guidance_scales_make_a_curve(
     assert settings <= set(rows[0])
     assert rows[0]["autoencoder"]["content_hash"]
     assert "guidance 2" in result.output
+
+
+def randomized_run(weights: Path, folder: Path, seed: int = 0, precision: str = "fp32") -> Path:
+    """Write a run whose weights have no zeros, and which is recorded as trained in `precision`."""
+    tensors, header = load_weights(str(weights))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
+    folder.mkdir()
+    header = dataclasses.replace(header, config={"train": {"precision": precision}})
+    save_weights(str(folder / WEIGHTS), tensors, header)
+    return folder
+
+
+def test_a_curve_holds_one_model_at_a_time(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three checkpoints at two scales: no more than one network and one autoencoder are alive after each loading."""
+    runs = [randomized_run(weights, tmp_path / f"run-{seed}", seed) for seed in range(3)]
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    counts = []
+    load = trained_model.load
+
+    def counted_load(*arguments: Any, **options: Any) -> trained_model.TrainedModel:
+        gc.collect()
+        counts.append(len(alive))
+        model = load(*arguments, **options)
+        alive.update((model.network, model.autoencoder.model))
+        return model
+
+    monkeypatch.setattr("lfm.inference.trained_model.load", counted_load)
+    settings = {"num": 3, "num_steps": 1, "guidance_scale": (1.0, 2.0), "autoencoder": str(small_set.autoencoder)}
+    result = stage.run(
+        EvaluateConfig(tuple(map(str, runs)), (str(reference),), str(tmp_path / "out"), **settings), ALONE
+    )
+    assert [row["guidance_scale"] for row in result.report["rows"]] == [1, 2] * 3
+    assert counts == [0] * 6, "each run is loaded once for its checks and once to generate images"
+
+
+def test_the_precision_is_that_of_training_or_the_option(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    run = randomized_run(weights, tmp_path / "bf16-run", precision="bf16")
+    options = ("--autoencoder", small_set.autoencoder, "--num", 5, "--num-steps", 2, "--reference", reference)
+    for name, precision in (("default", ()), ("bf16", ("--precision", "bf16")), ("fp32", ("--precision", "fp32"))):
+        result = lfm("evaluate", run, *options, *precision, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        assert report(tmp_path / name)["rows"][0]["precision"] == ("fp32" if name == "fp32" else "bf16")
+    assert metrics(tmp_path / "default") == metrics(tmp_path / "bf16")
+    assert metrics(tmp_path / "default") != metrics(tmp_path / "fp32")
+    other = lfm("evaluate", run, *options, "--precision", "fp32", "--out", tmp_path / "bf16")
+    assert_one_line(other, "report of other images, settings or metrics", "--overwrite")
+    images = lfm("evaluate", small_set.raw, "--reference", reference, "--out", tmp_path / "x", "--precision", "bf16")
+    assert_one_line(images, "--precision", "is for runs")
+    bound = lfm("evaluate", run, "--bound", small_set.raw, "--out", tmp_path / "x", "--precision", "bf16")
+    assert_one_line(bound, "--precision", "--bound")
+
+
+def test_a_report_without_a_precision_is_of_fp32(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    """Reports from before the precision was recorded; the same command resumes."""
+    stage.run(config(weights, reference, small_set, tmp_path), ALONE)
+    content = report(tmp_path)
+    del content["settings"]["targets"][0]["precision"]
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="report of other images, settings or metrics"):
+        stage.run(config(weights, reference, small_set, tmp_path, precision="bf16"), ALONE)
+    stage.run(config(weights, reference, small_set, tmp_path), ALONE)
+    assert report(tmp_path)["settings"]["targets"][0]["precision"] == "fp32"
 
 
 def test_a_dry_run_does_nothing(weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path) -> None:

@@ -28,9 +28,16 @@ def test_likelihoods_do_not_depend_on_the_batch_size(small_set: SmallSet, tasks:
         result = lfm(*common, "--out", out, "--batch-size", batch_size)
         assert result.exit_code == 0 and "bits per dimension, 6 network evaluations" in result.stdout, result.stderr
         bits[batch_size] = json.loads(out.read_text())["each"]
+        assert json.loads(out.read_text())["settings"]["precision"] == "fp32"
     assert list(bits[1]) == ["0", "1", "2", "3", "4", "30"]
     assert list(bits[1].values()) == pytest.approx(list(bits[6].values()), abs=1e-4)
     assert len({round(value, 6) for value in bits[1].values()}) == 6
+    rounded = tmp_path / "rounded.json"
+    assert lfm(*common, "--out", rounded, "--precision", "bf16").exit_code == 0
+    content = json.loads(rounded.read_text())
+    assert content["settings"]["precision"] == "bf16"
+    assert content["each"] != bits[6]
+    assert list(content["each"].values()) == pytest.approx(list(bits[6].values()), rel=0.05)
     assert lfm(*common, "--dry-run").exit_code == 0
     assert_one_line(lfm(*common, "--estimator", "x"), "--estimator x: unknown; one of hutchinson, exact")
     assert_one_line(lfm("likelihood", tmp_path, small_set.latents, "--rows", 40), "--rows 40: out of range")
