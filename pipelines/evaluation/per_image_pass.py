@@ -14,9 +14,9 @@ from lfm.metrics.features import FeatureNetwork, file_hash, load_module
 from lfm.metrics.segmentation import Confusion
 from lfm.world import World
 from pipelines.common.provenance import code_version
+from pipelines.evaluation import metric_table
 from pipelines.evaluation.candidates import Candidate, CandidateBatch
 from pipelines.evaluation.feature_files import Block, FeatureFiles, describe
-from pipelines.evaluation.metric_table import TABLE
 
 NUM_SHOWN = 16  # images of each candidate in the report
 
@@ -41,7 +41,8 @@ class PerImagePass:
     def files(self, candidate: Candidate) -> FeatureFiles:
         """Return the feature files of a candidate, whether they exist or not."""
         networks = [network.content_hash for network in self.networks]
-        recipe = [candidate.identity, candidate.counts, code_version(), networks, self.hashes]
+        columns = [metric.name for metric in metric_table.TABLE if metric.per_pair]
+        recipe = [candidate.identity, candidate.counts, code_version(), networks, self.hashes, columns]
         folder = storage.join(self.out, f"blocks-{manifests.digest(recipe)[:16]}")
         return FeatureFiles(folder, candidate.counts)
 
@@ -69,7 +70,7 @@ class PerImagePass:
         fake = batch.images
         features = describe(self.networks, real)
         result = {f"{number}.paired": features[f"{number}.pooled"] for number in range(len(self.networks))}
-        result |= {metric.name: metric.per_pair(fake, real) for metric in TABLE if metric.per_pair}
+        result |= {metric.name: metric.per_pair(fake, real) for metric in metric_table.TABLE if metric.per_pair}
         if lpips := self.modules.get("lpips"):
             result["lpips"] = lpips(fake.to(self.device), real.to(self.device)).flatten().float()
         if batch.segmentation is not None and (segmenter := self.modules.get("segmenter")):

@@ -40,6 +40,14 @@ def image_folder(root: Path, count: int, classes: tuple[str, ...] = ("cat", "dog
     return root
 
 
+def random_images(folder: Path, count: int = 30, size: int = 16) -> Path:
+    """Write random square PNGs to a new folder and return it."""
+    random = np.random.default_rng(0)
+    for index in range(count):
+        save_image(folder / f"{index:03d}.png", random.integers(0, 256, (size, size, 3), np.uint8))
+    return folder
+
+
 def folder_contents(folder: Path) -> dict[str, bytes]:
     """Return the content of every file below a folder by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,6 +1,6 @@
-"""The bound on a case whose distance has a closed form: Gaussian data, a linear decoder, and a wrong Gaussian for a model.
+"""Tests of the bound on a case whose distance has a closed form: Gaussian data and a linear decoder.
 
-The model's velocity field is the exact one of other parameters, so it generates exactly the Gaussian of those.
+The model is the exact velocity field of a Gaussian with other parameters, so it generates that Gaussian exactly.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ LATENT, PIXELS, PARTS, SAMPLES = 3, 5, 20, 8_000
 
 
 def field(mean: Tensor, std: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The velocity E[noise (1 - s) - data | state] of data N(mean, diag std^2), at state (B, D) and time (B,)."""
+    """Return the velocity E[noise (1 - s) - data | state] of data N(mean, diag std^2), at state (B, D) and time (B,)."""
 
     def velocity(state: Tensor, time: Tensor) -> Tensor:
-        keep = 1 - time[:, None]
+        signal = 1 - time[:, None]
         spread = SIGMA_MIN + (1 - SIGMA_MIN) * time[:, None]
-        surprise = (state - keep * mean) / ((keep * std) ** 2 + spread**2)
-        return (1 - SIGMA_MIN) * spread * surprise - (mean + keep * std**2 * surprise)
+        residual = (state - signal * mean) / ((signal * std) ** 2 + spread**2)
+        return (1 - SIGMA_MIN) * spread * residual - (mean + signal * std**2 * residual)
 
     return velocity
 
 
 class Case:
-    """Images x = A z + b + r, with r outside of what the decoder A z + b can make."""
+    """Images x = A z + b + r with the decoder A z + b; r is orthogonal to the columns of A."""
 
     def __init__(self, shift: float, stretch: float) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def distance(self) -> float:
-        """Between images and what is generated: both are Gaussians."""
+        """The Wasserstein distance between real and generated images, which are both Gaussian."""
         spread = self.matrix * self.std
         generated = self.matrix * (self.wrong_std**2 + SIGMA_MIN**2).sqrt()
         return math.sqrt(
@@ -72,7 +72,7 @@ class Case:
         )
 
     def bound(self, target: str) -> Bound:
-        """Of the errors to the flow-matching objective's velocity, or to the true one."""
+        """Return the bound of errors against the velocity of the flow-matching objective, or against the true velocity."""
         example = path_sample(self.latents, self.noise, self.time)
         state, time = example.state.double(), example.time.double()
         model = field(self.wrong_mean, self.wrong_std)
@@ -90,17 +90,17 @@ class Case:
 
 @settings(max_examples=5, deadline=None)
 @given(st.floats(-1, 1), st.floats(0.6, 1.6))
-def test_the_bound_holds_where_the_distance_is_known(shift: float, stretch: float) -> None:
+def test_the_bound_exceeds_the_distance(shift: float, stretch: float) -> None:
     case = Case(shift, stretch)
     true, objective = case.bound("true"), case.bound("objective")
-    assert case.distance <= true.by_time * (1 + 1e-2), "the true velocity's error is enough"
+    assert case.distance <= true.by_time * (1 + 1e-2), "errors against the true velocity suffice"
     assert case.distance <= true.paper
     for one, other in zip(true.error, objective.error, strict=True):
         assert one.value <= other.value + 4 * other.standard_error, "the objective is above the error"
     assert true.by_time <= true.paper
 
 
-def test_the_terms_are_their_closed_forms() -> None:
+def test_the_terms_have_their_closed_forms() -> None:
     case = Case(0.3, 1.2)
     bound = case.bound("true")
     expected = math.sqrt(2 * 0.3**2)
@@ -111,16 +111,17 @@ def test_the_terms_are_their_closed_forms() -> None:
     assert bound.velocity[PARTS // 2].value == pytest.approx(2 * float(slope.max()), rel=0.2)
 
 
-def test_a_perfect_model_leaves_the_reconstruction_alone() -> None:
+def test_the_bound_of_a_perfect_model_is_the_reconstruction_error() -> None:
     bound = Case(0.0, 1.0).bound("true")
     assert bound.by_time == pytest.approx(bound.reconstruction.value, rel=1e-4)
 
 
-def test_steepness_of_a_matrix_and_of_each_row_alone() -> None:
+def test_steepness_is_the_largest_singular_value_at_each_point() -> None:
     matrix = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = steepness(lambda x: torch.tanh(x) @ matrix.T, torch.stack([torch.zeros(5), torch.full((5,), 9.0)]).double())
-    assert found[0] == pytest.approx(float(torch.linalg.svdvals(matrix)[0]), rel=1e-3)
-    assert found[1] < 1e-5, "it is flat there"
+    points = torch.stack([torch.zeros(5), torch.full((5,), 9.0)]).double()
+    values = steepness(lambda x: torch.tanh(x) @ matrix.T, points)
+    assert values[0] == pytest.approx(float(torch.linalg.svdvals(matrix)[0]), rel=1e-3)
+    assert values[1] < 1e-5, "tanh is saturated"
 
 
 def test_standard_errors_shrink_with_the_root_of_the_count() -> None:
@@ -136,14 +137,14 @@ def test_the_command_writes_every_term_with_its_error(weights: Path, small_set: 
     command = ("evaluate", weights, "--bound", small_set.raw, "--autoencoder", small_set.autoencoder, "--out", tmp_path)
     result = lfm(*command)
     assert result.exit_code == 0, result.stderr
-    found = json.loads((tmp_path / "bound.json").read_text())
-    terms = found["terms"]
+    report = json.loads((tmp_path / "bound.json").read_text())
+    terms = report["terms"]
     assert (terms["reconstruction"]["kind"], terms["decoder"]["kind"]) == ("unbiased", "lower")
     assert {term["kind"] for term in terms["error"]} == {"upper"}
     assert {term["kind"] for term in terms["velocity"]} == {"lower"}
     assert len(terms["error"]) == 10 and all(term["standard_error"] > 0 for term in terms["error"])
-    assert found["bound"]["by_time"] > terms["reconstruction"]["value"]
-    assert found["settings"]["num"] == 40
+    assert report["bound"]["by_time"] > terms["reconstruction"]["value"]
+    assert report["settings"]["num"] == 40
     tensors, header = load_weights(str(weights))
     in_bf16 = dataclasses.replace(header, config={"train": {"precision": "bf16"}})
     save_weights(str(weights / WEIGHTS), tensors, in_bf16)

@@ -1,4 +1,4 @@
-"""Feature networks: strictly loaded, known by their hash."""
+"""Tests of the feature networks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def images(count: int = 2, size: int = 20) -> torch.Tensor:
 
 
 def test_inception_has_the_published_shape(inception: Inception) -> None:
-    """Of torchvision's 23,834,568 parameters without the auxiliary head, but 1,008 classes; and its names."""
+    """torchvision's Inception without its auxiliary head has 23,834,568 parameters and 1,000 classes, 8 fewer."""
     assert sum(parameter.numel() for parameter in inception.parameters()) == 23_834_568 + 8 * 2049
     names = set(inception.state_dict())
     assert {
@@ -51,14 +51,14 @@ def test_inception_has_the_published_shape(inception: Inception) -> None:
     assert pools == ["Mixed_7c"]
 
 
-def test_averages_leave_the_padding_out() -> None:
+def test_average_pools_exclude_the_padding() -> None:
     block = Mixed(4, [{"branch_pool": (4, 1)}], max_pool=False).eval()
     nn.init.dirac_(block.get_submodule("branch_pool.conv").weight)
     ones = torch.ones(1, 4, 5, 5)
     torch.testing.assert_close(block(ones), ones / (1 + 0.001) ** 0.5)
 
 
-def test_inception_gives_what_the_metrics_take(inception: Inception) -> None:
+def test_inception_returns_features_and_probabilities(inception: Inception) -> None:
     with torch.inference_mode():
         pooled, spatial, probabilities = inception(images())
     assert (pooled.shape, spatial.shape, probabilities.shape) == ((2, 2048), (2, 2023), (2, 1008))
@@ -66,14 +66,14 @@ def test_inception_gives_what_the_metrics_take(inception: Inception) -> None:
 
 
 @pytest.mark.parametrize("size", [7, 32, 299, 300, 512])
-def test_the_resize_reads_place_i_at_i_of_the_ratio(size: int) -> None:
-    """Which on a line that rises by one a pixel is the place itself, up to the last pixel."""
+def test_resize_samples_position_i_at_i_times_the_ratio(size: int) -> None:
+    """On a ramp that rises by one per pixel, the value is the position itself, up to the last pixel."""
     ramp = torch.arange(size, dtype=torch.float32).expand(1, 1, size, size)
-    places = (torch.arange(299) * (size / 299)).clamp(max=size - 1)
-    torch.testing.assert_close(resize(ramp)[0, 0], places.expand(299, 299), rtol=1e-4, atol=1e-3)
+    positions = (torch.arange(299) * (size / 299)).clamp(max=size - 1)
+    torch.testing.assert_close(resize(ramp)[0, 0], positions.expand(299, 299), rtol=1e-4, atol=1e-3)
 
 
-def test_inception_is_loaded_strictly_and_is_fid_only_as_published(inception_file: Path, tmp_path: Path) -> None:
+def test_weights_must_match_and_only_the_published_ones_give_a_fid(inception_file: Path, tmp_path: Path) -> None:
     network = features.load(f"inception:{inception_file}")
     assert (network.name, network.frechet) == ("inception", "fd-inception")
     assert network.content_hash == features.file_hash(str(inception_file))
@@ -88,9 +88,9 @@ def test_inception_is_loaded_strictly_and_is_fid_only_as_published(inception_fil
             features.load(f"inception:{tmp_path / name}.pth")
 
 
-def test_fd_lite_recognises_what_its_weights_were_trained_on() -> None:
+def test_fd_lite_has_the_published_weights() -> None:
     network = features.load("fd-lite")
-    assert network.content_hash.startswith("57934424"), "the hash that its publisher wrote into the file's name"
+    assert network.content_hash.startswith("57934424"), "the hash in the published file name"
     noise = network(images(2, 64)).pooled
     assert noise.shape == (2, 1280)
     assert float(noise.std()) > 0.1
@@ -98,11 +98,13 @@ def test_fd_lite_recognises_what_its_weights_were_trained_on() -> None:
 
 
 class Colours(nn.Module):
+    """The mean colour of an image."""
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mean((2, 3))
 
 
-def test_a_module_of_ones_own_is_a_network(tmp_path: Path) -> None:
+def test_an_exported_module_is_a_feature_network(tmp_path: Path) -> None:
     path = tmp_path / "colours.pt2"
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     torch.export.save(torch.export.export(Colours(), (images(),), dynamic_shapes=(sizes,)), path)

@@ -1,4 +1,4 @@
-"""The metrics against recorded values, closed forms, and brute force."""
+"""Tests of the metrics against recorded values, closed forms and brute force."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_recorded_discrimination_scores() -> None:
         (1000, 8, 0.02, (0.452, 0.4605)),
     ],
 )
-def test_discrimination_scores_are_those_of_the_exact_minimiser(
+def test_discrimination_scores_equal_those_of_the_exact_minimiser(
     count: int, dimensions: int, shift: float, expected: tuple[float, float]
 ) -> None:
     """The expected values were computed with Newton's method on the objective, to machine precision."""
@@ -71,7 +71,7 @@ def test_discrimination_scores_are_those_of_the_exact_minimiser(
     assert scores == pytest.approx(expected)
 
 
-def test_kid_of_the_recorded_features_is_torchmetrics_own() -> None:
+def test_kid_of_the_recorded_features_equals_torchmetrics() -> None:
     from torchmetrics.image.kid import poly_mmd
 
     values = recorded("metrics")
@@ -80,7 +80,7 @@ def test_kid_of_the_recorded_features_is_torchmetrics_own() -> None:
 
 
 @pytest.mark.parametrize("k", [3, 5])
-def test_neighbours_of_the_recorded_features_are_those_of_brute_force(k: int) -> None:
+def test_neighbour_metrics_of_the_recorded_features_equal_brute_force(k: int) -> None:
     values = recorded("metrics")
     real, fake = (values[name].double().numpy()[:300] for name in ("real", "fake"))
 
@@ -91,8 +91,9 @@ def test_neighbours_of_the_recorded_features_are_those_of_brute_force(k: int) ->
         return np.sort(distances(a, a), axis=1)[:, k]
 
     across = distances(real, fake)
-    held = across <= radii(real)[:, None]
-    expected = (held.any(0).mean(), (across <= radii(fake)).any(1).mean(), held.sum() / k / 300, held.any(1).mean())
+    inside = across <= radii(real)[:, None]
+    precision, recall = inside.any(0).mean(), (across <= radii(fake)).any(1).mean()
+    expected = (precision, recall, inside.sum() / k / 300, inside.any(1).mean())
     features = torch.from_numpy(real), torch.from_numpy(fake)
     assert (*precision_recall(*features, k), *density_coverage(*features, k)) == pytest.approx(expected)
     assert nearest(features[1], features[0]).tolist() == across.argmin(0).tolist()
@@ -102,16 +103,16 @@ def test_neighbours_of_the_recorded_features_are_those_of_brute_force(k: int) ->
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.lists(st.floats(-3, 3), min_size=6, max_size=6))
-def test_gaussians_of_diagonal_covariance_have_a_closed_form(variances: list[float], shifts: list[float]) -> None:
+def test_the_distance_of_commuting_covariances_has_a_closed_form(variances: list[float], shifts: list[float]) -> None:
     first, second = torch.tensor(variances).double(), torch.tensor(variances[::-1]).double() + 0.5
     shift = torch.tensor(shifts[: len(variances)]).double()
-    turn = torch.linalg.qr(normal(len(variances), len(variances))).Q  # the distance does not change by a rotation
+    rotation = torch.linalg.qr(normal(len(variances), len(variances))).Q  # has no influence on the distance
     expected = shift.square().sum() + (first.sqrt() - second.sqrt()).square().sum()
-    found = frechet_distance(
-        Gaussian(turn @ shift, turn @ first.diag() @ turn.T, None),
-        Gaussian(torch.zeros_like(shift), turn @ second.diag() @ turn.T, None),
+    distance = frechet_distance(
+        Gaussian(rotation @ shift, rotation @ first.diag() @ rotation.T, None),
+        Gaussian(torch.zeros_like(shift), rotation @ second.diag() @ rotation.T, None),
     )
-    assert found == pytest.approx(float(expected), rel=1e-8, abs=1e-8)
+    assert distance == pytest.approx(float(expected), rel=1e-8, abs=1e-8)
 
 
 @settings(max_examples=20)
@@ -122,7 +123,7 @@ def test_the_distance_to_itself_is_zero_and_symmetric(count: int, dimensions: in
     assert frechet_distance(first, second) == pytest.approx(frechet_distance(second, first), rel=1e-6)
 
 
-def test_singular_covariances_are_finite_and_warned_of() -> None:
+def test_singular_covariances_give_a_finite_distance_and_a_warning() -> None:
     features = normal(40, 64) @ normal(64, 64, seed=1)
     few, same = gaussian(features[:20]), gaussian(torch.ones(40, 64))
     for first, second in ((few, few), (few, same), (same, few), (same, same)):
@@ -133,24 +134,24 @@ def test_singular_covariances_are_finite_and_warned_of() -> None:
 
 @settings(max_examples=20)
 @given(st.lists(st.integers(1, 50), min_size=3, max_size=3))
-def test_sums_over_uneven_ranks_are_one_pass(sizes: list[int]) -> None:
+def test_sums_of_parts_add_up_to_the_sums_of_all(sizes: list[int]) -> None:
     features = (normal(sum(sizes), 8) * 3 + 10).float()
     first, second, third = (FeatureSums.of(part) for part in features.split(sizes))
-    merged, whole = (third + (first + second)).gaussian(), gaussian(features)
-    assert merged.count == whole.count == sum(sizes)
-    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-10, atol=1e-10)
+    merged, direct = (third + (first + second)).gaussian(), gaussian(features)
+    assert merged.count == direct.count == sum(sizes)
+    torch.testing.assert_close(merged.mean, direct.mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(merged.covariance, direct.covariance, rtol=1e-10, atol=1e-10)
 
 
 # --- KID ---------------------------------------------------------------------------------------------------------
 
 
 def test_kid_is_unbiased_at_every_size() -> None:
-    """In one dimension E (x y + 1)^3 is known: of N(0, 1) and N(m, 1) by their moments."""
+    """In one dimension E (x y + 1)^3 follows from the moments of N(0, 1) and N(m, 1)."""
     m = 0.7
-    theirs = [1.0, m, m**2 + 1, m**3 + 3 * m]
-    ours = [1.0, 0.0, 1.0, 0.0]
-    expected = sum(math.comb(3, i) * (ours[i] - theirs[i]) ** 2 for i in range(4))
+    centred = [1.0, 0.0, 1.0, 0.0]
+    shifted = [1.0, m, m**2 + 1, m**3 + 3 * m]
+    expected = sum(math.comb(3, i) * (centred[i] - shifted[i]) ** 2 for i in range(4))
     for size in (4, 30):
         values = torch.tensor(
             [
@@ -162,7 +163,7 @@ def test_kid_is_unbiased_at_every_size() -> None:
         assert abs(float(values.mean()) - expected) < 4 * error
 
 
-def test_kid_of_subsets_is_near_that_of_all_and_repeats() -> None:
+def test_kid_of_subsets_is_near_that_of_all_and_deterministic() -> None:
     first, second = normal(600, 5), normal(500, 5, seed=1) + 0.5
     few = kid(first, second, num_subsets=50, subset_size=200)
     assert few.mean == pytest.approx(squared_discrepancy(first, second), abs=4 * few.deviation / math.sqrt(50) + 0.01)
@@ -172,7 +173,7 @@ def test_kid_of_subsets_is_near_that_of_all_and_repeats() -> None:
 # --- pairs and maps ----------------------------------------------------------------------------------------------
 
 
-def test_equal_features_fool_the_support_vector_machine() -> None:
+def test_discrimination_scores_of_separable_and_of_equal_features() -> None:
     scores = discrimination_scores(normal(50, 4), normal(50, 4, seed=1) + 100)
     assert scores == (0.0, 0.0)
     same = normal(50, 4)
@@ -190,9 +191,9 @@ def test_psnr_and_ssim_of_known_images() -> None:
 
 def test_confusion_counts_pixels() -> None:
     true = torch.tensor([[[0, 0, 1], [1, 2, 255]]])
-    found = torch.tensor([[[0, 1, 1], [1, 1, 1]]])
-    whole = Confusion.of(found, true, 4)
-    assert whole.pixel_accuracy == pytest.approx(3 / 5)
-    assert whole.mean_iou == pytest.approx((1 / 2 + 2 / 4 + 0) / 3), "class 3 is nowhere, 255 does not count"
-    parts = [Confusion.of(found[:, row : row + 1], true[:, row : row + 1], 4) for row in range(2)]
-    assert torch.equal((parts[0] + parts[1]).pixels, whole.pixels)
+    predicted = torch.tensor([[[0, 1, 1], [1, 1, 1]]])
+    both = Confusion.of(predicted, true, 4)
+    assert both.pixel_accuracy == pytest.approx(3 / 5)
+    assert both.mean_iou == pytest.approx((1 / 2 + 2 / 4 + 0) / 3), "class 3 does not occur, 255 is ignored"
+    rows = [Confusion.of(predicted[:, row : row + 1], true[:, row : row + 1], 4) for row in range(2)]
+    assert torch.equal((rows[0] + rows[1]).pixels, both.pixels)

@@ -1,4 +1,4 @@
-"""`lfm reference` and `lfm evaluate` by their commands, with a network that is quick."""
+"""Tests of `lfm evaluate`, with a fast feature network."""
 
 from __future__ import annotations
 
@@ -21,130 +21,68 @@ from lfm.errors import ConfigError
 from lfm.inference import trained_model
 from lfm.metrics import features
 from lfm.metrics import reference as references
-from lfm.metrics.frechet import FeatureSums, frechet_distance
 from lfm.metrics.inception import Inception
 from lfm.weights_file import WEIGHTS, load_weights, save_weights
 from lfm.world import World
 from pipelines.evaluation import evaluate as stage
+from pipelines.evaluation import metric_table
 from pipelines.evaluation.evaluate import EvaluateConfig
+from pipelines.evaluation.metric_table import Metric
 from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line, lfm
-from tests.support.feature_networks import PooledPixels, export_network, make_small_reference
+from tests.support.feature_networks import PooledPixels, export_network
+from tests.support.images import random_images
 
 
 class Distance(nn.Module):
+    """Mean absolute difference of two images, in place of LPIPS."""
+
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         return (first.float() - second.float()).abs().mean((1, 2, 3))
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_network(PooledPixels(), tmp_path_factory.mktemp("network") / "small.pt2")
-
-
-@pytest.fixture(scope="module")
-def reference(small_set: SmallSet, network: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the 40 scenes of the small set."""
-    return make_small_reference(small_set, network, tmp_path_factory.mktemp("reference"))
-
-
-def image_folder(folder: Path, count: int = 30, size: int = 16, seed: int = 0) -> Path:
-    random = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    for index in range(count):
-        Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{index:03d}.png")
-    return folder
-
-
 def report(out: Path) -> dict[str, Any]:
+    """Read the report of an evaluation."""
     return json.loads((out / "report.json").read_text())
 
 
 def metrics(out: Path) -> dict[str, float]:
+    """Read the metrics of the only candidate, without the time that its images took."""
     (row,) = report(out)["rows"]
     return {name: value for name, value in row["metrics"].items() if name != "seconds"}
-
-
-# --- the reference -----------------------------------------------------------------------------------------------
-
-
-def test_a_reference_holds_the_features_of_every_image_and_says_of_what(
-    small_set: SmallSet, reference: Path, network: Path
-) -> None:
-    found = references.load(str(reference))
-    assert (found.header.count, found.header.image_size, found.header.rule) == (40, 16, "centre")
-    assert (found.header.network_name, found.header.stored) == ("small", "webp")
-    assert found.features is not None
-    whole = FeatureSums.of(found.features).gaussian()
-    assert frechet_distance(whole, found.gaussians["pooled"]) == pytest.approx(0, abs=1e-9)
-    assert list(reference.parent.iterdir()) == [reference], "the blocks are gone"
-    again = lfm("reference", small_set.raw, reference, "--network", network)
-    assert again.exit_code == 0
-
-
-def test_another_reference_is_not_written_over(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
-    before = reference.read_bytes()
-    result = lfm("reference", small_set.raw, reference, "--network", "fd-lite")
-    assert_one_line(result, reference.name, "network_name", "--overwrite")
-    assert reference.read_bytes() == before
-
-
-def test_a_folder_is_cropped_by_the_rule_and_a_wrong_size_refused(network: Path, tmp_path: Path) -> None:
-    folder, out = image_folder(tmp_path / "pictures", 8, 24), tmp_path / "r.safetensors"
-    assert lfm("reference", folder, out, "--network", network, "--image-size", 16).exit_code == 0
-    assert references.load(str(out)).header.resized
-    Image.new("RGB", (16, 16)).save(folder / "zzz.png")
-    assert_one_line(lfm("reference", folder, tmp_path / "s.safetensors", "--network", network), "zzz.png", "16 x 16")
-    assert_one_line(lfm("reference", folder, out, "--crop", "squash"), "--crop", "--image-size")
-    assert_one_line(lfm("reference", folder, tmp_path / "s.npz", "--network", network), ".safetensors")
-
-
-def test_published_statistics_are_imported(tmp_path: Path) -> None:
-    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
-    np.savez(tmp_path / "adm.npz", **arrays, arr_0=np.zeros(1))
-    out = tmp_path / "adm.safetensors"
-    assert_one_line(lfm("reference", tmp_path / "adm.npz", out), "--image-size")
-    assert lfm("reference", tmp_path / "adm.npz", out, "--image-size", 256).exit_code == 0
-    found = references.load(str(out))
-    assert set(found.gaussians) == {"pooled", "spatial"}
-    assert (found.features, found.header.network_name) == (None, "inception")
-    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
-    other = lfm("reference", tmp_path / "other.npz", tmp_path / "o.safetensors", "--image-size", 256)
-    assert_one_line(other, "other.npz", "2048 dimensions")
-    (tmp_path / "broken.npz").write_bytes(b"PK")
-    broken = lfm("reference", tmp_path / "broken.npz", tmp_path / "o.safetensors", "--image-size", 256)
-    assert_one_line(broken, "broken.npz", "download it again")
 
 
 # --- images ----------------------------------------------------------------------------------------------------
 
 
-def test_a_set_against_itself_is_at_zero(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
+def test_images_equal_to_the_reference_have_perfect_scores(
+    small_set: SmallSet, reference: Path, tmp_path: Path
+) -> None:
     result = lfm("evaluate", small_set.raw, "--reference", reference, "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
-    found = metrics(tmp_path)
-    assert found["fd-small"] == pytest.approx(0, abs=1e-9)
-    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+    values = metrics(tmp_path)
+    assert values["fd-small"] == pytest.approx(0, abs=1e-9)
+    assert (values["precision"], values["recall"], values["coverage"]) == (1, 1, 1)
     assert "fd-small" in (tmp_path / "report.txt").read_text()
     with Image.open(tmp_path / "report.png") as image:
         assert image.height > 2 * 16
 
 
-def test_the_report_names_all_that_made_it(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "pictures")
+def test_the_report_records_what_determines_its_numbers(small_set: SmallSet, reference: Path, tmp_path: Path) -> None:
+    folder = random_images(tmp_path / "images")
     lfm("evaluate", folder, "--reference", reference, "--out", tmp_path / "out")
-    found = report(tmp_path / "out")
+    content = report(tmp_path / "out")
     header = references.load(str(reference)).header
-    assert found["settings"]["references"] == [json.loads(header.model_dump_json())]
-    assert found["settings"]["networks"][0]["content_hash"] == header.network_hash
-    assert found["rows"][0]["data_digest"]
-    assert {"lfm", "torch", "torchmetrics"} <= set(found["versions"])
-    assert any("30 images against 40 real ones" in warning for warning in found["rows"][0]["warnings"])
+    assert content["settings"]["references"] == [json.loads(header.model_dump_json())]
+    assert content["settings"]["networks"][0]["content_hash"] == header.network_hash
+    assert content["rows"][0]["data_digest"]
+    assert {"lfm", "torch", "torchmetrics"} <= set(content["versions"])
+    assert any("30 images against 40 real ones" in warning for warning in content["rows"][0]["warnings"])
 
 
 def test_a_reference_of_another_size_or_rule_is_refused(
     small_set: SmallSet, reference: Path, network: Path, tmp_path: Path
 ) -> None:
-    folder = image_folder(tmp_path / "large", 4, 24)
+    folder = random_images(tmp_path / "large", 4, 24)
     result = lfm("evaluate", folder, "--reference", reference, "--out", tmp_path / "out")
     assert_one_line(result, reference, "16 pixels", "24")
     other = tmp_path / "squash.safetensors"
@@ -154,7 +92,7 @@ def test_a_reference_of_another_size_or_rule_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_had_is_said_before_anything_is_done(
+def test_options_that_cannot_be_met_are_refused_before_any_work(
     small_set: SmallSet, reference: Path, network: Path, tmp_path: Path
 ) -> None:
     for options, parts in (
@@ -179,8 +117,8 @@ def test_a_changed_network_is_refused(small_set: SmallSet, reference: Path, tmp_
     assert_one_line(result, reference, "--network")
 
 
-def test_images_that_changed_are_measured_again(reference: Path, tmp_path: Path) -> None:
-    folder, out = image_folder(tmp_path / "pictures"), tmp_path / "out"
+def test_changed_images_are_measured_again(reference: Path, tmp_path: Path) -> None:
+    folder, out = random_images(tmp_path / "images"), tmp_path / "out"
     lfm("evaluate", folder, "--reference", reference, "--out", out)
     before = metrics(out)
     Image.new("RGB", (16, 16)).save(folder / "000.png")
@@ -191,35 +129,33 @@ def test_images_that_changed_are_measured_again(reference: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_published_statistics_and_weights_make_a_fid(
+def test_published_statistics_and_weights_give_a_fid(
     small_set: SmallSet, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With random weights in the place of the published ones: the names and the way are the same."""
+    """Random weights stand in for the published ones."""
     weights, statistics = tmp_path / "weights.pth", tmp_path / "adm.safetensors"
     torch.save(Inception().state_dict(), weights)
     arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "adm.npz", **arrays)
     lfm("reference", tmp_path / "adm.npz", statistics, "--image-size", 16)
-    folder = image_folder(tmp_path / "pictures", 4)
+    folder = random_images(tmp_path / "images", 4)
     command = ("evaluate", folder, "--reference", statistics, "--reference", reference, "--out", tmp_path / "out")
     assert_one_line(lfm(*command), "set --network to inception:WEIGHTS.pth")
     command = (*command, "--network", f"inception:{weights}")
     assert_one_line(lfm(*command, "--metrics", "fid"), "fid", "published")
     monkeypatch.setattr("lfm.metrics.features.PUBLISHED", features.file_hash(str(weights)))
     assert lfm(*command).exit_code == 0
-    found = metrics(tmp_path / "out")
-    assert {"inception: fid", "inception: sfid", "inception: is", "small: fd-small", "small: kid"} <= set(found)
-    assert found["inception: is"] >= 1
+    values = metrics(tmp_path / "out")
+    assert {"inception: fid", "inception: sfid", "inception: is", "small: fd-small", "small: kid"} <= set(values)
+    assert values["inception: is"] >= 1
     assert any("4 images in 2,048 dimensions" in line for line in report(tmp_path / "out")["rows"][0]["warnings"])
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_go_by_key_and_all_of_them_count(
-    small_set: SmallSet, reference: Path, network: Path, tmp_path: Path
-) -> None:
-    """Names whose lexical order is not their numeric one: sorted separately, few pairs would be right."""
+def test_pairs_are_matched_by_key(small_set: SmallSet, reference: Path, network: Path, tmp_path: Path) -> None:
+    """The lexical order of the names is not their numeric order, and the suffixes differ."""
     real, fake = tmp_path / "real", tmp_path / "fake"
     for folder, suffix in ((real, "png"), (fake, "bmp")):
         folder.mkdir()
@@ -229,12 +165,12 @@ def test_pairs_go_by_key_and_all_of_them_count(
     distance = export_network(Distance(), tmp_path / "distance.pt2", inputs=2)
     command = ("evaluate", fake, "--reference", reference, "--pairs", real, "--lpips", distance)
     assert lfm(*command, "--out", tmp_path / "out").exit_code == 0
-    found = metrics(tmp_path / "out")
+    values = metrics(tmp_path / "out")
     assert report(tmp_path / "out")["rows"][0]["count"] == 120
-    assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / 25), abs=1e-4)
-    assert found["lpips"] == pytest.approx(5, abs=1e-4)
-    assert found["ssim"] > 0.99
-    assert 0 <= found["p-ids"] <= 1
+    assert values["psnr"] == pytest.approx(10 * np.log10(255**2 / 25), abs=1e-4)
+    assert values["lpips"] == pytest.approx(5, abs=1e-4)
+    assert values["ssim"] > 0.99
+    assert 0 <= values["p-ids"] <= 1
 
     (fake / "7.bmp").rename(fake / "missing.bmp")
     assert_one_line(lfm(*command, "--out", tmp_path / "two"), "no image of the key 7")
@@ -243,15 +179,15 @@ def test_pairs_go_by_key_and_all_of_them_count(
 
 
 class Brightness(nn.Module):
-    """Takes dark for label 0 and bright for label 1."""
+    """A segmenter that assigns label 0 to dark pixels and label 1 to bright ones."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         bright = images.float().mean(1) / 255
         return torch.stack([1 - bright, bright], 1)
 
 
-def test_maps_are_compared_with_what_a_segmenter_finds(reference: Path, tmp_path: Path) -> None:
-    """Images that show their map but for one row of each."""
+def test_segmentation_maps_are_compared_with_a_segmenters_prediction(reference: Path, tmp_path: Path) -> None:
+    """Images that agree with their map except in one row."""
     (tmp_path / "source" / "images").mkdir(parents=True)
     (tmp_path / "source" / "annotations").mkdir()
     (tmp_path / "fake").mkdir()
@@ -271,20 +207,53 @@ def test_maps_are_compared_with_what_a_segmenter_finds(reference: Path, tmp_path
     assert metrics(tmp_path / "out") == {"pixel-accuracy": 15 / 16, "miou": pytest.approx(120 / 136)}
 
 
-def test_a_run_that_fills_in_is_judged_by_its_pairs(tasks: Tasks, reference: Path, tmp_path: Path) -> None:
-    """Each image of the shards is filled in once, under its own mask, in batches of any size."""
+def test_an_inpainting_model_is_evaluated_on_pairs(tasks: Tasks, reference: Path, tmp_path: Path) -> None:
+    """Each image of the shards is inpainted once, under its own mask; the batch size has no influence."""
     options = ("--pairs", tasks.raw, "--num-steps", 1, "--autoencoder", tasks.autoencoder, "--reference", reference)
     for name, size in (("one", 32), ("two", 3)):
         command = ("evaluate", tasks.runs / "both", *options, "--out", tmp_path / name, "--batch-size", size)
         assert lfm(*command).exit_code == 0
     assert report(tmp_path / "one")["rows"][0]["count"] == 20
-    found = metrics(tmp_path / "one")
-    assert found == pytest.approx(metrics(tmp_path / "two"), rel=1e-3)
-    assert {"p-ids", "u-ids", "ssim", "nfe"} <= set(found)
-    assert found["psnr"] > 8, "what is known is put back"
+    values = metrics(tmp_path / "one")
+    assert values == pytest.approx(metrics(tmp_path / "two"), rel=1e-3)
+    assert {"p-ids", "u-ids", "ssim", "nfe"} <= set(values)
+    assert values["psnr"] > 8, "known pixels are those of the image"
     refused = lfm("evaluate", tasks.runs / "class", *options, "--out", tmp_path / "three")
     assert_one_line(refused, "--pairs", "neither masks nor segmentation maps")
     assert_one_line(lfm(*command, "--num", 5), "--num", "--pairs")
+
+
+# --- the table of metrics ---------------------------------------------------------------------------------------
+
+
+def test_an_entry_of_the_table_is_all_that_a_metric_needs(
+    small_set: SmallSet, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def largest_difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return (first.float() - second.float()).abs().flatten(1).amax(1)
+
+    entry = Metric(
+        "largest-difference",
+        "lower",
+        metric_table.PAIRS,
+        lambda comparison: float(comparison.files.column("largest-difference").max()),
+        unit="levels",
+        per_network=False,
+        per_pair=largest_difference,
+    )
+    monkeypatch.setattr(metric_table, "TABLE", (*metric_table.TABLE, entry))
+    real, fake = random_images(tmp_path / "real"), random_images(tmp_path / "fake")
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(fake / "007.png")
+    with Image.open(real / "007.png") as image:
+        expected = float(np.asarray(image).max())
+    result = lfm("evaluate", fake, "--reference", reference, "--pairs", real, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert metrics(tmp_path / "out")["largest-difference"] == expected
+    assert report(tmp_path / "out")["metrics"]["largest-difference"] == {"unit": "levels", "better": "lower"}
+    assert "largest-difference (levels)" in result.stdout
+    alone = ("--pairs", real, "--out", tmp_path / "alone", "--metrics", "largest-difference")
+    assert lfm("evaluate", fake, "--reference", reference, *alone).exit_code == 0
+    assert metrics(tmp_path / "alone") == {"largest-difference": expected}
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -295,7 +264,7 @@ def config(run: Path, reference: Path, small_set: SmallSet, out: Path, **changes
     return EvaluateConfig((str(run),), (str(reference),), str(out), **settings)
 
 
-def test_exactly_as_many_images_whatever_the_ranks_and_batches(
+def test_numbers_of_ranks_and_batches_have_no_influence(
     weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lfm.data.image_sets.FILES_PER_BLOCK", 4)
@@ -304,7 +273,7 @@ def test_exactly_as_many_images_whatever_the_ranks_and_batches(
         result = stage.run(
             config(weights, reference, small_set, tmp_path / "three", batch_size=3), World(rank, rank, 3)
         )
-        assert bool(result.table) == (rank == 2), "the last one to be done writes the report"
+        assert bool(result.table) == (rank == 2), "the rank that finds all files complete writes the report"
     assert alone.report["rows"][0]["count"] == 21
     first, second = metrics(tmp_path / "one"), metrics(tmp_path / "three")
     assert first == pytest.approx(second, rel=1e-6)
@@ -312,18 +281,18 @@ def test_exactly_as_many_images_whatever_the_ranks_and_batches(
 
 
 @pytest.mark.slow
-def test_processes_of_their_own_measure_the_same(
+def test_one_and_two_processes_measure_the_same(
     weights: Path, network: Path, small_set: SmallSet, tmp_path: Path
 ) -> None:
     for count in (1, 2):
         out = tmp_path / str(count)
-        made = ("reference", small_set.raw, out / "r.safetensors", "--network", network, "--num-gpus", count)
-        assert lfm(*made).exit_code == 0
+        command = ("reference", small_set.raw, out / "r.safetensors", "--network", network, "--num-gpus", count)
+        assert lfm(*command).exit_code == 0
         options = ("--autoencoder", small_set.autoencoder, "--num", 1100, "--solver", "euler", "--num-steps", 1)
-        told = ("--reference", out / "r.safetensors", "--out", out / "report", "--num-gpus", count, *options)
-        result = lfm("evaluate", weights, *told)
+        files = ("--reference", out / "r.safetensors", "--out", out / "report")
+        result = lfm("evaluate", weights, *files, "--num-gpus", count, *options)
         assert result.exit_code == 0 and "1,100" in result.stdout, result.output
-    assert len(list((tmp_path / "2" / "report").glob("blocks-*/*"))) == 2, "each process made one"
+    assert len(list((tmp_path / "2" / "report").glob("blocks-*/*"))) == 2, "one of each process"
     first, second = metrics(tmp_path / "1" / "report"), metrics(tmp_path / "2" / "report")
     assert first == pytest.approx(second, rel=1e-6)
 
@@ -337,7 +306,7 @@ def test_a_run_of_another_crop_rule_is_refused(
         stage.run(config(weights, reference, small_set, tmp_path / "out"), ALONE)
 
 
-def test_a_killed_evaluation_goes_on(
+def test_an_interrupted_evaluation_resumes(
     weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lfm.data.image_sets.FILES_PER_BLOCK", 8)
@@ -347,20 +316,20 @@ def test_a_killed_evaluation_goes_on(
     blocks = tmp_path / "killed" / next((tmp_path / "whole").glob("blocks-*")).name
     blocks.mkdir(parents=True)
     shutil.copy(next((tmp_path / "whole").glob("blocks-*")) / "000001.safetensors", blocks)
-    made: list[int] = []
+    generated: list[int] = []
     monkeypatch.setattr(
         "lfm.inference.trained_model.image_noise",
-        lambda seeds, *rest: made.extend(seeds) or image_noise(seeds, *rest),
+        lambda seeds, *rest: generated.extend(seeds) or image_noise(seeds, *rest),
     )
     stage.run(killed, ALONE)
-    assert made == [*range(8), *range(16, 21)]
+    assert generated == [*range(8), *range(16, 21)]
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    made.clear()
+    generated.clear()
     stage.run(killed, ALONE)
-    assert made == [], "everything was there"
+    assert generated == []
 
 
-def test_several_guidance_scales_make_a_curve(
+def test_several_guidance_scales_give_a_curve(
     weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path
 ) -> None:
     command = ("evaluate", weights, "--reference", reference, "--out", tmp_path, "--num", 5, "--num-steps", 1)
@@ -382,6 +351,8 @@ def test_several_guidance_scales_make_a_curve(
     assert settings <= set(rows[0])
     assert rows[0]["autoencoder"]["content_hash"]
     assert "guidance 2" in result.output
+    with Image.open(tmp_path / "report.png") as image:
+        assert image.width >= 2 * 640, "plots of the metrics in two columns"
 
 
 def randomized_run(weights: Path, folder: Path, seed: int = 0, precision: str = "fp32") -> Path:
