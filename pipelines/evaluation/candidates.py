@@ -157,7 +157,9 @@ class GeneratedImages:
             model.velocity(self.conditions.condition([0]).to(model.device), 1, self.guidance)  # checks the guidance
             self.counts = blocks_of(config.num or DEFAULT_NUM)
         else:
-            self.fields = _condition_fields(model, real)
+            if not model.header.model.condition_channels and not model.header.model.num_labels:
+                raise ConfigError(f"`pairs` {real.name}: {model.name} takes neither masks nor segmentation maps")
+            check_conditions(model, real, "pairs")
             self.counts = real.blocks
             self.provides += ("pairs", "segmentations") if "segmentation" in real.fields else ("pairs",)
         self.settings: dict[str, Any] = {
@@ -188,24 +190,9 @@ class GeneratedImages:
         for samples in batched(self.real.read(block), self.batch_size):
             rows = range(len(samples))
             numbers = [first + row for row in rows]
-            batch = self._generate(model, numbers, self._conditions(model, samples), rows)
+            batch = self._generate(model, numbers, conditions_of_samples(model, samples), rows)
             yield replace(batch, real=stack_images(samples), segmentation=_stack_segmentations(samples))
             first += len(samples)
-
-    def _conditions(self, model: TrainedModel, samples: list[RawSample]) -> Conditions:
-        def stack(field: str) -> np.ndarray:
-            return np.stack([getattr(sample, field) for sample in samples])
-
-        has_masks = "mask" in self.fields
-        return encode_conditions(
-            model.header,
-            model.autoencoder,
-            class_index=stack("class_index").tolist() if model.header.model.num_classes else None,
-            images=stack("image") if has_masks else None,
-            masks=stack("mask") if has_masks else None,
-            segmentations=stack("segmentation") if "segmentation" in self.fields else None,
-            names=[sample.key for sample in samples],
-        )
 
     def _generate(
         self, model: TrainedModel, numbers: Sequence[int], conditions: Conditions, rows: Sequence[int]
@@ -221,23 +208,52 @@ class GeneratedImages:
         return CandidateBatch(tensor, nfe=result.nfe, seconds=time.perf_counter() - start)
 
 
-def _condition_fields(model: TrainedModel, real: ImageSet) -> list[str]:
-    """Return the fields of `real` that the model takes as conditions.
+def check_conditions(model: TrainedModel, images: ImageSet, option: str) -> None:
+    """Check that images have the size of a model's, and the masks or segmentation maps that it takes.
 
     Raises:
-        ConfigError: If the model takes none, or `real` lacks them, or the image sizes differ.
+        ConfigError: If not; names the option that the images come from.
     """
-    config = model.header.model
+    config, size = model.header.model, model.header.image_size
     fields = ["mask"] if config.condition_channels else []
     fields += ["segmentation"] if config.num_labels else []
-    if not fields:
-        raise ConfigError(f"`pairs` {real.name}: {model.name} takes neither masks nor segmentation maps")
-    if not set(fields) <= set(real.fields) or real.image_size != model.header.image_size:
+    if images.image_size != size:
         raise ConfigError(
-            f"`pairs` {real.name}: {model.name} takes {' and '.join(fields)} of {model.header.image_size} pixels; name "
-            "raw shards that hold them"
+            f"`{option}` {images.name}: has images of {images.image_size} pixels, those of {model.name} have {size}"
         )
-    return fields
+    if not set(fields) <= set(images.fields):
+        raise ConfigError(
+            f"`{option}` {images.name}: {model.name} takes {' and '.join(fields)}; name raw shards that hold them"
+        )
+
+
+def conditions_of_samples(model: TrainedModel, samples: list[RawSample]) -> Conditions:
+    """Return the conditions that a model takes from raw samples, one row for each sample.
+
+    Raises:
+        DataError: If a sample lacks one of them.
+    """
+
+    def stack(field: str, is_taken: bool) -> np.ndarray | None:
+        if not is_taken:
+            return None
+        for sample in samples:
+            if getattr(sample, field) is None:
+                raise DataError(f"{sample.key}: has no {field}, which {model.name} takes as a condition")
+        return np.stack([getattr(sample, field) for sample in samples])
+
+    config = model.header.model
+    has_masks = config.condition_channels > 0
+    classes = stack("class_index", config.num_classes is not None)
+    return encode_conditions(
+        model.header,
+        model.autoencoder,
+        class_index=None if classes is None else classes.tolist(),
+        images=stack("image", has_masks),
+        masks=stack("mask", has_masks),
+        segmentations=stack("segmentation", config.num_labels is not None),
+        names=[sample.key for sample in samples],
+    )
 
 
 def _stack_segmentations(samples: list[RawSample]) -> Tensor | None:

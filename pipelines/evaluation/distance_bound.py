@@ -18,7 +18,6 @@ from lfm.autoencoder import to_unit_range
 from lfm.data.image_sets import ImageSet, open_images
 from lfm.data.random_draws import draw, draw_noise
 from lfm.errors import ConfigError
-from lfm.flow.null_condition import class_condition
 from lfm.flow.path import SIGMA_MIN, path_sample
 from lfm.inference import trained_model
 from lfm.inference.trained_model import TrainedModel
@@ -28,6 +27,7 @@ from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.progress import Progress
 from pipelines.common.provenance import code_version
+from pipelines.evaluation.candidates import check_conditions, conditions_of_samples
 from pipelines.evaluation.evaluation_options import BoundConfig
 from pipelines.evaluation.feature_files import Block, batched, stack_images
 
@@ -48,17 +48,14 @@ def run(config: BoundConfig, world: World) -> BoundResult:
     """Estimate the terms on the first `num` images, and write bound.json.
 
     Raises:
-        ConfigError: If there are too few images, or they have another size or lack the classes that the model takes.
+        ConfigError, DataError: If there are too few images, or they have another size or lack a condition of the model.
     """
     model = trained_model.load(
         config.run, autoencoder=config.autoencoder, device=factory.device(world), precision="fp32"
     )
     header = model.header
     real = open_images(config.raw, factory.cache(config.cache))
-    if real.image_size != header.image_size:
-        raise ConfigError(
-            f"{config.raw}: its images have {real.image_size} pixels, those of {config.run} {header.image_size}"
-        )
+    check_conditions(model, real, "bound")
     num = min(config.num, sum(real.blocks))
     if num < 2 * NUM_PARTS:
         raise ConfigError(f"{config.raw}: {num} images; the bound needs at least {2 * NUM_PARTS}")
@@ -117,7 +114,7 @@ def _measure(model: TrainedModel, batch: list[RawSample], seed: int, first: int,
     uniform, (posterior_noise, noise) = draw(seed, numbers).uniform, draw_noise(seed, numbers, model.latent_shape)
     posterior = autoencoder.encode(images)
     latents = (posterior.mean + posterior.std * posterior_noise - autoencoder.shift) * autoencoder.scale_factor
-    condition = _class_condition(batch, header.model.num_classes).to(images.device)
+    condition = conditions_of_samples(model, batch).condition(range(len(batch))).to(images.device)
     steep = torch.arange(min(num_steep, len(batch)))
     with torch.no_grad():
         terms = {"reconstruction": _squared_norm(autoencoder.pixels(latents) - to_unit_range(images))}
@@ -139,15 +136,6 @@ def _measure(model: TrainedModel, batch: list[RawSample], seed: int, first: int,
 
 def _velocity(network: torch.nn.Module, state: Tensor, time: Tensor, condition: Condition) -> Tensor:
     return network(state, time, condition)
-
-
-def _class_condition(batch: list[RawSample], num_classes: int | None) -> Condition:
-    if num_classes is None:
-        return Condition()
-    classes = [sample.class_index for sample in batch if sample.class_index is not None]
-    if len(classes) < len(batch):
-        raise ConfigError("the model takes classes, the images have none; shard them from class folders")
-    return class_condition(classes, num_classes)
 
 
 def table(bound: Bound, num_values: int) -> str:

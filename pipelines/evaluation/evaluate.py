@@ -32,17 +32,7 @@ from pipelines.evaluation.metric_table import EvaluationInputs, Metric, Results
 from pipelines.evaluation.per_image_pass import NUM_SHOWN, PerImagePass
 
 PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "scikit-learn", "diffusers")
-RUN_OPTIONS = (
-    "num",
-    "first_seed",
-    "guidance_scale",
-    "solver",
-    "num_steps",
-    "atol",
-    "rtol",
-    "precision",
-    "autoencoder",
-)
+RUN_OPTIONS = ("num", "first_seed", "guidance_scale", "solver", "num_steps", "atol", "rtol", "precision", "autoencoder")
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,8 @@ The model is the exact velocity field of a Gaussian with other parameters, so it
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +17,6 @@ from torch import Tensor
 from lfm.flow.path import SIGMA_MIN, path_sample
 from lfm.metrics.bound import Bound, estimate, largest, root_mean, steepness
 from lfm.metrics.frechet import Gaussian, frechet_distance
-from lfm.weights_file import WEIGHTS, load_weights, save_weights
-from tests.support.commands import SmallSet, assert_one_line, lfm
 
 LATENT, PIXELS, PARTS, SAMPLES = 3, 5, 20, 8_000
 
@@ -131,23 +126,3 @@ def test_standard_errors_shrink_with_the_root_of_the_count() -> None:
     assert many.value == pytest.approx(math.sqrt(0.5), abs=4 * many.standard_error)
     assert largest(squares).value == float(squares.max())
     assert largest(torch.ones(5)).standard_error == 0
-
-
-def test_the_command_writes_every_term_with_its_error(weights: Path, small_set: SmallSet, tmp_path: Path) -> None:
-    command = ("evaluate", weights, "--bound", small_set.raw, "--autoencoder", small_set.autoencoder, "--out", tmp_path)
-    result = lfm(*command)
-    assert result.exit_code == 0, result.stderr
-    report = json.loads((tmp_path / "bound.json").read_text())
-    terms = report["terms"]
-    assert (terms["reconstruction"]["kind"], terms["decoder"]["kind"]) == ("unbiased", "lower")
-    assert {term["kind"] for term in terms["error"]} == {"upper"}
-    assert {term["kind"] for term in terms["velocity"]} == {"lower"}
-    assert len(terms["error"]) == 10 and all(term["standard_error"] > 0 for term in terms["error"])
-    assert report["bound"]["by_time"] > terms["reconstruction"]["value"]
-    assert report["settings"]["num"] == 40
-    tensors, header = load_weights(str(weights))
-    in_bf16 = dataclasses.replace(header, config={"train": {"precision": "bf16"}})
-    save_weights(str(weights / WEIGHTS), tensors, in_bf16)
-    assert lfm(*command).exit_code == 0
-    assert json.loads((tmp_path / "bound.json").read_text())["terms"] == terms, "always computed in float32"
-    assert_one_line(lfm(*command, "--metrics", "kid"), "--metrics", "--bound")
