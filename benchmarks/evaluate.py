@@ -1,11 +1,11 @@
-"""What the feature pass costs on top of the bare network, and the Frechet distance on top of scipy's sqrtm.
+"""Compare the feature pass with the bare network, and the Frechet distance with scipy's sqrtm.
 
     python benchmarks/evaluate.py [--images 96] [--dimensions 2048] [--repeats 3]
 
-Each repeat runs, in turn, in this process: (a) fd-lite on batches that lie in memory, the limit; (b) `lfm reference` on the
-same images as files, which reads, decodes, hashes and writes. Then the Frechet distance of two covariances by symmetric
-eigenvalues, and the same by scipy.linalg.sqrtm of their product. Ratios are within a repeat. Last, the peak memory of the
-statistics of 50,000 features of 2,048 dimensions, in a process of its own.
+Each repeat times, in this process, (a) fd-lite on batches in memory, which is the limit, and (b) `lfm reference` on the same
+images as files, which also reads, decodes, hashes and writes; then the Frechet distance of two covariances by symmetric
+eigenvalues and by scipy.linalg.sqrtm of their product. Ratios are within a repeat. Finally, a separate process measures the
+peak memory of the statistics of 50,000 features of 2,048 dimensions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from pipelines import features
+from pipelines.evaluation.feature_files import FeatureFiles
 torch.manual_seed(0)
 folder, counts = sys.argv[1], (1000,) * 50
 def peak():
@@ -44,47 +44,47 @@ def peak():
 before = peak()
 for block in range(50):
     save_file({"0.pooled": torch.randn(1000, 2048)}, f"{folder}/{block:06d}.safetensors")
-features.summarise(folder, counts, 0)
+FeatureFiles(folder, counts).statistics(0)
 print(f"{before:.0f} {peak():.0f}")
 """
 
 
 def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def feature_pass(folder: Path, count: int, repeats: int) -> list[float]:
-    """Times of the pass over those of the bare network."""
+    """Return the time of the pass divided by that of the bare network, for each repeat."""
     images = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for index, image in enumerate(images):
-        Image.fromarray(image).save(folder / "pictures" / f"{index:06d}.png")
+        Image.fromarray(image).save(folder / "images" / f"{index:06d}.png")
     network = features.load("fd-lite")
     batches = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().split(BATCH)
-    config = ReferenceConfig(str(folder / "pictures"), str(folder / "reference.safetensors"), overwrite=True)
+    config = ReferenceConfig(str(folder / "images"), str(folder / "reference.safetensors"), overwrite=True)
     network(batches[0])
     ratios = []
     for _ in range(repeats):
         bare = timed(lambda: [network(batch) for batch in batches])
-        whole = timed(lambda: run(config, World()))
-        print(f"  network {count / bare:.1f} images/s, pass {count / whole:.1f} images/s", flush=True)
-        ratios.append(whole / bare)
+        complete = timed(lambda: run(config, World()))
+        print(f"  network {count / bare:.1f} images/s, pass {count / complete:.1f} images/s", flush=True)
+        ratios.append(complete / bare)
     return ratios
 
 
 def distance(dimensions: int, repeats: int) -> list[float]:
-    """Times of the Frechet distance over those of scipy's."""
+    """Return the time of the Frechet distance divided by that of scipy's, for each repeat."""
     torch.manual_seed(0)
     first, second = (FeatureSums.of(torch.randn(2 * dimensions, dimensions) * scale).gaussian() for scale in (1.0, 1.2))
     product = (first.covariance @ second.covariance).numpy()
     ratios = []
     for _ in range(repeats):
-        ours = timed(lambda: frechet_distance(first, second))
-        theirs = timed(lambda: scipy.linalg.sqrtm(product))
-        print(f"  eigenvalues {ours:.1f} s, sqrtm {theirs:.1f} s", flush=True)
-        ratios.append(ours / theirs)
+        eigenvalues = timed(lambda: frechet_distance(first, second))
+        sqrtm = timed(lambda: scipy.linalg.sqrtm(product))
+        print(f"  eigenvalues {eigenvalues:.1f} s, sqrtm {sqrtm:.1f} s", flush=True)
+        ratios.append(eigenvalues / sqrtm)
     return ratios
 
 

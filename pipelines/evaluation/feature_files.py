@@ -65,7 +65,7 @@ class FeatureFiles:
                     for name, value in batch.items():
                         batches.setdefault(name, []).append(value.cpu())
                     progress.advance(len(next(iter(batch.values()))))
-                with storage.writing(storage.join(self.folder, _name(block)), flush=False) as temporary:
+                with storage.writing(storage.join(self.folder, _name(block))) as temporary:
                     save_file({name: torch.cat(values).contiguous() for name, values in batches.items()}, temporary)
         existing = storage.sizes(self.folder)
         return all(_name(block) in existing for block in range(len(self.counts)))

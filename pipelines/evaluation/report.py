@@ -1,4 +1,4 @@
-"""The report of `lfm evaluate`: report.json with everything, report.txt with a table, report.png with images and curves."""
+"""The report of `lfm evaluate`: report.json, report.txt with a table, and report.png with images and curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.common import image_files
 from pipelines.common.plots import line_plot
 from pipelines.evaluation.metric_table import DEVIATION
 
-REPORT, TABLE, SHEET = "report.json", "report.txt", "report.png"
+REPORT, TEXT, SHEET = "report.json", "report.txt", "report.png"
 AXES = ("samples_seen", "guidance_scale")  # settings over which metrics are plotted
 MIN_PIXELS = 64  # smaller images are enlarged
 
@@ -24,7 +24,7 @@ def check_folder(out: str, settings: dict[str, Any], *, overwrite: bool) -> None
     """Check that `out` holds no report, or one with the same settings.
 
     Raises:
-        ConfigError: If it holds the report of other settings; names one that differs.
+        ConfigError: If it holds the report of other settings.
     """
     path = storage.join(out, REPORT)
     if overwrite or not storage.exists(path):
@@ -53,7 +53,7 @@ def write(out: str, content: dict[str, Any], shown: list[torch.Tensor], neighbou
         neighbours: The nearest real image of each of them.
     """
     text = table(content)
-    storage.write_bytes(storage.join(out, TABLE), (text + "\n").encode())
+    storage.write_bytes(storage.join(out, TEXT), (text + "\n").encode())
     image_files.save(sheet(content, shown, neighbours), storage.join(out, SHEET))
     storage.write_json(storage.join(out, REPORT), _as_json(content))
     return text
@@ -62,7 +62,7 @@ def write(out: str, content: dict[str, Any], shown: list[torch.Tensor], neighbou
 def table(content: dict[str, Any]) -> str:
     """Return a table with a line for each candidate and a column for each metric.
 
-    It is followed by lists of the metrics of which low and high values are better, and by the warnings.
+    Below it are the metrics whose lower or higher values are better, and the warnings.
     """
     rows, metrics = content["rows"], content["metrics"]
     lines = [["", "images", *(_with_unit(name, description) for name, description in metrics.items())]]
