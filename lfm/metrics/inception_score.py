@@ -9,20 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class InceptionScore(NamedTuple):
-    """Mean and standard deviation over splits."""
-
-    mean: float
-    deviation: float
+from lfm.metrics.spread import Spread
 
 
-def inception_score(probabilities: Iterable[Tensor], total: int, num_splits: int = 10) -> InceptionScore:
+def inception_score(probabilities: Iterable[Tensor], total: int, num_splits: int = 10) -> Spread:
     """Return the score of `total` images, split in their order into `num_splits` equal parts, or one per image.
 
     Args:
@@ -45,4 +39,4 @@ def inception_score(probabilities: Iterable[Tensor], total: int, num_splits: int
         mean = torch.as_tensor(sums[split]) / (end - begin)
         scores.append((negative_entropy[split] / (end - begin) - torch.xlogy(mean, mean).sum()).exp())
     values = torch.stack(scores)
-    return InceptionScore(float(values.mean()), float(values.std(correction=0)))
+    return Spread(float(values.mean()), float(values.std(correction=0)))

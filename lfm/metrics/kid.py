@@ -9,21 +9,14 @@ number of features, and it is negative as often as positive if both sets come fr
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class Kid(NamedTuple):
-    """Mean and standard deviation over subsets."""
-
-    mean: float
-    deviation: float
+from lfm.metrics.spread import Spread
 
 
-def kid(real: Tensor, fake: Tensor, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Kid:
+def kid(real: Tensor, fake: Tensor, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Spread:
     """Return the KID of features (N, D) and (M, D), averaged over random subsets.
 
     Sets that are not larger than `subset_size` are used whole; if both are, there is one subset.
@@ -37,7 +30,7 @@ def kid(real: Tensor, fake: Tensor, *, num_subsets: int = 100, subset_size: int 
         return features[torch.from_numpy(random.permutation(len(features))[:size])]
 
     values = [squared_discrepancy(subset(real), subset(fake)) for _ in range(num_subsets)]
-    return Kid(float(np.mean(values)), float(np.std(values)))
+    return Spread(float(np.mean(values)), float(np.std(values)))
 
 
 def squared_discrepancy(first: Tensor, second: Tensor) -> float:

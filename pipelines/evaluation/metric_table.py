@@ -1,8 +1,9 @@
-"""The table of metrics: what each requires, how it is computed, its unit, and which values are better.
+"""The table of metrics: what each needs, how it is computed, its unit, and which values are better.
 
 To add a metric, write its mathematics as a module of `lfm.metrics` and add an entry to `TABLE`; the options, the report and
 its plots follow from the entry. Values are computed from a `Comparison`, which holds the features of generated and real
-images. The value of an entry with `per_pair` is the mean of a function of pairs of images.
+images. The function `per_pair` of an entry is evaluated on all pairs of images beforehand; its values are a column of the
+feature files.
 """
 
 from __future__ import annotations
@@ -21,10 +22,24 @@ from lfm.metrics.kid import kid
 from lfm.metrics.paired import DiscriminationScores, discrimination_scores, psnr, ssim
 from lfm.metrics.precision_recall import density_coverage, precision_recall
 from lfm.metrics.segmentation import Confusion
+from lfm.metrics.spread import Spread
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.evaluation.feature_files import FeatureFiles
 
 DEVIATION = " deviation"  # suffix of the name of a metric's standard deviation in the report
+
+# What a metric may need, and how a user can provide it.
+NEEDS = {
+    "inception": "the Inception network",
+    "published": "the published Inception network: make the reference with `network` inception:PATH",
+    "spatial": "a reference with spatial statistics of the Inception network",
+    "features": "a reference with features of single images, which imported ones do not have",
+    "pairs": "`pairs`",
+    "segmentations": "`pairs` with segmentation maps",
+    "lpips": "`lpips`",
+    "segmenter": "`segmenter`",
+    "nfe": "a run, whose images are generated here",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,17 @@ class EvaluationInputs:
     reference_sets: list[ReferenceSet]
     provides: tuple[str, ...]  # of the candidates: pairs, segmentations, nfe
     modules: tuple[str, ...]  # lpips, segmenter
+
+    def available(self, reference_set: ReferenceSet) -> set[str]:
+        """Return the keys of `NEEDS` that a comparison with one of the references provides."""
+        network, reference = reference_set.network, reference_set.reference
+        conditions = {
+            "inception": network.name == "inception",
+            "published": network.frechet == "fid",
+            "spatial": network.name == "inception" and "spatial" in reference.gaussians,
+            "features": reference.features is not None,
+        }
+        return {*self.provides, *self.modules, *(key for key, is_met in conditions.items() if is_met)}
 
 
 @dataclass(frozen=True)
@@ -52,7 +78,7 @@ class Comparison:
     @cached_property
     def features(self) -> tuple[Tensor, Tensor]:
         """Features of a subset of the real (K, D) and of the generated images (M, D), on the network's device."""
-        assert self.reference_set.reference.features is not None, "required by the entry"
+        assert self.reference_set.reference.features is not None, "needed by the entry"
         device = self.reference_set.network.device
         return self.reference_set.reference.features.to(device), self.statistics[1].to(device)
 
@@ -61,11 +87,6 @@ class Comparison:
         return self.reference_set.reference.gaussians[kind], self.statistics[0][kind]
 
     # Results that several metrics share.
-
-    @cached_property
-    def frechet(self) -> float:
-        """Frechet distance of the pooled features."""
-        return frechet_distance(*self.gaussians("pooled"))
 
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
@@ -90,66 +111,26 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Requirement:
-    """A condition on the inputs of an evaluation, and how a user can meet it."""
-
-    description: str
-    provides: str | None = None  # by the candidates
-    module: str | None = None
-    is_met_by: Callable[[ReferenceSet], bool] = lambda _: True
-
-    def is_met(self, inputs: EvaluationInputs, reference_set: ReferenceSet) -> bool:
-        """Return whether an evaluation can compare its images with this reference."""
-        return (
-            self.provides in (None, *inputs.provides)
-            and self.module in (None, *inputs.modules)
-            and self.is_met_by(reference_set)
-        )
-
-
-POOLED = Requirement("a reference")
-PUBLISHED = Requirement(
-    "the published Inception network: make the reference with `network` inception:PATH",
-    is_met_by=lambda references: references.network.frechet == "fid",
-)
-INCEPTION = Requirement("the Inception network", is_met_by=lambda references: references.network.name == "inception")
-SPATIAL = Requirement(
-    "the Inception network, and a reference with its spatial statistics",
-    is_met_by=lambda references: INCEPTION.is_met_by(references) and "spatial" in references.reference.gaussians,
-)
-FEATURES = Requirement(
-    "a reference with features of single images, which imported ones do not have",
-    is_met_by=lambda references: references.reference.features is not None,
-)
-PAIRS = Requirement("`pairs`", provides="pairs")
-LPIPS = Requirement("`lpips`, and `pairs`", provides="pairs", module="lpips")
-SEGMENTER = Requirement("`segmenter`, and `pairs` with segmentation maps", provides="segmentations", module="segmenter")
-GENERATED = Requirement("a run, whose images are generated here", provides="nfe")
-
-
-class Spread(NamedTuple):
-    """The mean of several estimates of a metric, and their standard deviation."""
-
-    mean: float
-    deviation: float
-
-
-@dataclass(frozen=True)
 class Metric:
     """An entry of the table."""
 
     name: str
     better: Literal["lower", "higher"]
-    requirement: Requirement
+    needs: set[str]
     compute: Callable[[Comparison], float | Spread]
     unit: str | None = None
     per_network: bool = True  # whether the value depends on the feature network
     is_default: bool = True
-    per_pair: Callable[[Tensor, Tensor], Tensor] | None = None  # uint8 (B, 3, H, W), twice -> (B,): one column
+    per_pair: Callable[[Tensor, Tensor], Tensor] | None = None  # uint8 (B, 3, H, W), twice -> (B,)
 
-    def report_name(self, comparison: Comparison) -> str:
-        """Return the name in the report: that of the metric, except for the Frechet distance of a network."""
-        return comparison.reference_set.network.frechet if self.name in ("fd", "fid") else self.name
+    def missing(self, inputs: EvaluationInputs) -> str | None:
+        """Return the description of what the metric needs and no reference provides, or None if it can be computed."""
+        missing = min((self.needs - inputs.available(each) for each in inputs.reference_sets), key=len)
+        return ", and ".join(NEEDS[key] for key in sorted(missing)) or None
+
+
+def _frechet(comparison: Comparison) -> float:
+    return frechet_distance(*comparison.gaussians("pooled"))
 
 
 def _spatial_frechet(comparison: Comparison) -> float:
@@ -158,75 +139,64 @@ def _spatial_frechet(comparison: Comparison) -> float:
 
 def _inception_score(comparison: Comparison) -> Spread:
     blocks = (block[f"{comparison.number}.probabilities"] for block in comparison.files.blocks())
-    return Spread(*inception_score(blocks, comparison.files.total))
+    return inception_score(blocks, comparison.files.total)
 
 
-def _kid(comparison: Comparison) -> Spread:
-    return Spread(*kid(*comparison.features))
-
-
-def _per_image(
-    name: str,
-    better: Literal["lower", "higher"],
-    requirement: Requirement,
-    unit: str | None = None,
-    per_pair: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Metric:
-    """Return the entry of a metric that is the mean of the column of its name."""
-
-    def compute(comparison: Comparison) -> float:
-        return float(comparison.files.column(name).double().mean())
-
-    return Metric(name, better, requirement, compute, unit, per_network=False, per_pair=per_pair)
+def _mean_of(column: str) -> Callable[[Comparison], float]:
+    return lambda comparison: float(comparison.files.column(column).double().mean())
 
 
 TABLE = (
-    Metric("fd", "lower", POOLED, lambda comparison: comparison.frechet),
-    Metric("fid", "lower", PUBLISHED, lambda comparison: comparison.frechet, is_default=False),
-    Metric("sfid", "lower", SPATIAL, _spatial_frechet),
-    Metric("is", "higher", INCEPTION, _inception_score),
-    Metric("kid", "lower", FEATURES, _kid),
-    Metric("precision", "higher", FEATURES, lambda comparison: comparison.precision_recall[0]),
-    Metric("recall", "higher", FEATURES, lambda comparison: comparison.precision_recall[1]),
-    Metric("density", "higher", FEATURES, lambda comparison: comparison.density_coverage[0]),
-    Metric("coverage", "higher", FEATURES, lambda comparison: comparison.density_coverage[1]),
-    Metric("p-ids", "higher", PAIRS, lambda comparison: comparison.discrimination.paired),
-    Metric("u-ids", "higher", PAIRS, lambda comparison: comparison.discrimination.unpaired),
-    _per_image("psnr", "higher", PAIRS, unit="dB", per_pair=psnr),
-    _per_image("ssim", "higher", PAIRS, per_pair=ssim),
-    _per_image("lpips", "lower", LPIPS),
-    Metric("miou", "higher", SEGMENTER, lambda comparison: comparison.confusion.mean_iou, per_network=False),
+    Metric("fd", "lower", set(), _frechet),
+    Metric("fid", "lower", {"published"}, _frechet, is_default=False),
+    Metric("sfid", "lower", {"spatial"}, _spatial_frechet),
+    Metric("is", "higher", {"inception"}, _inception_score),
+    Metric("kid", "lower", {"features"}, lambda comparison: kid(*comparison.features)),
+    Metric("precision", "higher", {"features"}, lambda comparison: comparison.precision_recall[0]),
+    Metric("recall", "higher", {"features"}, lambda comparison: comparison.precision_recall[1]),
+    Metric("density", "higher", {"features"}, lambda comparison: comparison.density_coverage[0]),
+    Metric("coverage", "higher", {"features"}, lambda comparison: comparison.density_coverage[1]),
+    Metric("p-ids", "higher", {"pairs"}, lambda comparison: comparison.discrimination.paired),
+    Metric("u-ids", "higher", {"pairs"}, lambda comparison: comparison.discrimination.unpaired),
+    Metric("psnr", "higher", {"pairs"}, _mean_of("psnr"), "dB", per_network=False, per_pair=psnr),
+    Metric("ssim", "higher", {"pairs"}, _mean_of("ssim"), per_network=False, per_pair=ssim),
+    Metric("lpips", "lower", {"lpips", "pairs"}, _mean_of("lpips"), per_network=False),
     Metric(
-        "pixel-accuracy", "higher", SEGMENTER, lambda comparison: comparison.confusion.pixel_accuracy, per_network=False
+        "miou",
+        "higher",
+        {"segmenter", "segmentations"},
+        lambda comparison: comparison.confusion.mean_iou,
+        per_network=False,
     ),
-    _per_image("nfe", "lower", GENERATED),
-    _per_image("seconds", "lower", GENERATED, unit="s"),
+    Metric(
+        "pixel-accuracy",
+        "higher",
+        {"segmenter", "segmentations"},
+        lambda comparison: comparison.confusion.pixel_accuracy,
+        per_network=False,
+    ),
+    Metric("nfe", "lower", {"nfe"}, _mean_of("nfe"), per_network=False),
+    Metric("seconds", "lower", {"nfe"}, _mean_of("seconds"), "s", per_network=False),
 )
-
-
-def missing_requirement(metric: Metric, inputs: EvaluationInputs) -> str | None:
-    """Return the description of what a metric requires and `inputs` lack, or None if it can be computed."""
-    is_met = any(metric.requirement.is_met(inputs, reference_set) for reference_set in inputs.reference_sets)
-    return None if is_met else metric.requirement.description
 
 
 def choose(names: str | None, inputs: EvaluationInputs) -> list[Metric]:
     """Return the metrics of a list such as fd,kid; by default all that the inputs allow.
 
     Raises:
-        ConfigError: If a name is unknown, a requirement of a metric is missing, or a module would not be used.
+        ConfigError: If a name is unknown, a metric cannot be computed, or a module would not be used.
     """
     for metric in TABLE:
-        module = metric.requirement.module
-        if module in inputs.modules and (missing := missing_requirement(metric, inputs)):
-            raise ConfigError(f"`{module}`: needs {missing}")
+        for module in metric.needs.intersection(inputs.modules):
+            if missing := metric.missing(inputs):
+                raise ConfigError(f"`{module}`: needs {missing}")
     if names is None:
-        return [metric for metric in TABLE if metric.is_default and not missing_requirement(metric, inputs)]
+        return [metric for metric in TABLE if metric.is_default and not metric.missing(inputs)]
     by_name = {metric.name: metric for metric in TABLE}
     for name in names.split(","):
         if name not in by_name:
             raise ConfigError(f"`metrics` {name}: unknown; one of {', '.join(by_name)}")
-        if missing := missing_requirement(by_name[name], inputs):
+        if missing := by_name[name].missing(inputs):
             raise ConfigError(f"`metrics` {name}: needs {missing}")
     return [by_name[name] for name in names.split(",")]
 
@@ -249,7 +219,7 @@ def compute(metrics: list[Metric], files: FeatureFiles, inputs: EvaluationInputs
         if isinstance(value, Spread):
             results.values[name + DEVIATION] = value.deviation
         results.descriptions[name] = {"unit": metric.unit, "better": metric.better}
-        if metric.name in ("fd", "fid") and (warning := singular_warning(*comparison.gaussians("pooled"))):
+        if metric.compute is _frechet and (warning := singular_warning(*comparison.gaussians("pooled"))):
             results.warnings.append(f"{comparison.reference_set.network.frechet}: {warning}")
     return results
 
@@ -257,12 +227,17 @@ def compute(metrics: list[Metric], files: FeatureFiles, inputs: EvaluationInputs
 def _computations(
     metrics: list[Metric], comparisons: list[Comparison], inputs: EvaluationInputs
 ) -> Iterator[tuple[str, Metric, Comparison]]:
-    """Yield each value to compute: its name in the report, its metric, and the comparison that it is computed from."""
+    """Yield each value to compute: its name in the report, its metric, and the comparison that it is computed from.
+
+    A Frechet distance is reported under the name that belongs to its network, such as fid or fd-lite.
+    """
     for metric in metrics:
         if not metric.per_network:
             yield metric.name, metric, comparisons[0]
     for comparison in comparisons:
-        prefix = f"{comparison.reference_set.network.name}: " if len(comparisons) > 1 else ""
+        network = comparison.reference_set.network
+        prefix = f"{network.name}: " if len(comparisons) > 1 else ""
         for metric in metrics:
-            if metric.per_network and metric.requirement.is_met(inputs, comparison.reference_set):
-                yield prefix + metric.report_name(comparison), metric, comparison
+            if metric.per_network and metric.needs <= inputs.available(comparison.reference_set):
+                name = network.frechet if metric.compute is _frechet else metric.name
+                yield prefix + name, metric, comparison

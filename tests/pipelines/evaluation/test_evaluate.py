@@ -235,7 +235,7 @@ def test_an_entry_of_the_table_is_all_that_a_metric_needs(
     entry = Metric(
         "largest-difference",
         "lower",
-        metric_table.PAIRS,
+        {"pairs"},
         lambda comparison: float(comparison.files.column("largest-difference").max()),
         unit="levels",
         per_network=False,
