@@ -110,6 +110,13 @@ CacheFolder = Annotated[
 Overwrite = Annotated[
     bool, Field(description="Delete what an earlier run of the command wrote, and start again."), EXECUTION
 ]
+NumSteps = Annotated[Count | None, Field(description="Number of steps of a fixed-step solver.  [default: 25]")]
+AbsoluteTolerance = Annotated[
+    Positive | None, Field(description="Absolute tolerance of an adaptive solver.  [default: 1e-5]")
+]
+RelativeTolerance = Annotated[
+    Positive | None, Field(description="Relative tolerance of an adaptive solver.  [default: 1e-5]")
+]
 Precision = Annotated[
     Literal["fp32", "tf32", "bf16"] | None,
     Field(description="Arithmetic of the network: fp32, tf32 (faster on a GPU) or bf16.  [default: as in training]"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 
@@ -29,7 +30,7 @@ from pipelines.common.progress import Progress
 from pipelines.common.provenance import code_version
 from pipelines.evaluation.candidates import check_conditions, conditions_of_samples
 from pipelines.evaluation.evaluation_options import BoundConfig
-from pipelines.evaluation.feature_files import Block, batched, stack_images
+from pipelines.evaluation.feature_files import Block, batched, concatenate, stack_images
 
 REPORT = "bound.json"
 NUM_PARTS = 10  # equal parts of [0, 1], for each of which error and Lipschitz constant of the velocity are estimated
@@ -76,16 +77,16 @@ def run(config: BoundConfig, world: World) -> BoundResult:
 
 
 def _estimate(config: BoundConfig, model: TrainedModel, real: ImageSet, num: int) -> Bound:
-    batches: dict[str, list[Tensor]] = {}
     samples = islice(chain.from_iterable(map(real.read, range(len(real.blocks)))), num)
+
+    def measure() -> Iterator[Block]:
+        first = 0
+        for batch in batched(samples, config.batch_size):
+            yield _measure(model, batch, config.seed, first, num_steep=max(0, config.num_steep - first))
+            first += len(batch)
+
     with Progress("bound", num, "images") as progress:
-        for number, batch in enumerate(batched(samples, config.batch_size)):
-            first = number * config.batch_size
-            terms = _measure(model, batch, config.seed, first, num_steep=max(0, config.num_steep - first))
-            for name, values in terms.items():
-                batches.setdefault(name, []).append(values.cpu())
-            progress.advance(len(batch))
-    columns = {name: torch.cat(values) for name, values in batches.items()}
+        columns = concatenate(measure(), progress)
     return estimate(
         columns["reconstruction"],
         columns["decoder"],

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipelines.common.options import (
+    AbsoluteTolerance,
     Argument,
     CacheFolder,
     Count,
@@ -15,11 +16,12 @@ from pipelines.common.options import (
     Location,
     MovedAutoencoder,
     NumGpus,
+    NumSteps,
     Overwrite,
     Pixels,
-    Positive,
     Precision,
     PythonOnly,
+    RelativeTolerance,
     Section,
     Seed,
     stage_options,
@@ -78,12 +80,9 @@ class EvaluateConfig:
     """Classifier-free guidance scale; repeat it for a curve.  [default: 1]"""
     solver: str | None = None
     """ODE solver: euler, midpoint, heun, rk4, dopri5, bosh3, ...  [default: heun]"""
-    num_steps: Count | None = None
-    """Number of steps of a fixed-step solver.  [default: 25]"""
-    atol: Positive | None = None
-    """Absolute tolerance of an adaptive solver.  [default: 1e-5]"""
-    rtol: Positive | None = None
-    """Relative tolerance of an adaptive solver.  [default: 1e-5]"""
+    num_steps: NumSteps = None
+    atol: AbsoluteTolerance = None
+    rtol: RelativeTolerance = None
     precision: Precision = None
     batch_size: Count = 32
     """Images per forward pass."""
@@ -133,12 +132,9 @@ class LikelihoodConfig:
     """Estimator of the divergence: hutchinson, or exact (one backward pass per dimension)."""
     solver: str = "dopri5"
     """ODE solver."""
-    num_steps: Count | None = None
-    """Number of steps of a fixed-step solver.  [default: 25]"""
-    atol: Positive | None = None
-    """Absolute tolerance of an adaptive solver.  [default: 1e-5]"""
-    rtol: Positive | None = None
-    """Relative tolerance of an adaptive solver.  [default: 1e-5]"""
+    num_steps: NumSteps = None
+    atol: AbsoluteTolerance = None
+    rtol: RelativeTolerance = None
     precision: Precision = None
     batch_size: Count = 32
     """Latents per forward pass."""

@@ -60,13 +60,9 @@ class FeatureFiles:
         total, remaining = (sum(self.counts[block] for block in blocks) for blocks in (mine, missing))
         with Progress(title, total, "images", done=total - remaining, quiet=not world.is_main) as progress:
             for block in missing:
-                batches: dict[str, list[Tensor]] = {}
-                for batch in measure(block):
-                    for name, value in batch.items():
-                        batches.setdefault(name, []).append(value.cpu())
-                    progress.advance(len(next(iter(batch.values()))))
+                result = concatenate(measure(block), progress)
                 with storage.writing(storage.join(self.folder, _name(block))) as temporary:
-                    save_file({name: torch.cat(values).contiguous() for name, values in batches.items()}, temporary)
+                    save_file(result, temporary)
         existing = storage.sizes(self.folder)
         return all(_name(block) in existing for block in range(len(self.counts)))
 
@@ -97,6 +93,16 @@ class FeatureFiles:
             subset.append(pooled[rows[(rows >= first) & (rows < first + len(pooled))] - first])
             first += len(pooled)
         return {name: value.gaussian() for name, value in sums.items()}, torch.cat(subset)
+
+
+def concatenate(batches: Iterable[Block], progress: Progress) -> Block:
+    """Return the results of all batches as one block on the CPU, and advance `progress` by their images."""
+    columns: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        for name, value in batch.items():
+            columns.setdefault(name, []).append(value.cpu())
+        progress.advance(len(next(iter(batch.values()))))
+    return {name: torch.cat(values).contiguous() for name, values in columns.items()}
 
 
 def _name(block: int) -> str:
