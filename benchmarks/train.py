@@ -31,13 +31,15 @@ from lfm.models import registry
 from lfm.training.engine import Engine
 from lfm.training.run_folder import RunFolder
 from lfm.training.step_guard import StepGuard
+from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import config_schema as configs
 from pipelines.common import factory
+from pipelines.common.provenance import code_version
 from pipelines.data import encode, shard
 from pipelines.demo import draw_scenes
 from pipelines.training.stop_signals import StopRequest
-from pipelines.training.train import Training
+from pipelines.training.training_loop import TrainingLoop
 
 HERE = Path(__file__).parents[1]
 ALONE = World()
@@ -71,9 +73,12 @@ class Ways:
         self.model = factory.model_config(self.config, manifest)
         settings = factory.deepspeed_settings(self.config, ALONE)
         self.engine = Engine(registry.build_network(self.model), settings, ALONE, ("ema",), StepGuard(20.0))
-        self.device, self.leave = self.engine.device, StopRequest()
-        header = {"model": self.model, "autoencoder": manifest.autoencoder}
-        self.training = Training(self.config, manifest, header, self.engine, RunFolder(self.config.run), None)
+        self.device, self.stop_request = self.engine.device, StopRequest()
+        assert manifest.autoencoder is not None
+        header = WeightsHeader(
+            self.model, manifest.autoencoder, manifest.image_size, manifest.classes, 0, manifest.digest, code_version()
+        )
+        self.training = TrainingLoop(self.config, manifest, header, self.engine, RunFolder(self.config.run))
         self.batches = self.training.stream.batches(0)
         self.plain_model = registry.build_network(self.model).to(self.device)
         self.plain_ema = [parameter.detach().clone() for parameter in self.plain_model.parameters()]
@@ -96,7 +101,7 @@ class Ways:
             self.factor @ self.factor
 
     def ours(self) -> None:
-        self.training._step(next(self.batches), self.leave)
+        self.training.take_step(next(self.batches), self.stop_request)
 
     def plain(self) -> None:
         """The same step by a plain loop: clipping, AdamW and EMA included."""

@@ -8,7 +8,7 @@ modules import no torch.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -31,6 +31,11 @@ class ModelConfig:
     Raises:
         ConfigError: names the fields that are out of range or contradict each other.
     """
+
+    execution_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change how fast the network computes and with how much memory, and nothing else."""
+    training_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change the network in training, but not the velocity of trained weights."""
 
     latent_channels: PositiveInt
     latent_size: PositiveInt
@@ -112,6 +117,9 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True, config=VALIDATED)
 class BackboneOptions:
     """Keys of the `model:` section of an experiment that every backbone has."""
+
+    execution_fields: ClassVar[frozenset[str]] = frozenset()
+    """Keys that change how fast the network computes and with how much memory, and nothing else; besides `compile`."""
 
     backbone: str
     """Name of the network architecture."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
@@ -29,6 +29,9 @@ DIT_SIZES: dict[Size, tuple[int, int, int]] = {
 @dataclass(frozen=True, kw_only=True, config=VALIDATED)
 class DiTArchitecture:
     """Architecture of a DiT, apart from its size."""
+
+    execution_fields: ClassVar[frozenset[str]] = frozenset({"attention", "activation_checkpointing"})
+    training_fields: ClassVar[frozenset[str]] = frozenset({"token_dropout"})
 
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
     """Hidden width of the MLPs, in multiples of `hidden_size`."""

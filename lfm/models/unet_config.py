@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -37,6 +37,9 @@ class BlockShape:
 @dataclass(frozen=True, kw_only=True, config=VALIDATED)
 class UNetArchitecture:
     """Architecture of an ADM U-Net. The defaults are those of the paper's unconditional models."""
+
+    execution_fields: ClassVar[frozenset[str]] = frozenset({"attention", "activation_checkpointing", "channels_last"})
+    training_fields: ClassVar[frozenset[str]] = frozenset({"dropout"})
 
     model_channels: Annotated[int, Field(ge=4, le=16_384, multiple_of=4)] = 256
     """Channels of the first level, before its multiplier."""

@@ -1,39 +1,30 @@
-"""The best weights of a training: the EMA whose images come nearest to the real ones, by the Frechet distance.
+"""The best weights of a training: the EMA weights whose images have the smallest Frechet distance to a reference.
 
-Every so many steps the EMA makes the same images: of the same seeds, under the conditions of the training's first samples,
-each rank its share. So distances of one run compare; with few images they lie above those of many, and what a mask leaves
-is as the model makes it.
+Every so many steps the EMA weights generate the same images, from the same seeds and under the conditions of the first
+training samples; each rank generates its part. The distances of one run are comparable with each other. With few images
+they are larger than with many, and inpainted images are compared as the model generates them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lfm import solvers, storage, weights_file
-from lfm.autoencoder import Autoencoder
+from lfm import storage, weights_file
 from lfm.data.manifest import Manifest
-from lfm.data.random_draws import image_noise
-from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import ConfigError
-from lfm.flow.guidance import Guidance
-from lfm.inference.trained_model import guided_velocity
 from lfm.metrics.frechet import FeatureSums, frechet_distance
-from lfm.models.config import ModelConfig
-from lfm.training.engine import Engine
-from lfm.types import Condition
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
-from pipelines.common.config_schema import ExperimentConfig
+from pipelines.common.config_schema import EvaluationConfig, ExperimentConfig
 from pipelines.common.reference_features import ReferenceSet
+from pipelines.training.ema_sampler import EmaSampler
 
-SOLVER, NUM_STEPS = "heun", 25
 BEST, RECORD = "best.safetensors", "best.json"
 
 
@@ -41,8 +32,8 @@ def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: Worl
     """Load the reference of an experiment and its feature network.
 
     Raises:
-        ConfigError: If the reference is of another image size or crop rule than the latents, or its network is missing.
-        DataError: If it is not a reference.
+        ConfigError: the reference is of another image size or crop rule than the latents, or its network is missing.
+        DataError: the file is not a reference.
     """
     assert config.evaluation, "the experiment is evaluated during training"
     if config.evaluation.guidance_scale != 1 and not config.condition_dropout:
@@ -54,81 +45,85 @@ def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: Worl
     return reference_set
 
 
-class BestWeights:
-    """Measures a model in training, and keeps the best of its weights; all ranks measure together."""
+class BestRecord:
+    """The smallest distance so far and how it was measured, as in best.json.
 
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        manifest: Manifest,
-        model: ModelConfig,
-        engine: Engine,
-        autoencoder: Autoencoder,
-        standard: ReferenceSet,
-    ) -> None:
-        assert config.evaluation, "the experiment is evaluated while it trains"
-        self.evaluation, self.every = config.evaluation, config.evaluation.every
-        self.engine, self.autoencoder, self.model = engine, autoencoder, model
-        self.standard, self.name, self.folder = standard, standard.network.frechet, Path(config.run)
-        options = replace(
-            factory.stream_options(config, model),
-            seed=0,
-            condition_dropout=0.0,
-            coupling_group=1,
-            global_batch=engine.world.size * factory.micro_batch(config, engine.world),
+    Args:
+        path: JSON file of the record; need not exist.
+        name: name of the distance.
+        evaluation: how distances are measured.
+    """
+
+    def __init__(self, path: str, name: str, evaluation: EvaluationConfig) -> None:
+        self.path, self.name = path, name
+        self.measurement = evaluation.model_dump(exclude={"every"})
+        content = storage.read_json(path) if storage.exists(path) else {}
+        self.content: dict[str, Any] = content if isinstance(content, dict) and "samples_seen" in content else {}
+
+    def update(self, distance: float, samples_seen: int) -> bool:
+        """Return whether a distance is the smallest so far, and take it into the record if it is.
+
+        A record of another measurement is not comparable. One of the same or more samples seen was written by a run that
+        was killed after its last checkpoint and is now repeated; it is replaced.
+        """
+        is_comparable = (
+            bool(self.content)
+            and all(key in self.content and self.content[key] == value for key, value in self.measurement.items())
+            and self.content["samples_seen"] < samples_seen
         )
-        cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
-        self.stream = LatentStream(config.data.shards, manifest, options, engine.world, cache, engine.device)
-        record = str(self.folder / RECORD)
-        best = storage.read_json(record) if storage.exists(record) else {}
-        self.best: dict[str, Any] = best if isinstance(best, dict) and "samples_seen" in best else {}
+        if is_comparable and self.content.get(self.name, math.inf) <= distance:
+            return False
+        self.content = {self.name: distance, "samples_seen": samples_seen, **self.measurement}
+        return True
+
+    def save(self) -> None:
+        """Write the record."""
+        storage.write_json(self.path, self.content)
+
+
+class BestWeights:
+    """Measures the EMA weights, and saves them when they are the best so far; all ranks take part."""
+
+    def __init__(self, sampler: EmaSampler, manifest: Manifest, reference_set: ReferenceSet) -> None:
+        config, world = sampler.config, sampler.engine.world
+        assert config.evaluation, "the experiment is evaluated during training"
+        self.sampler, self.engine, self.reference_set = sampler, sampler.engine, reference_set
+        self.evaluation, self.every = config.evaluation, config.evaluation.every
+        self.name, self.folder = reference_set.network.frechet, Path(config.run)
+        self.stream = sampler.open_stream(manifest, world.size * sampler.micro_batch, world)
+        self.record = BestRecord(str(self.folder / RECORD), self.name, config.evaluation)
 
     def measure(self, header: WeightsHeader) -> dict[str, float]:
-        """The distance by its name; weights that come nearer than all before are kept under this header."""
-        distance = self.distance()
-        if self.is_best(distance, header.samples_seen):
+        """Return the distance by its name; save the weights with `header` if it is the smallest so far."""
+        sums = self._feature_sums()
+        decision = torch.zeros(2, dtype=torch.float64, device=self.engine.device)  # of the main rank, for all
+        if self.engine.world.is_main:
+            distance = frechet_distance(self.reference_set.reference.gaussians["pooled"], sums.gaussian())
+            decision[0], decision[1] = distance, self.record.update(distance, header.samples_seen)
+        distance, is_best = self.engine.sum_over_ranks(decision).tolist()
+        if is_best:
             weights = self.engine.average_weights("ema")
             if self.engine.world.is_main:
                 weights_file.save_weights(str(self.folder / BEST), weights, header)
-                storage.write_json(str(self.folder / RECORD), self.best)
+                self.record.save()
         return {self.name: distance}
 
-    def distance(self) -> float:
-        """The Frechet distance of the EMA's images to the reference."""
-        dimensions = len(self.standard.reference.gaussians["pooled"].mean)
-        total = torch.zeros(dimensions, dtype=torch.float64, device=self.engine.device)
-        sums = FeatureSums(0, total, torch.zeros(dimensions, dimensions, dtype=torch.float64, device=total.device))
+    def _feature_sums(self) -> FeatureSums:
+        """Return the sums of the features of all images, over all ranks, on the CPU."""
+        dimensions, device = len(self.reference_set.reference.gaussians["pooled"].mean), self.engine.device
+        total = torch.zeros(dimensions, dtype=torch.float64, device=device)
+        sums = FeatureSums(0, total, torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device))
         with self.engine.averaged("ema"):
             for first in range(0, self.evaluation.num, self.stream.options.global_batch):
-                batch = self.stream.batch(first)
-                images = self.autoencoder.decode(self._latents(batch.sample_numbers, batch.condition))
-                counted = batch.sample_numbers < self.evaluation.num  # on a rank at the end, perhaps none
-                sums += FeatureSums.of(self.standard.network(images).pooled[counted])
+                sums += FeatureSums.of(self._features(first))
         self.stream.close()  # so that no shards stay mapped until the next evaluation
         for part in (sums.total, sums.products):
             self.engine.sum_over_ranks(part)
-        found = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
-        if self.engine.world.is_main:
-            made = FeatureSums(self.evaluation.num, sums.total.cpu(), sums.products.cpu()).gaussian()
-            found += frechet_distance(self.standard.reference.gaussians["pooled"], made)
-        return float(self.engine.sum_over_ranks(found))
+        return FeatureSums(self.evaluation.num, sums.total.cpu(), sums.products.cpu())
 
-    def _latents(self, seeds: Tensor, condition: Condition) -> Tensor:
-        """One image for each seed; fixed steps, so that under ZeRO 3 the ranks compute in step."""
-        model, guidance = self.model, Guidance(self.evaluation.guidance_scale)
-        noise = torch.from_numpy(image_noise(seeds.tolist(), (model.latent_channels, *[model.latent_size] * 2)))
-        velocity = guided_velocity(self.engine, model, condition, len(seeds), guidance)
-        return solvers.solve(SOLVER, velocity, noise.to(self.engine.device), num_steps=NUM_STEPS)
-
-    def is_best(self, distance: float, samples_seen: int) -> bool:
-        """Whether the weights of now are to be kept, as every rank finds; they are the best from then on.
-
-        A record of what is yet to come is of a run that was killed since: it will come again. One of another measure
-        does not compare.
-        """
-        measured = self.evaluation.model_dump(exclude={"every"})
-        comparable = {*measured.items()} <= {*self.best.items()} and self.best["samples_seen"] < samples_seen
-        if comparable and self.best.get(self.name, math.inf) <= distance:
-            return False
-        self.best = {self.name: distance, "samples_seen": samples_seen, **measured}
-        return True
+    def _features(self, first: int) -> Tensor:
+        """Return the features (N, D) of this rank's images of the batch that begins at image `first`; N may be 0."""
+        batch = self.stream.batch(first)
+        seeds, scale = batch.sample_numbers.tolist(), self.evaluation.guidance_scale
+        images = self.sampler.autoencoder.decode(self.sampler.latents(seeds, batch.condition, scale))
+        return self.reference_set.network(images).pooled[batch.sample_numbers < self.evaluation.num]

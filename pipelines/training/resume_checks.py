@@ -1,4 +1,4 @@
-"""What a training begins with: its newest checkpoint, if that is of the same experiment, or another run's weights."""
+"""Checks before training resumes from a checkpoint, or starts from the weights of another run."""
 
 from __future__ import annotations
 
@@ -14,53 +14,58 @@ from lfm.models import registry
 from lfm.models.network import VelocityNetwork
 from lfm.training.run_folder import RunState
 from lfm.weights_file import WeightsHeader
-from lfm.world import World
-from pipelines.common import config_schema as configs
+from pipelines.common import config_schema
 from pipelines.common.config_schema import ExperimentConfig
 
-# Keys whose change does not change what is learned, only how long or how visibly.
+# Keys that may change when training resumes, besides the backbone's `execution_fields`: they determine how long
+# training takes, and what is saved and logged, but not what is learned.
 FREE_KEYS = {
-    *("run", "data.shards", "data.cache", "data.cache_gigabytes", "data.skip_shards", "train.micro_batch"),
-    *("model.attention", "model.activation_checkpointing", "model.compile"),
-    *("train.num_steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.validate_every"),
+    "run",
+    "data.shards",
+    "data.cache",
+    "data.cache_gigabytes",
+    "data.skip_shards",
+    "model.compile",
+    "train.micro_batch",
+    "train.num_steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.validate_every",
     "train.ema_snapshots",
 }
-FREE_PARTS = {"attention", "activation_checkpointing", "token_dropout"}  # of a network, whose function stays the same
-# How the work is shared out, and what is looked at meanwhile: no number of the optimization.
-FREE_SECTIONS = ("deepspeed", "evaluation")
+FREE_SECTIONS = {"deepspeed", "evaluation"}
 
 
-def initial_weights(source: str, model: VelocityNetwork, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """The EMA of another run, for this model.
+def load_initial_weights(source: str, model: VelocityNetwork, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Load the EMA weights of another run for this model.
 
     Raises:
-        CheckpointError: it is of another model, or of latents of another autoencoder.
+        CheckpointError: they are of another model, or of latents of another autoencoder.
     """
     weights, header = weights_file.load_weights(source)
-    check_same_network(f"--initialize-from {source}", header, model)
+    check_same_network(f"`initialize_from` {source}", header, model)
     if manifest.autoencoder is None or header.autoencoder.content_hash != manifest.autoencoder.content_hash:
         raise CheckpointError(
-            f"--initialize-from {source}: was trained on latents of {header.autoencoder.name}, another autoencoder; "
+            f"`initialize_from` {source}: was trained on latents of {header.autoencoder.name}, another autoencoder; "
             "encode with that one"
         )
     return weights
 
 
-def check_same_network(user: str, header: WeightsHeader, model: VelocityNetwork) -> None:
-    """Refuse weights of another function than `model`, be it of the same shapes.
+def check_same_network(source: str, header: WeightsHeader, model: VelocityNetwork) -> None:
+    """Check that weights are of the same function as `model`; equal shapes are not enough.
 
     Raises:
-        CheckpointError: names `user` and the first difference.
+        CheckpointError: names `source` and the first field that differs.
     """
-    theirs, ours = (
-        registry.config_to_json(config) | {"prediction": prediction, "condition_dropout": config.condition_dropout > 0}
-        for config, prediction in ((header.model, header.prediction), (model.config, "velocity"))
-    )
-    for name in theirs:
-        if theirs[name] != ours[name] and name not in FREE_PARTS:
+    free = model.config.execution_fields | model.config.training_fields
+    theirs, ours = _function_of(header.model, header.prediction), _function_of(model.config, "velocity")
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        if name not in free and theirs.get(name) != ours.get(name):
             raise CheckpointError(
-                f"{user}: its {name} is {theirs[name]} and here it is {ours[name]}; set model and condition as they were "
-                "for it"
+                f"{source}: its {name} is {theirs.get(name)}, and {ours.get(name)} here; set model and condition as they "
+                "were for it"
             )
 
 
@@ -68,55 +73,58 @@ def check_continues(
     config: ExperimentConfig,
     manifest: Manifest,
     model: VelocityNetwork,
+    checkpoint: Path,
     state: RunState,
-    newest: Path,
     allow_changes: bool,
 ) -> None:
-    """Refuse to go on with other data or another configuration than the checkpoint's."""
+    """Check that data and configuration are those of the checkpoint to resume from.
+
+    Raises:
+        DataError: the latents are others.
+        ConfigError: the configuration has changed, or the checkpoint is beyond the last step.
+        CheckpointError: with `allow_changes`, the network is another one.
+    """
+    train, resumed_from = config.train, str(checkpoint)
     if state.manifest_digest != manifest.digest:
         raise DataError(
-            f"{config.data.shards}: other latents than {newest} was trained on; name those, or another folder with run"
+            f"{config.data.shards}: other latents than {resumed_from} was trained on; name those, or another folder with run"
         )
-    if rest := state.samples_seen % config.train.global_batch:
+    if rest := state.samples_seen % train.global_batch:
         raise ConfigError(
-            f"train.global_batch {config.train.global_batch}: {newest} has seen {state.samples_seen:,} samples, {rest} more "
-            "than whole batches of that; name another folder with run and begin there with --initialize-from"
+            f"train.global_batch {train.global_batch}: {resumed_from} has seen {state.samples_seen:,} samples, {rest} more "
+            "than a whole number of such batches; name another folder with run, and start it with `initialize_from`"
         )
-    if state.samples_seen > config.train.num_steps * config.train.global_batch:
+    if state.samples_seen > train.num_steps * train.global_batch:
         raise ConfigError(
-            f"train.num_steps {config.train.num_steps}: {newest} has gone {state.samples_seen // config.train.global_batch:,} "
-            "steps already; raise it"
+            f"train.num_steps {train.num_steps}: {resumed_from} is at step {state.samples_seen // train.global_batch:,} "
+            "already; raise it"
         )
-    trained = configs.validate(state.config, str(newest))  # keys that are newer than the checkpoint get their defaults
+    changes = _changes(config, config_schema.validate(state.config, resumed_from))
+    if changes and not allow_changes:
+        raise ConfigError(
+            f"{resumed_from}: was made with another configuration: {', '.join(changes)}; name another folder with run, or "
+            "set `allow_changes` to resume nevertheless"
+        )
+    if any(change.startswith(("model.", "condition")) for change in changes):
+        check_same_network(resumed_from, weights_file.load_weights(resumed_from)[1], model)
+
+
+def _changes(config: ExperimentConfig, recorded: ExperimentConfig) -> list[str]:
+    """Return the keys whose change since a checkpoint changes what is learned, with both values."""
+    free = FREE_KEYS | {f"model.{key}" for key in config.model.execution_fields}
     changes = [
         f"{key} ({before}, now {after})"
-        for key, before, after in configs.differences(trained.model_dump(mode="json"), config.model_dump(mode="json"))
-        if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS
+        for key, before, after in config_schema.differences(
+            recorded.model_dump(mode="json"), config.model_dump(mode="json")
+        )
+        if key not in free and key.split(".")[0] not in FREE_SECTIONS
     ]
-    if config.train.schedule == "cosine" and state.config["train"]["num_steps"] != config.train.num_steps:
+    if config.train.schedule == "cosine" and recorded.train.num_steps != config.train.num_steps:
         changes.append("train.num_steps (the cosine schedule depends on it)")
-    if any(change.startswith(("model.", "condition")) for change in changes) and allow_changes:
-        check_same_network(str(newest), weights_file.load_weights(str(newest))[1], model)
-    if changes and not allow_changes:
-        raise ConfigError(f"{newest}: was made with another configuration: {', '.join(changes)}; name another folder "
-                          "with run, or go on all the same with --allow-changes")  # fmt: skip
+    return changes
 
 
-def describe(
-    config: ExperimentConfig,
-    manifest: Manifest,
-    model: VelocityNetwork,
-    world: World,
-    settings: dict[str, Any],
-    origin: str | None,
-) -> str:
-    """What the training will do, in a line."""
-    batch = config.train.global_batch
-    stage, skipped = settings["zero_optimization"]["stage"], config.data.skip_shards
-    return (
-        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {config.data.shards}; "
-        f"{f'{len(skipped)} shards left out; ' if skipped else ''}"
-        f"{config.train.num_steps:,} steps of {batch} ({config.train.num_steps * batch / manifest.num_samples:.1f} epochs) "
-        f"on {world.size} {'rank' if world.size == 1 else 'ranks'}, ZeRO {stage}, {config.train.precision}, "
-        f"from {origin or 'the start'} -> {config.run}"
-    )
+def _function_of(config: Any, prediction: str) -> dict[str, Any]:
+    """Return the fields that determine the output of a network, by name."""
+    fields = registry.config_to_json(config)
+    return fields | {"prediction": prediction, "condition_dropout": config.condition_dropout > 0}

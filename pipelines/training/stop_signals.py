@@ -1,4 +1,4 @@
-"""Leaving when asked to, after saving: by SIGTERM (Slurm, spot machines, launchers) or Ctrl-C."""
+"""Stopping after saving, on SIGTERM (Slurm, spot machines, launchers) or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import signal
 
 
 class StopRequest:
-    """Whether this process was asked to leave within the block; asked again by the same signal, it dies."""
+    """Records whether SIGTERM or SIGINT was received within the block; the same signal again ends the process at once."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.received = False
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: object) -> None:
-        self.came = True
-        signal.signal(number, self.before[signal.Signals(number)])
+    def _record(self, number: int, frame: object) -> None:
+        self.received = True
+        signal.signal(number, self.handlers[signal.Signals(number)])

@@ -1,4 +1,4 @@
-"""How a training is doing, in figures: JSON lines, DeepSpeed's monitors, the progress bar and a plot of the loss."""
+"""The log of a training: JSON lines, DeepSpeed's monitors, figures for the progress bar, and plots."""
 
 from __future__ import annotations
 
@@ -17,100 +17,123 @@ from lfm.training.engine import Engine
 from pipelines.common import image_files, plots
 
 LOG = "log.jsonl"
-PLOT = "loss.png"
+LOSS_CURVES = ("loss", "validation_loss")  # plotted together in loss.png
+CACHE_COUNTS = ("cache_hits", "downloads", "retries")
 
 
-class Log:
-    """The figures of a run as JSON lines; what a killed run wrote beyond its last checkpoint is dropped.
+class TrainingLog:
+    """Writes the log of a run. Lines beyond `samples_seen`, of a run that was killed after its last checkpoint, are removed.
 
     Args:
-        folder: of the run.
-        samples_seen: at which training begins or goes on.
-        engine: the figures that it has are taken from it; all but the main rank's log is silent.
-        flops_per_sample: of a forward and a backward pass, for the model FLOP utilisation.
+        folder: run folder.
+        samples_seen: number of samples at which training starts or resumes.
+        engine: trains the model; only the main rank writes.
+        stream: training data, whose waiting times and cache are logged.
+        flops_per_sample: operations of a forward and a backward pass, for the model FLOP utilization; None if unknown.
     """
 
-    def __init__(self, folder: Path, samples_seen: int, engine: Engine, flops_per_sample: int) -> None:
-        self.path, self.engine, self.flops_per_sample = folder / LOG, engine, flops_per_sample
-        self.quiet = not engine.world.is_main
-        self.matmul_rate = matmul_rate(engine.device, engine.dtype)  # on all ranks at once, as they train
-        self.at, self.seen, self.waited = time.perf_counter(), samples_seen, 0.0
-        self.losses: list[dict[str, float]] = []  # of every step since the last line
-        if self.quiet:
-            return
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        kept = [line + "\n" for line in lines if _samples_seen(line) <= samples_seen]
-        storage.write_bytes(str(self.path), "".join(kept).encode())
-        self.file = self.path.open("a", buffering=1)
+    def __init__(
+        self, folder: Path, samples_seen: int, engine: Engine, stream: LatentStream, flops_per_sample: int | None
+    ) -> None:
+        self.path, self.engine, self.stream, self.flops_per_sample = folder / LOG, engine, stream, flops_per_sample
+        # On all ranks at once, as in training, where they share memory bandwidth and cores.
+        self.matmul_rate = matmul_rate(engine.device, engine.dtype) if flops_per_sample else math.nan
+        self.losses: list[dict[str, float]] = []  # of each step since the last line
+        self._restart_interval(samples_seen)
+        self.writes = engine.world.is_main
+        if self.writes:
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+            lines = [f"{line}\n" for line in lines if _samples_seen(line) <= samples_seen]
+            storage.write_bytes(str(self.path), "".join(lines).encode())
+            self.file = self.path.open("a", buffering=1)
 
     def write(
-        self, samples_seen: int, step: int, stream: LatentStream, learning_rate: float, found: dict[str, float]
+        self, samples_seen: int, step: int, learning_rate: float, measurements: dict[str, float]
     ) -> dict[str, str]:
-        """Add a line with the mean of `losses`, and empty them; returns what the progress bar shows of it.
+        """Write a line with the means of `losses`, and clear them.
 
         Args:
-            stream: tells how long training has waited for data, and what its cache did.
-            found: what was measured on the EMA, by name.
+            samples_seen: samples seen after this step.
+            step: number of this step, from 1.
+            learning_rate: learning rate of this step.
+            measurements: results of validation and evaluation at this step, by name.
+
+        Returns:
+            The figures for the progress bar, as text by name; empty on other ranks than the main one.
         """
-        now, losses = time.perf_counter(), _means_of_finite(self.losses)
-        elapsed, waited = now - self.at, stream.wait_seconds - self.waited
-        rate = (samples_seen - self.seen) / elapsed
-        self.at, self.seen, self.waited, self.losses = now, samples_seen, stream.wait_seconds, []
-        guard, norm = self.engine.guard, self.engine.gradient_norm
-        counts = {what: stream.cache.counts[what] for what in ("cache_hits", "downloads", "retries")}
-        line: dict[str, Any] = {
-            "samples_seen": samples_seen,
-            "step": step,
-            **losses,
-            "gradient_norm": norm if math.isfinite(norm) else None,
-            "skipped_steps": guard.skipped,
-            "samples_per_second": rate,
-            "data_wait": waited / elapsed,
-            "model_flop_utilisation": self.flops_per_sample * rate / (self.engine.world.size * self.matmul_rate),
-            "peak_memory_bytes": peak_memory(self.engine.device),
-            **counts,
-            "learning_rate": learning_rate,
-            **found,
-        }
-        if self.quiet:
+        line = self._line(samples_seen, step, learning_rate, measurements)
+        self.losses = []
+        self._restart_interval(samples_seen)
+        if not self.writes:
             return {}
         self.file.write(json.dumps(line) + "\n")
         numbers = {f"train/{name}": float(value) for name, value in line.items() if value is not None}
         self.engine.write_monitors(numbers, samples_seen)
-        shown = {
-            "step": f"{step:,}",
-            "loss": "none finite" if losses["loss"] is None else f"{losses['loss']:.4f}",
-            "gradient_norm": f"{norm:.2f}",
-            "data_wait": f"{line['data_wait']:.1%}",
-            "MFU": f"{line['model_flop_utilisation']:.0%}",
-            "memory": f"{line['peak_memory_bytes'] / 1e9:.1f} GB",
-            **{what: f"{count:,}" for what, count in counts.items() if count},
-        }
-        if guard.skipped:
-            shown["skipped"] = str(guard.skipped)
-        return shown | {name: f"{value:.4g}" for name, value in found.items()}
+        return _figures(line) | {name: f"{value:.4g}" for name, value in measurements.items()}
 
-    def draw(self, distance: str | None) -> None:
-        """The curves so far, as images beside the log: of the losses, and of the distance of this name."""
-        if self.quiet:
+    def plot(self, *distances: str) -> None:
+        """Plot the losses so far as loss.png, and each of the measured `distances` as NAME.png."""
+        if not self.writes:
             return
         lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        for file, names in ((PLOT, ("loss", "validation_loss")), (f"{distance}.png", (distance,))):
+        for stem, names in (("loss", LOSS_CURVES), *((name, (name,)) for name in distances)):
             curves = {
                 name: [(line["samples_seen"], line[name]) for line in lines if line.get(name) is not None]
                 for name in names
-                if name
+                if any(line.get(name) is not None for line in lines)
             }
-            if any(curves.values()):
-                plot = plots.line_plot(
-                    {name: points for name, points in curves.items() if points}, x_label="samples seen"
-                )
-                image_files.save(plot, self.path.parent / file, flush=False)
+            if curves:
+                plot = plots.line_plot(curves, x_label="samples seen")
+                image_files.save(plot, self.path.with_name(f"{stem}.png"), flush=False)
 
     def close(self) -> None:
-        """Nothing more is written."""
-        if not self.quiet:
+        """Close the file."""
+        if self.writes:
             self.file.close()
+
+    def _restart_interval(self, samples_seen: int) -> None:
+        """Measure rate and waiting time from now on."""
+        self.start_time, self.start_samples = time.perf_counter(), samples_seen
+        self.start_wait = self.stream.wait_seconds
+
+    def _line(
+        self, samples_seen: int, step: int, learning_rate: float, measurements: dict[str, float]
+    ) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self.start_time
+        rate = (samples_seen - self.start_samples) / elapsed
+        norm = self.engine.gradient_norm
+        line: dict[str, Any] = {
+            "samples_seen": samples_seen,
+            "step": step,
+            **_means_of_finite(self.losses),
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "skipped_steps": self.engine.guard.skipped,
+            "samples_per_second": rate,
+            "data_wait": (self.stream.wait_seconds - self.start_wait) / elapsed,
+        }
+        if self.flops_per_sample:
+            limit = self.engine.world.size * self.matmul_rate
+            line["model_flop_utilisation"] = self.flops_per_sample * rate / limit
+        line["peak_memory_bytes"] = peak_memory(self.engine.device)
+        line |= {name: self.stream.cache.counts[name] for name in CACHE_COUNTS}
+        return line | {"learning_rate": learning_rate, **measurements}
+
+
+def _figures(line: dict[str, Any]) -> dict[str, str]:
+    """Return what the progress bar shows of a line."""
+    figures = {
+        "step": f"{line['step']:,}",
+        "loss": "none finite" if line["loss"] is None else f"{line['loss']:.4f}",
+        "gradient_norm": "not finite" if line["gradient_norm"] is None else f"{line['gradient_norm']:.2f}",
+        "data_wait": f"{line['data_wait']:.1%}",
+    }
+    if "model_flop_utilisation" in line:
+        figures["MFU"] = f"{line['model_flop_utilisation']:.0%}"
+    figures["memory"] = f"{line['peak_memory_bytes'] / 1e9:.1f} GB"
+    figures |= {name: f"{line[name]:,}" for name in CACHE_COUNTS if line[name]}
+    if line["skipped_steps"]:
+        figures["skipped"] = str(line["skipped_steps"])
+    return figures
 
 
 def _means_of_finite(losses: list[dict[str, float]]) -> dict[str, float | None]:
@@ -123,27 +146,27 @@ def _means_of_finite(losses: list[dict[str, float]]) -> dict[str, float | None]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Floating-point operations per second of the best of the large matrix products that fit into `seconds`."""
+    """Return the floating-point operations per second of the fastest of the large matrix products within `seconds`."""
     size = 8192 if device.type == "cuda" else 1024
-    one, best, until = torch.full((size, size), 0.5, dtype=dtype, device=device), math.inf, math.inf
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        float((one @ one)[0, 0])  # waits for the device
-        now = time.perf_counter()
-        best = min(best, now - began) if until < math.inf else best  # the first one warms up
-        until = min(until, now + seconds)
-    return 2 * size**3 / best
+    factor = torch.full((size, size), 0.5, dtype=dtype, device=device)
+    float((factor @ factor)[0, 0])  # warms up
+    shortest, end = math.inf, time.perf_counter() + seconds
+    while shortest == math.inf or time.perf_counter() < end:
+        start = time.perf_counter()
+        float((factor @ factor)[0, 0])  # waits for the device
+        shortest = min(shortest, time.perf_counter() - start)
+    return 2 * size**3 / shortest
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of tensors on a GPU, else of everything."""
+    """Return the largest number of bytes that this process has held: of tensors on a GPU, else of all its memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _samples_seen(line: str) -> float:
-    """Of a line of the log; infinite where a kill cut it off."""
+    """Return the samples seen of a line of the log; infinity for a line that a kill cut off."""
     try:
         return json.loads(line)["samples_seen"]
     except (ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
-"""What a training has learned so far, seen through its EMA in eval mode: a grid of images and a validation loss.
+"""Validation of the EMA weights during training: a grid of images and a loss on held-back shards.
 
-Everything is fixed, so that they compare: the seeds and labels of the images, and the samples, noise and times of the
-loss. Its times are uniform whatever training prefers.
+Both are comparable over a run and between runs: seeds, conditions, noise and times are fixed, and the times are uniform
+whatever distribution the training uses.
 """
 
 from __future__ import annotations
@@ -11,112 +11,96 @@ from pathlib import Path
 
 import torch
 
-from lfm import solvers
-from lfm.autoencoder import Autoencoder
 from lfm.data.manifest import Manifest
-from lfm.data.random_draws import image_noise
-from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import DataError
-from lfm.flow.guidance import NetworkVelocity
 from lfm.flow.null_condition import class_condition
 from lfm.flow.path import path_sample, squared_error
 from lfm.flow.time_samplers import uniform_time
-from lfm.models.config import ModelConfig
 from lfm.training import run_folder
-from lfm.training.engine import Engine
+from lfm.types import Condition, LatentBatch
+from lfm.weights_file import WeightsHeader
 from lfm.world import World
-from pipelines.common import factory, image_files
-from pipelines.common.config_schema import ExperimentConfig
+from pipelines.common import image_files
+from pipelines.training.ema_sampler import EmaSampler
 
-SOLVER, NUM_STEPS = "heun", 25
 MOST_IMAGES, MOST_COLUMNS, MOST_SAMPLES = 32, 20, 4096
+SMALLEST_SIDE = 128  # pixels; smaller images are enlarged by a whole factor
 
 
-def split(manifest: Manifest, held_back: int) -> tuple[Manifest, Manifest]:
-    """The shards to train on, and the last ones, which are held back.
+def split_shards(manifest: Manifest, num_held_back: int) -> tuple[Manifest, Manifest]:
+    """Return the manifests of the shards to train on, and of the last `num_held_back` shards.
 
     Raises:
-        DataError: none would be left to train on.
+        DataError: no shards would be left to train on.
     """
-    if held_back >= len(manifest.shards):
+    if num_held_back >= len(manifest.shards):
         raise DataError(
-            f"data.held_back {held_back}: there are {len(manifest.shards)} shards, and some must be trained on; "
+            f"data.held_back {num_held_back}: there are {len(manifest.shards)} shards, and some must be trained on; "
             "lower it, or encode with fewer samples per shard"
         )
-    border = len(manifest.shards) - held_back
-    trained, rest = manifest.shards[:border], manifest.shards[border:]
-    return manifest.model_copy(update={"shards": trained}), manifest.model_copy(update={"shards": rest})
+    border = len(manifest.shards) - num_held_back
+    training, held_back = manifest.shards[:border], manifest.shards[border:]
+    return manifest.model_copy(update={"shards": training}), manifest.model_copy(update={"shards": held_back})
 
 
 class Validation:
-    """Grids of images and a validation loss of a model in training; all ranks take part.
+    """Grids of images and a validation loss; all ranks take part.
 
     Args:
-        held_back: what the validation loss is taken on; may have no shards.
-        autoencoder: decodes the images, on the main rank.
+        sampler: generates the images.
+        training_shards: manifest of the shards whose first conditions the images have.
+        held_back: manifest of the shards of the validation loss; if it has none, there is no loss.
     """
 
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        manifest: Manifest,
-        held_back: Manifest,
-        model: ModelConfig,
-        engine: Engine,
-        autoencoder: Autoencoder,
-    ) -> None:
+    def __init__(self, sampler: EmaSampler, training_shards: Manifest, held_back: Manifest) -> None:
+        config, classes = sampler.config, sampler.model.num_classes
         assert config.train.validate_every, "the experiment is validated"
+        self.sampler, self.engine = sampler, sampler.engine
         self.every, self.folder = config.train.validate_every, Path(config.run) / "previews"
-        self.config, self.engine, self.autoencoder, self.model = config, engine, autoencoder, model
-        cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
-        self.micro_batch = factory.micro_batch(config, engine.world)
-        classes = model.num_classes
+        self.sigma_min = config.flow.sigma_min
         self.columns = classes if classes and classes <= MOST_COLUMNS else None
-        count = MOST_IMAGES // self.columns * self.columns if self.columns else MOST_IMAGES
-        options = replace(
-            factory.stream_options(config, model), seed=0, condition_dropout=0.0, coupling_group=1, global_batch=count
-        )
-        self.condition = LatentStream(config.data.shards, manifest, options, World(), cache).batch(0).condition
-        if classes:  # as many images of each, or every n-th class
-            index = [i * max(1, classes // count) % classes for i in range(count)]
-            self.condition = replace(self.condition, class_index=class_condition(index, classes).class_index)
-        self.noise = torch.from_numpy(image_noise(range(count), model.latent_shape))
-        self.validation = []
+        self.num_images = MOST_IMAGES // self.columns * self.columns if self.columns else MOST_IMAGES
+        self.condition = self._conditions(training_shards)
+        self.batches: list[LatentBatch] = []
         if held_back.shards:
-            batch = config.train.global_batch
-            options = replace(options, global_batch=batch)
-            stream = LatentStream(config.data.shards, held_back, options, engine.world, cache, engine.device)
-            batches = max(1, min(held_back.num_samples, MOST_SAMPLES) // batch)
-            self.validation = [stream.batch(number * batch) for number in range(batches)]
+            size = config.train.global_batch
+            stream = sampler.open_stream(held_back, size, self.engine.world)
+            num_batches = max(1, min(held_back.num_samples, MOST_SAMPLES) // size)
+            self.batches = [stream.batch(number * size) for number in range(num_batches)]
+            stream.close()
 
-    def measure(self, samples_seen: int) -> dict[str, float]:
-        """The validation loss, if there are held-back shards; the images are saved."""
-        found = {}
+    def measure(self, header: WeightsHeader) -> dict[str, float]:
+        """Save the images, and return the validation loss by its name; empty without held-back shards."""
+        figures = {}
         with self.engine.averaged("ema"):
-            if self.validation:
-                found["validation_loss"] = self._validation_loss()
-            latents = self._latents()
+            if self.batches:
+                figures["validation_loss"] = self._validation_loss()
+            # On every rank: under ZeRO 3 all ranks must evaluate the network together.
+            latents = self.sampler.latents(range(self.num_images), self.condition)
         if self.engine.world.is_main:
-            images = torch.cat([self.autoencoder.decode(some).cpu() for some in latents.split(self.micro_batch)])
-            enlarge = max(1, 128 // images.shape[-1])
-            grid = image_files.grid(images.permute(0, 2, 3, 1).numpy(), columns=self.columns, enlarge=enlarge)
-            image_files.save(grid, self.folder / f"{run_folder.tag(samples_seen)}.png", flush=False)
-        return found
+            images = self.sampler.decode(latents).permute(0, 2, 3, 1).numpy()
+            grid = image_files.grid(images, columns=self.columns, enlarge=max(1, SMALLEST_SIDE // images.shape[1]))
+            image_files.save(grid, self.folder / f"{run_folder.tag(header.samples_seen)}.png", flush=False)
+        return figures
+
+    def _conditions(self, manifest: Manifest) -> Condition:
+        """Return the conditions of the first samples; classes are balanced, or every n-th one if there are many."""
+        stream = self.sampler.open_stream(manifest, self.num_images, World())
+        condition = stream.batch(0).condition
+        stream.close()
+        if classes := self.sampler.model.num_classes:
+            stride = max(1, classes // self.num_images)
+            index = [number * stride % classes for number in range(self.num_images)]
+            condition = replace(condition, class_index=class_condition(index, classes).class_index)
+        return condition
 
     def _validation_loss(self) -> float:
-        total = torch.zeros(2, device=self.engine.device)
-        for whole in self.validation:
-            for rows in torch.arange(len(whole.latents), device=self.engine.device).split(self.micro_batch):
-                batch = whole.rows(rows)
-                time = uniform_time(batch.uniform)
-                example = path_sample(batch.latents, batch.noise, time, self.config.flow.sigma_min)
-                losses = squared_error(self.engine(example.state, example.time, batch.condition), example.velocity)
-                total += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=losses.device)])
+        total = torch.zeros(2, device=self.engine.device)  # sum of the errors, number of samples
+        for batch in self.batches:
+            for rows in torch.arange(len(batch.latents), device=self.engine.device).split(self.sampler.micro_batch):
+                part = batch.rows(rows)
+                example = path_sample(part.latents, part.noise, uniform_time(part.uniform), self.sigma_min)
+                errors = squared_error(self.engine(example.state, example.time, part.condition), example.velocity)
+                total += torch.stack([errors.sum(), torch.tensor(float(len(errors)), device=errors.device)])
         self.engine.sum_over_ranks(total)
         return float(total[0] / total[1])
-
-    def _latents(self) -> torch.Tensor:
-        """Every rank makes all of them: under ZeRO 3 the ranks must compute in step."""
-        condition = self.condition.to(self.engine.device)
-        velocity = NetworkVelocity(self.engine, condition, len(self.noise))
-        return solvers.solve(SOLVER, velocity, self.noise.to(self.engine.device), num_steps=NUM_STEPS)

@@ -1,0 +1,231 @@
+"""The training loop of one rank: optimizer steps, averages, measurements, log and checkpoints.
+
+Everything is a function of the samples seen, so a run that is killed at any moment and resumed ends as if it had not been
+interrupted: bit for bit on as many ranks at the same ZeRO stage, and up to rounding on others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lfm import weights_file
+from lfm.data.manifest import Manifest
+from lfm.data.stream.latent_stream import LatentStream
+from lfm.errors import DataError
+from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
+from lfm.training.ema import decay_after, power_decay_after
+from lfm.training.engine import Engine
+from lfm.training.run_folder import RunFolder, RunState
+from lfm.types import LatentBatch
+from lfm.weights_file import WeightsHeader
+from pipelines.common import factory
+from pipelines.common.config_schema import ExperimentConfig, TrainConfig
+from pipelines.common.progress import Progress
+from pipelines.common.reference_features import ReferenceSet
+from pipelines.training.best_weights import BestWeights
+from pipelines.training.ema_sampler import EmaSampler
+from pipelines.training.stop_signals import StopRequest
+from pipelines.training.training_log import TrainingLog
+from pipelines.training.validation import Validation, split_shards
+
+MOST_SKIPPED_IN_A_ROW = 5  # more mean that training has diverged
+
+
+class TrainingLoop:
+    """One rank's training loop.
+
+    Args:
+        config: the experiment.
+        manifest: manifest of all latent shards, held-back ones included.
+        header: header of the weights to save; its `samples_seen` is replaced.
+        engine: the model in training, with the averages that `averages` names.
+        folder: run folder.
+        reference_set: for evaluation during training; None if the experiment has none.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        manifest: Manifest,
+        header: WeightsHeader,
+        engine: Engine,
+        folder: RunFolder,
+        reference_set: ReferenceSet | None = None,
+    ) -> None:
+        self.config, self.train, self.header = config, config.train, header
+        self.engine, self.world, self.folder = engine, engine.world, folder
+        self.micro_batch = factory.micro_batch(config, self.world)
+        self.training_loss = factory.training_loss(config)
+        training_shards, held_back = split_shards(manifest, config.data.held_back)
+        options = factory.stream_options(config, header.model)
+        cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
+        self.stream = LatentStream(config.data.shards, training_shards, options, self.world, cache, engine.device)
+        self.evaluators: list[Validation | BestWeights] = []
+        self.distances: tuple[str, ...] = ()
+        if self.train.validate_every or reference_set:
+            decoder = factory.matching_autoencoder(header.autoencoder, None, self.world, config.data.shards)
+            sampler = EmaSampler(config, header.model, engine, decoder)
+            if self.train.validate_every:
+                self.evaluators.append(Validation(sampler, training_shards, held_back))
+            if reference_set:
+                best_weights = BestWeights(sampler, training_shards, reference_set)
+                self.evaluators.append(best_weights)
+                self.distances = (best_weights.name,)
+        self.samples_seen, self.total_samples = 0, self.train.num_steps * self.train.global_batch
+        self.losses: dict[str, float] = {}  # of the last step, over all ranks: "loss", and each term as "loss_NAME"
+        self.stop_requested = False  # set on all ranks once any rank received SIGTERM or SIGINT
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps so far; skipped ones are counted, too."""
+        return self.samples_seen // self.train.global_batch
+
+    def run(self, checkpoint: Path | None, initial_weights: dict[str, Tensor] | None) -> None:
+        """Train to the last step, or until a rank receives SIGTERM or SIGINT.
+
+        Args:
+            checkpoint: checkpoint to resume from.
+            initial_weights: without a checkpoint, the weights to start from; by default the model's own.
+
+        Raises:
+            DataError: training diverged.
+        """
+        if checkpoint:
+            state = self.folder.read_state(checkpoint, verify=False)
+            self.samples_seen = state.samples_seen
+            self.engine.load(checkpoint, state.engine, state.samples_seen)
+        elif initial_weights:
+            self.engine.set_weights(initial_weights)
+        flops = self.header.model.flops_per_sample
+        backward_and_forward = 3 * flops if flops else None
+        log = TrainingLog(self.folder.path, self.samples_seen, self.engine, self.stream, backward_and_forward)
+        quiet = not self.world.is_main
+        bar = Progress("train", self.total_samples, "samples", done=self.samples_seen, quiet=quiet)
+        with (
+            StopRequest() as stop_request,
+            bar,
+            closing(log),
+            closing(self.stream.batches(self.samples_seen)) as batches,
+        ):
+            while self.samples_seen < self.total_samples and not self.stop_requested:
+                self.take_step(next(batches), stop_request)
+                bar.advance(self.train.global_batch, **self._finish_step(log))
+
+    def take_step(self, batch: LatentBatch, stop_request: StopRequest) -> None:
+        """Take one optimizer step, and let all ranks know its losses and whether a rank is to stop."""
+        self.engine.set_learning_rate(learning_rate_at(self.samples_seen, self.train))
+        losses: dict[str, list[Tensor]] = defaultdict(list)
+        for rows in torch.arange(len(batch.latents), device=batch.latents.device).split(self.micro_batch):
+            part = batch.rows(rows)
+            time = shifted_time(TIME_SAMPLERS[self.config.flow.time](part.uniform), self.config.flow.time_shift)
+            loss, terms = self.training_loss(self.engine, part, time)
+            self.engine.backward_and_step(loss)
+            losses["loss"].append(loss.detach())
+            for name, value in terms.items():
+                losses[f"loss_{name}"].append(value)
+        self.samples_seen += self.train.global_batch
+        self.engine.averages["ema"].update(decay_after(self.num_steps, self.train.ema_decay))
+        for width in self.train.ema_sigma_rel:
+            self.engine.averages[_power_average(width)].update(power_decay_after(self.num_steps, width))
+        means = [torch.stack(values).mean() for values in losses.values()]
+        stop = torch.full_like(means[0], stop_request.received)
+        *sums, num_stops = self.engine.sum_over_ranks(torch.stack([*means, stop])).tolist()
+        self.losses = {name: total / self.world.size for name, total in zip(losses, sums, strict=True)}
+        self.stop_requested = num_stops > 0
+
+    def _finish_step(self, log: TrainingLog) -> dict[str, str]:
+        """Do what is due after a step: measure, log, save. Return new figures for the progress bar.
+
+        Raises:
+            DataError: training diverged.
+        """
+        train, step, guard = self.train, self.num_steps, self.engine.guard
+        is_last = self.samples_seen == self.total_samples
+        is_due = is_last or self.stop_requested or step % train.checkpoint_every == 0
+        # Weights that led to skipped steps may be ruined already, and are no checkpoint to resume from.
+        saves = is_due and (is_last or not guard.in_a_row)
+        if guard.in_a_row > MOST_SKIPPED_IN_A_ROW or (saves and not self.engine.has_learned):
+            raise self._divergence()
+        log.losses.append(self.losses)
+        measurements: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            if step % evaluator.every == 0:
+                measurements |= evaluator.measure(self._current_header())
+        figures: dict[str, str] = {}
+        if measurements or saves or step % train.log_every == 0:
+            learning_rate = learning_rate_at(self.samples_seen - train.global_batch, train)
+            figures = log.write(self.samples_seen, step, learning_rate, measurements)
+        if step * train.ema_snapshots // train.num_steps > (step - 1) * train.ema_snapshots // train.num_steps:
+            self._save_snapshots()
+        if saves:
+            self._save_checkpoint()
+            log.plot(*self.distances)
+        return figures
+
+    def _divergence(self) -> DataError:
+        newest = self.folder.newest()
+        resumes = f"resume from {newest.name}" if newest else "start again, since there is no checkpoint yet"
+        return DataError(
+            f"training diverged at step {self.num_steps:,}: the gradient norms of the last {self.engine.guard.in_a_row} steps "
+            f"were not finite or above {self.train.skip_above:g} times their running mean, and the steps were skipped; lower "
+            "train.learning_rate, set train.gradient_clipping or check the latents with `lfm inspect`, and run the same "
+            f"command to {resumes}"
+        )
+
+    def _current_header(self) -> WeightsHeader:
+        return replace(self.header, samples_seen=self.samples_seen)
+
+    def _save_snapshots(self) -> None:
+        """Save the power-function averages in float16."""
+        for width in self.train.ema_sigma_rel:
+            weights = self.engine.average_weights(_power_average(width))
+            if self.world.is_main:
+                halves = {name: tensor.half() for name, tensor in weights.items()}
+                path = self.folder.snapshot(self.samples_seen, width)
+                weights_file.save_weights(str(path), halves, self._current_header())
+
+    def _save_checkpoint(self) -> None:
+        weights = self.engine.average_weights("ema")
+        temporary = self.folder.checkpoints / self.folder.temporary_tag(self.samples_seen)
+        engine_state = self.engine.save(temporary)
+        if self.world.is_main:
+            header = self._current_header()
+            weights_file.save_weights(str(temporary / weights_file.WEIGHTS), weights, header)
+            state = RunState(
+                samples_seen=self.samples_seen,
+                world_size=self.world.size,
+                manifest_digest=header.manifest_digest,
+                code_version=header.code_version,
+                config=header.config,
+                engine=engine_state,
+            )
+            self.folder.publish(self.samples_seen, state, self.train.keep_checkpoints)
+        self.engine.barrier()
+
+
+def averages(train: TrainConfig) -> tuple[str, ...]:
+    """Return the names of the averages that the engine of an experiment keeps."""
+    return ("ema", *map(_power_average, train.ema_sigma_rel))
+
+
+def learning_rate_at(samples_seen: int, train: TrainConfig) -> float:
+    """Return the learning rate of the step that begins at `samples_seen`: a linear warmup, then constant or a cosine."""
+    warmup, total = train.warmup_steps * train.global_batch, train.num_steps * train.global_batch
+    end = samples_seen + train.global_batch  # so that the learning rate of the first step is not 0
+    if end <= warmup:
+        return train.learning_rate * end / warmup
+    if train.schedule == "cosine":
+        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (samples_seen - warmup) / (total - warmup)))
+    return train.learning_rate
+
+
+def _power_average(width: float) -> str:
+    """Return the name of the power-function average of a relative width."""
+    return f"ema-{width:g}"
