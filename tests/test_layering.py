@@ -250,7 +250,6 @@ def test_functions_fit_a_screen() -> None:
     assert not long, "\n" + "\n".join(long)
 
 
-@pytest.mark.xfail(reason="the last variables are renamed next", strict=True)
 def test_variables_are_nouns() -> None:
     """A participle says that something was done, but not what the value is."""
     participles = {"found", "kept", "told", "given", "there", "made", "taken", "lack"}
@@ -264,7 +263,6 @@ def test_variables_are_nouns() -> None:
     assert not names, "\n" + "\n".join(names)
 
 
-@pytest.mark.xfail(reason="the rooms that moved are rebuilt next", strict=True)
 def test_no_line_saving_tricks() -> None:
     """Neither `# fmt: skip` nor a literal that is unpacked where it is written, as in f(*(a, b), *(c, d))."""
     tricks = []
@@ -309,7 +307,6 @@ def messages(source: str) -> list[ast.Constant]:
     return [node for node in strings if id(node) not in docstrings]
 
 
-@pytest.mark.xfail(reason="messages of the library are rewritten next", strict=True)
 def test_the_library_names_arguments_and_no_flags() -> None:
     """The command line translates `num_steps` to --num-steps; flags of other programs are excepted."""
     flags = [
@@ -341,7 +338,6 @@ PHRASES = (
 )
 
 
-@pytest.mark.xfail(reason="the last sentences are rewritten next", strict=True)
 def test_sentences_are_plain() -> None:
     lines = [
         f"{name}, line {number}: {line.strip()}"

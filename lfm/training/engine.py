@@ -1,9 +1,9 @@
-"""A model in training under DeepSpeed ZeRO, with its averages: the only importer of deepspeed.
+"""A model in training under DeepSpeed ZeRO, with its averages; the only module that imports deepspeed.
 
-Under ZeRO each rank holds flat float32 partitions of the weights (the masters) and of the optimizer's moments; our averages
-lie beside them, cut alike. What DeepSpeed's own checkpoints do not allow, to go on with another number of ranks or another
-ZeRO stage, follows from one idea: DeepSpeed gives and takes the masters as whole tensors by name at every stage, so
-whatever is cut like the masters is saved and loaded through their place.
+Under ZeRO each rank holds flat float32 partitions of the weights (the masters) and of the optimizer's moments; the averages
+are partitioned in the same way. Checkpoints can be loaded by another number of ranks and at another ZeRO stage, which
+DeepSpeed's own checkpoints do not allow: at every stage DeepSpeed reads and writes the masters as whole tensors by name, so
+everything that is partitioned like the masters is saved and loaded by copying it to the masters for a moment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,26 @@ from lfm.training.step_guard import StepGuard
 from lfm.world import World
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
-BYTES_PER_PARAMETER = 12  # masters and moments, over all ranks; 4 more for each average
+BYTES_PER_PARAMETER = 12  # of masters and moments, over all ranks; 4 more for each average
 
 
 def start_processes(world: World, store: Any = None) -> Any:
-    """Import deepspeed and make its process group; return the module.
+    """Import deepspeed, start its process group, and return the module.
 
     Args:
-        world: this rank's place.
-        store: the store that the ranks share already; by default they meet by MASTER_ADDR and MASTER_PORT.
+        world: this process among the ranks.
+        store: key-value store that the ranks share; by default they connect by MASTER_ADDR and MASTER_PORT.
     """
     logging.getLogger("xformers").setLevel(logging.ERROR)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # The deprecated calls are DeepSpeed's, not ours.
+    # The deprecated calls are DeepSpeed's.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        # Its shared-memory collectives would be compiled for 50 s, and leak 69 MB of shared memory per rank and run.
+        # Its shared-memory collectives take 50 s to compile, and leak 69 MB of shared memory per rank and run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not torch.distributed.is_initialized():
@@ -61,16 +60,39 @@ def start_processes(world: World, store: Any = None) -> Any:
     return deepspeed
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups: weight decay for matrices and kernels; none for biases, norms, embeddings.
+
+    Without weight decay all parameters are one group.
+    """
+    parameters = list(model.parameters())
+    if weight_decay == 0:
+        return [{"params": parameters}]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decays = [parameter.ndim >= 2 and id(parameter) not in embeddings for parameter in parameters]
+    groups = [
+        {
+            "params": [parameter for parameter, decay in zip(parameters, decays, strict=True) if decay == has_decay],
+            "weight_decay": weight_decay if has_decay else 0.0,
+        }
+        for has_decay in (True, False)
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class Engine:
-    """One rank's share of a model in training.
+    """One rank's part of a model in training.
 
     Args:
-        model: in float32, the same on every rank.
-        settings: DeepSpeed's configuration; ZeRO stage 1, 2 or 3.
-        world: this rank's place.
-        averages: the names of the averages to keep.
-        guard: which steps are left out, on all ranks alike.
-        store: the store of `lfm.training.ranks.Ranks`, over which the ranks meet.
+        model: float32 model, the same on every rank.
+        settings: DeepSpeed's configuration, with ZeRO stage 1, 2 or 3.
+        world: this process among the ranks.
+        averages: names of the averages of the weights.
+        guard: decides which steps are skipped, on all ranks alike.
+        store: store of `lfm.training.ranks.Ranks`, by which the ranks connect.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
     """
 
     def __init__(
@@ -85,7 +107,8 @@ class Engine:
         deepspeed = start_processes(world, store)
         self.world, self.guard = world, guard or StepGuard()
         try:
-            self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+            groups = parameter_groups(model, settings["optimizer"]["params"].get("weight_decay", 0.0))
+            self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
         except (ValueError, TypeError, AssertionError, KeyError, ImportError) as error:
             raise ConfigError(f"deepspeed: refuses the configuration: {on_one_line(error)}") from error
         self.device = self.engine.device
@@ -95,66 +118,67 @@ class Engine:
             zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         )
         self.averages = {name: Ema(self.masters) for name in averages}
-        # The norm of the whole gradient is known by then. Torch's fused optimizers leave a step out where this is 1.
+        # The hook runs when the norm of the whole gradient is known.
         zero.optimizer.register_step_pre_hook(self._drop_bad_step)
 
     def __call__(self, *inputs: Any) -> Any:
-        """The model's forward pass."""
+        """Run the model's forward pass."""
         return self.engine(*inputs)
 
     def backward_and_step(self, loss: Tensor) -> None:
-        """One micro-batch's backward pass; DeepSpeed steps after the last one of the global batch.
+        """Run the backward pass of one micro-batch; after the last one of the global batch, take an optimizer step.
 
         A step that the guard refuses changes neither weights nor moments, on any rank.
         """
         self.engine.backward(loss)
-        steps = self.engine.is_gradient_accumulation_boundary()
+        is_step = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
-        if steps:
+        if is_step:
             self.guard.count(self.gradient_norm)
 
     def _drop_bad_step(self, optimizer: Any, *_: Any) -> None:
+        # Torch's fused optimizers skip a step if `found_inf` is 1.
         norm = float(self.engine.optimizer._global_grad_norm)
         optimizer.found_inf = torch.tensor(float(self.guard.refuses(norm)), device=self.masters[0].device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Which the model computes with."""
+        """Precision that the model computes in."""
         return torch.bfloat16 if self.engine.bfloat16_enabled() else torch.float32
 
     @property
     def gradient_norm(self) -> float:
-        """Of the last step, over all ranks, before clipping; infinite where it is not finite."""
+        """Norm of the gradient of the last step over all ranks, before clipping."""
         norm = self.engine.get_global_grad_norm()
         return 0.0 if norm is None else float(norm)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """For the steps to come."""
+        """Set the learning rate of the next steps."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, on every rank."""
+        """Replace a tensor by its sum over all ranks, and return it; all ranks must call it."""
         torch.distributed.all_reduce(value)
         return value
 
     def write_monitors(self, figures: dict[str, float], samples_seen: int) -> None:
-        """Hand figures to the monitors (TensorBoard, W&B, CSV) of DeepSpeed's configuration."""
+        """Write figures to the monitors (TensorBoard, W&B, CSV) of DeepSpeed's configuration."""
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events([(name, value, samples_seen) for name, value in figures.items()])
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called it."""
         torch.distributed.barrier()
 
     def close(self) -> None:
-        """Leave together: without this, one of twenty runs dies at exit."""
+        """End the process group on all ranks together; without this, one of twenty runs crashes at exit."""
         self.barrier()
         torch.distributed.destroy_process_group()
 
     @contextlib.contextmanager
     def averaged(self, name: str) -> Iterator[None]:
-        """Within the block the model computes with an average's weights, in eval mode. All ranks must enter it."""
+        """Compute with an average's weights, in eval mode, within the block; all ranks must enter it."""
         training = self.engine.training
         self.engine.eval()
         with torch.no_grad(), self.averages[name].in_place():
@@ -163,38 +187,54 @@ class Engine:
         self._publish_masters()
         self.engine.train(training)
 
-    def full(self, shares: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's whole tensor, float32, of what is cut like the masters. All ranks must go through it."""
+    def whole_tensors(self, partitions: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and whole float32 tensor of each parameter, of values that are partitioned like the masters.
+
+        All ranks must iterate over all of it.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
-        with temporarily_set(self.masters, shares):
+        with temporarily_set(self.masters, partitions):
             for name, parameter in self.engine.module.named_parameters():
                 yield name, safe_get_full_fp32_param(parameter)
 
     def average_weights(self, name: str) -> dict[str, Tensor]:
-        """An average of every parameter in float32, on the CPU of the main rank; empty elsewhere. All must call it."""
-        shares = self.averages[name].average
-        return {key: full.cpu().clone() for key, full in self.full(shares) if self.world.is_main}
+        """Return an average by parameter name, float32 on the CPU; empty on all ranks but the main one.
+
+        All ranks must call it.
+        """
+        tensors = self.whole_tensors(self.averages[name].average)
+        return {key: whole.cpu().clone() for key, whole in tensors if self.world.is_main}
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Begin with these weights, whole tensors by name; the averages begin there too."""
-        self._set_full(self.masters, weights)
+        """Set weights and averages to whole tensors by parameter name.
+
+        Raises:
+            CheckpointError: the weights are of another model.
+        """
+        self._set_whole(self.masters, weights)
         self._publish_masters()
         for average in self.averages.values():
             average.restart()
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write all that training goes on from into `folder`; all ranks must call it.
+        """Write the state of training into `folder`; all ranks must call it.
 
-        Each rank writes its part of the parameters, as whole tensors: any number of ranks at any stage can read them. The
-        files are complete when it returns, with the few numbers that belong to them.
+        Each rank writes a part of the parameters, as whole tensors, which any number of ranks at any ZeRO stage can read. The
+        files of all ranks are complete when it returns.
+
+        Returns:
+            The rest of the state, for `load`; JSON can represent it.
+
+        Raises:
+            StorageError: a file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         rank, size = self.world.rank, self.world.size
-        for kind, shares in self._carried().items():
+        for kind, partitions in self._state().items():
             own = {
                 name: whole.cpu().clone()
-                for number, (name, whole) in enumerate(self.full(shares))
+                for number, (name, whole) in enumerate(self.whole_tensors(partitions))
                 if number % size == rank
             }
             try:
@@ -204,28 +244,28 @@ class Engine:
                     f"{folder}: cannot be written ({on_one_line(error)}); is there no space left?"
                 ) from error
         self.barrier()
-        return {"adam_steps": self._adam_steps, "guard": asdict(self.guard)}
+        return {"adam_steps": self._adam_steps, "guard": self.guard.state_dict()}
 
-    def load(self, folder: Path, numbers: dict[str, Any], samples_seen: int) -> None:
-        """Go on from what `save` wrote and returned, under any number of ranks and any ZeRO stage.
+    def load(self, folder: Path, state: dict[str, Any], samples_seen: int) -> None:
+        """Load what `save` wrote and returned, under any number of ranks and any ZeRO stage; all ranks must call it.
 
         Raises:
-            CheckpointError: it is of another model, or cannot be read.
+            CheckpointError: the files are of another model, or cannot be read.
         """
         optimizer = self.engine.optimizer.optimizer
         for master in self.masters:
-            step = torch.tensor(float(numbers["adam_steps"]), device=master.device)
+            step = torch.tensor(float(state["adam_steps"]), device=master.device)
             moments = {kind: torch.zeros_like(master) for kind in MOMENTS}
             optimizer.state[master] = {"step": step, **moments}
-        # Whatever goes through the masters' place before they are there themselves.
-        for kind, shares in sorted(self._carried().items(), key=lambda item: item[0] == MASTER):
-            self._set_full(shares, _read(folder, kind))
+        # The masters come last, since everything else is copied by way of them.
+        for kind, partitions in sorted(self._state().items(), key=lambda item: item[0] == MASTER):
+            self._set_whole(partitions, _read(folder, kind))
         self._publish_masters()
-        self.guard = StepGuard(**numbers["guard"] | {"ratio": self.guard.ratio})
-        self.engine.global_samples = samples_seen  # what DeepSpeed's monitors count by
+        self.guard.load_state_dict(state["guard"])
+        self.engine.global_samples = samples_seen  # the clock of DeepSpeed's monitors
 
-    def _carried(self) -> dict[str, list[Tensor]]:
-        """What is carried from step to step, by kind; each is cut like the masters."""
+    def _state(self) -> dict[str, list[Tensor]]:
+        """Return the partitions of masters, moments and averages, by kind."""
         state = self.engine.optimizer.optimizer.state
         moments = {kind: [state[master][kind] for master in self.masters] for kind in MOMENTS}
         averages = {name: average.average for name, average in self.averages.items()}
@@ -233,7 +273,7 @@ class Engine:
 
     @property
     def has_learned(self) -> bool:
-        """Whether a step was taken, and not left out, since the start: before, there is nothing to save."""
+        """Whether any step was taken and not skipped; before that there is no optimizer state to save."""
         return MOMENTS[0] in self.engine.optimizer.optimizer.state.get(self.masters[0], {})
 
     @property
@@ -241,26 +281,26 @@ class Engine:
         return int(self.engine.optimizer.optimizer.state[self.masters[0]]["step"])
 
     @torch.no_grad()
-    def _set_full(self, shares: list[Tensor], weights: dict[str, Tensor]) -> None:
-        """Cut whole tensors by name into `shares`, by way of the masters, which then hold them too."""
+    def _set_whole(self, partitions: list[Tensor], tensors: dict[str, Tensor]) -> None:
+        """Set partitions, and the masters with them, to whole tensors by parameter name."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self.engine.module.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            if name not in weights or weights[name].shape != shape:
+            if name not in tensors or tensors[name].shape != shape:
                 raise CheckpointError(f"{name}: of another model: the weights have none, or one of another shape")
-            whole = weights[name].float().to(self.device)
-            if self.stage == 3:  # where DeepSpeed cannot set a whole tensor that does not divide by the ranks
+            whole = tensors[name].float().to(self.device)
+            if self.stage == 3:  # DeepSpeed cannot set a whole tensor whose size the ranks do not divide
                 length = parameter.partition_numel()
                 padded = nn.functional.pad(whole.flatten(), (0, length * self.world.size - whole.numel()))
                 safe_set_local_fp32_param(parameter, padded[self.world.rank * length :][:length])
             else:
                 safe_set_full_fp32_param(parameter, whole)
-        torch._foreach_copy_(shares, self.masters)
+        torch._foreach_copy_(partitions, self.masters)
 
     @torch.no_grad()
     def _publish_masters(self) -> None:
-        """Make the masters what the model computes with, in its own precision, as DeepSpeed does after a step."""
+        """Copy the masters to the weights that the model computes with, as DeepSpeed does after a step."""
         zero = self.engine.optimizer
         if self.stage == 3:
             zero._partition_all_parameters()
@@ -283,7 +323,7 @@ class Engine:
 
 
 def _read(folder: Path, kind: str) -> dict[str, Tensor]:
-    """Whole tensors by name, from however many ranks wrote them; mapped, so that only what is used is read."""
+    """Return whole tensors by name from the files of all ranks, memory-mapped."""
     tensors: dict[str, Tensor] = {}
     try:
         for path in sorted(folder.glob(f"{kind}-[0-9]*.safetensors")):
@@ -291,8 +331,10 @@ def _read(folder: Path, kind: str) -> dict[str, Tensor]:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{folder}: cannot be read ({on_one_line(error)}); go on from the one before it"
+            f"{folder}: cannot be read ({on_one_line(error)}); remove it to resume from the checkpoint before it"
         ) from error
     if not tensors:
-        raise CheckpointError(f"{folder}: holds no {kind}; begin another run with --initialize-from")
+        raise CheckpointError(
+            f"{folder}: has no {kind}, as of a run without this average; start another run with `initialize_from`"
+        )
     return tensors

@@ -1,13 +1,13 @@
-"""Agreement between the ranks of a training, and failures that reach all of them.
+"""Agreement between the ranks of a training, and failures that end all of them.
 
-Ranks share one key-value store, torch's TCPStore on rank 0, from before anything is read until training has ended:
+The ranks share a key-value store, torch's TCPStore on rank 0, from the first check until the end of training:
 
-    broadcast   rank 0 decides (which checkpoint, which data), and every rank gets its decision
-    failure     the first rank that fails leaves its message there; every other rank ends with it
-    beat        each rank counts up every second; the rank before it in a ring takes a count that stands still for a rank
-                that was killed or cannot be reached
+    broadcast   rank 0 decides (which checkpoint, which data), and every rank receives its decision
+    failure     the first rank that fails stores its message, and every other rank ends with it
+    beat        each rank increments a counter every second; the rank before it in a ring reports it as lost when the
+                counter has not changed for LEASE_SECONDS, since it was killed or cannot be reached
 
-So all ranks end soon after one of them, each with one clear line, whether or not a launcher watches them.
+So all ranks end soon after one of them has failed, each with one line, whether or not a launcher watches them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from lfm.world import World
 
 CONNECT_SECONDS = 300.0  # ranks of a large job may start minutes apart
 BEAT_SECONDS = 1.0
-LEASE_SECONDS = 20.0  # a rank whose count stands still for so long is lost
-GRACE_SECONDS = 3.0  # for the main thread to end by itself before the process is ended
+LEASE_SECONDS = 20.0  # a rank whose counter does not change for so long is lost
+GRACE_SECONDS = 3.0  # for the main thread to end by itself, before the process is ended
 
 
 class Ranks:
-    """The ranks of one training; a context manager around all of it.
+    """The ranks of one training, as a context manager around all of it.
 
-    With one rank there is no store, and nothing is watched.
+    With one rank there is no store and no watching.
 
     Args:
-        world: this rank's place.
+        world: this process among the ranks.
 
     Raises:
-        ConfigError: the ranks do not find each other.
+        ConfigError: this rank cannot reach rank 0.
     """
 
     def __init__(self, world: World) -> None:
@@ -72,7 +72,7 @@ class Ranks:
             raise LfmError(self._failure) from error
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's `value`, which JSON must express, on every rank; all must call it.
+        """Return the `value` of rank 0, which JSON can represent, on every rank; all ranks must call it.
 
         Raises:
             LfmError: another rank failed.
@@ -90,7 +90,7 @@ class Ranks:
         return json.loads(self.store.get(key))
 
     def gather(self) -> None:
-        """Wait until every rank has come here.
+        """Wait until every rank has called it.
 
         Raises:
             LfmError: another rank failed.
@@ -105,10 +105,10 @@ class Ranks:
             time.sleep(0.05)
 
     def require_equal(self, name: str, value: Any) -> None:
-        """Check that every rank has rank 0's `value`; all must call it.
+        """Check that `value` is the same on every rank; all ranks must call it.
 
         Raises:
-            ConfigError: this rank has another one; names `name`.
+            ConfigError: this rank's value is not that of rank 0; names `name`.
         """
         if self.broadcast(value) != value:
             raise ConfigError(f"{name}: differs between rank 0 and rank {self.world.rank}; start all ranks alike")
@@ -118,7 +118,7 @@ class Ranks:
             raise LfmError(self._failure)
 
     def _leave(self) -> None:
-        """Tell the other ranks that this one has finished; rank 0 stays until all have, since the store ends with it."""
+        """Record that this rank has finished; rank 0 waits until all have, since the store ends with it."""
         assert self.store is not None
         with contextlib.suppress(RuntimeError):
             self.store.set(f"left/{self.world.rank}", "")
@@ -129,7 +129,7 @@ class Ranks:
                 time.sleep(0.05)
 
     def _announce(self, message: str) -> None:
-        """Leave a message for all other ranks, and wait a moment until they have read it."""
+        """Store a message for all other ranks; rank 0 waits a moment until they have read it."""
         assert self.store is not None
         with contextlib.suppress(RuntimeError):  # the store may be gone with rank 0
             if not self.store.check(["failure"]):
@@ -146,7 +146,7 @@ class Ranks:
             time.sleep(0.1)
 
     def _watch(self) -> None:
-        """Count this rank's beats and look for failures until training has ended; end the process after one."""
+        """Watch for failures until training has ended; end the process after one."""
         message = self._watch_until_failure()
         if message is None:
             return
@@ -184,7 +184,7 @@ class Ranks:
 
 
 def _connect(world: World) -> Any:
-    """Return the store that all ranks share, when all of them have reached it."""
+    """Return the store that the ranks share, when all of them have connected to it."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         rendezvous = torch.distributed.rendezvous(

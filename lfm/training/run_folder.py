@@ -1,13 +1,12 @@
-"""What a run leaves behind: checkpoints, from which training goes on, and weights, from which images are made.
+"""The run folder: checkpoints, from which training resumes, and the weights for sampling.
 
-    RUN/checkpoints/samples-000000064000/   complete if it has this name: it is written under another and renamed
-        state.json                          samples seen, configuration, code version, manifest digest
-        weights.safetensors                 the EMA in float32
-        master-00000.safetensors, ...       weights, moments and averages, as whole tensors, a part by each rank
-    RUN/weights.safetensors                 the newest checkpoint's, all that sampling needs
-    RUN/snapshots/                          averages of other widths, from which more are made afterwards
-
-A weights file carries in its header everything that sampling must know and check.
+RUN/checkpoints/samples-000000064000/   a complete checkpoint: it is written under another name and renamed
+    state.json                          samples seen, configuration, code version, manifest digest
+    weights.safetensors                 EMA weights in float32
+    master-00000.safetensors, ...       weights, moments and averages as whole tensors; each rank writes a part
+RUN/checkpoints/damaged-.../            a checkpoint whose files have changed since they were written, put aside
+RUN/weights.safetensors                 EMA weights of the newest checkpoint, all that sampling needs
+RUN/snapshots/                          power-function averages, of which `lfm ema` makes averages of other widths
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ STATE = "state.json"
 _FOLDER = "checkpoints"
 _SNAPSHOTS = "snapshots"
 _PREFIX = "samples-"
-DAMAGED = "damaged-"  # before the name of a checkpoint that was put aside
+DAMAGED = "damaged-"  # prefix of a checkpoint that was put aside
 _REPAIR = "remove that folder to resume from the checkpoint before it"
 SHARED_FOLDER_SECONDS = 15.0  # for a new file to appear in the listings of other machines
 
@@ -42,12 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 def tag(samples_seen: int) -> str:
-    """The name of the checkpoint at this point."""
+    """Return the name of the checkpoint at `samples_seen`."""
     return f"{_PREFIX}{samples_seen:012d}"
 
 
 class RunState(BaseModel):
-    """What a checkpoint says of itself: the last file that is written into it."""
+    """The description of a checkpoint; state.json, which is written into it last."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,12 +55,16 @@ class RunState(BaseModel):
     manifest_digest: str
     code_version: str
     config: dict[str, Any]  # the resolved experiment
-    engine: dict[str, Any] = {}  # the few numbers that belong to its tensors
+    engine: dict[str, Any] = {}  # returned by `Engine.save`
     files: dict[str, int] = {}  # crc32 of every other file
 
 
 class RunFolder:
-    """The checkpoints of one run on the local disk."""
+    """A run's folder on a local or network file system; it need not exist yet.
+
+    Raises:
+        CheckpointError: the path is a URL, or a file.
+    """
 
     def __init__(self, path: str) -> None:
         if not storage.is_local(path):
@@ -72,35 +75,35 @@ class RunFolder:
         self.checkpoints = self.path / _FOLDER
 
     def temporary_tag(self, samples_seen: int) -> str:
-        """The name it has while it is written."""
+        """Return the name of the checkpoint at `samples_seen` while it is written."""
         return storage.TEMPORARY_PREFIX + tag(samples_seen)
 
     def snapshot(self, samples_seen: int, width: float) -> Path:
-        """Where the power-function average of this relative width is put aside at this point."""
+        """Return the path of the snapshot of the power-function average of a relative width at `samples_seen`."""
         return self.path / _SNAPSHOTS / f"{tag(samples_seen)}-{width:g}.safetensors"
 
     def snapshots(self) -> list[tuple[Path, int, float]]:
-        """The snapshots, each with its samples seen and its relative width, the oldest first."""
+        """Return path, samples seen and relative width of each snapshot, the oldest first."""
         paths = sorted((self.path / _SNAPSHOTS).glob(f"{_PREFIX}*-*.safetensors"))
         parts = [path.stem.removeprefix(_PREFIX).split("-", 1) for path in paths]
         return [(path, int(samples), float(width)) for path, (samples, width) in zip(paths, parts, strict=True)]
 
     def complete(self) -> list[Path]:
-        """The complete checkpoints, the oldest first."""
+        """Return the complete checkpoints, the oldest first."""
         paths = self.checkpoints.glob(f"{_PREFIX}{'[0-9]' * 12}")
         return sorted(path for path in paths if (path / STATE).is_file())
 
     def newest(self) -> Path | None:
-        """The checkpoint to go on from."""
+        """Return the newest complete checkpoint; None if there is none."""
         return next(reversed(self.complete()), None)
 
     def newest_intact(self) -> tuple[Path, RunState] | None:
-        """Return the newest checkpoint whose files are as they were written; None if there is no checkpoint.
+        """Return the newest undamaged checkpoint with its state; None if there is no checkpoint.
 
-        Newer ones that are damaged are put aside under the prefix "damaged-", with a warning that names them.
+        Damaged checkpoints that are newer are renamed to "damaged-...", with a warning that names them.
 
         Raises:
-            CheckpointError: all checkpoints are damaged; the last of them is left in place.
+            CheckpointError: all checkpoints are damaged; the oldest of them is not renamed.
         """
         checkpoints = self.complete()
         while checkpoints:
@@ -120,22 +123,22 @@ class RunFolder:
         return None
 
     def require_shared(self, ranks: Ranks) -> None:
-        """Check that all ranks see the same folder: rank 0 writes a token file, which the others must find.
+        """Check that all ranks see the same folder: a file that rank 0 writes must become visible to the others.
 
         Raises:
-            CheckpointError: this rank does not see it.
+            CheckpointError: it does not become visible to this rank.
         """
         token = ranks.broadcast(f".shared-{uuid.uuid4().hex[:12]}")
         path = self.path / token
         if ranks.world.is_main:
             path.touch()
-        ranks.broadcast("the token is written")
+        ranks.broadcast(None)  # the file exists from here on
         deadline = time.monotonic() + SHARED_FOLDER_SECONDS
         while not path.exists():
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"{self.path.absolute()}: is not shared: rank {ranks.world.rank} does not see what rank 0 writes there; "
-                    "name a folder of a file system that all machines share with run"
+                    f"{self.path.absolute()}: is not shared: rank {ranks.world.rank} does not see what rank 0 writes; "
+                    "set run to a folder on a file system that all machines share"
                 )
             next(self.path.parent.iterdir(), None)  # makes a network file system look again
             time.sleep(0.2)
@@ -144,10 +147,10 @@ class RunFolder:
             path.unlink()
 
     def read_state(self, checkpoint: Path, *, verify: bool = True) -> RunState:
-        """The state of a checkpoint; with `verify` all of its files are checked against it.
+        """Read the state of a checkpoint; with `verify`, compare the checksums of all its files.
 
         Raises:
-            CheckpointError: it is damaged; names the file.
+            CheckpointError: the checkpoint is damaged; names the file.
         """
         try:
             state = RunState.model_validate(storage.read_json(str(checkpoint / STATE)))
@@ -161,10 +164,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def only_one(self) -> Iterator[None]:
-        """Hold the folder for this process, and remove what a killed one left half-written.
+        """Lock the folder within the block, and remove files that a killed process has not completed.
 
         Raises:
-            CheckpointError: another process is training into it, or it cannot be written.
+            CheckpointError: another process has locked the folder, or it cannot be written.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -186,14 +189,19 @@ class RunFolder:
             yield
 
     def require_space(self, size: int, keep: int, beside: int = 0) -> None:
-        """See that there is room for the checkpoints to come, of `size` bytes each, and for `beside` bytes.
+        """Check that the disk has room for the next checkpoints and the weights.
+
+        Args:
+            size: bytes of one checkpoint.
+            keep: number of checkpoints to keep; one more exists while it is written.
+            beside: bytes of all else that is written.
 
         Raises:
-            CheckpointError: there is not; says how much is missing.
+            CheckpointError: there is too little room; names both sizes.
         """
-        above = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        existing = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         needed = size * max(1, keep + 1 - len(self.complete())) + beside
-        free = shutil.disk_usage(above).free
+        free = shutil.disk_usage(existing).free
         if free < needed:
             raise CheckpointError(
                 f"{self.path}: {free / 1e9:,.1f} GB are free, {needed / 1e9:,.1f} GB are needed for checkpoints of "
@@ -201,9 +209,9 @@ class RunFolder:
             )
 
     def publish(self, samples_seen: int, state: RunState, keep: int) -> Path:
-        """Make the checkpoint that was written under its temporary name visible, and drop the oldest beyond `keep`.
+        """Complete the checkpoint that was written under its temporary name, and return its path.
 
-        Its weights become the run's.
+        Its weights become those of the run. The oldest checkpoints beyond the newest `keep` are removed.
         """
         temporary, final = (self.checkpoints / name(samples_seen) for name in (self.temporary_tag, tag))
         paths = [path for path in temporary.rglob("*") if path.is_file()]
@@ -211,7 +219,9 @@ class RunFolder:
             _flush(path)
         files = {str(path.relative_to(temporary)): storage.checksums(path).crc32 for path in paths}
         storage.write_json(str(temporary / STATE), state.model_copy(update={"files": files}).model_dump(mode="json"))
-        with storage.writing(str(self.path / WEIGHTS)) as weights:  # first: never older than the newest checkpoint
+        with storage.writing(
+            str(self.path / WEIGHTS)
+        ) as weights:  # before the checkpoint: the run's weights are never older
             shutil.copyfile(temporary / WEIGHTS, weights)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

@@ -75,7 +75,7 @@ class Flag:
 
 
 def _location(text: str) -> str:
-    """Refuse the empty string, which an unset shell variable leaves behind; make a file:// URL a path."""
+    """Refuse the empty string, which an unset shell variable expands to; make a file:// URL a path."""
     if not text.strip():
         raise ValueError("is empty; name a folder, file or URL")
     return text.removeprefix("file://")

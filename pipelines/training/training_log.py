@@ -107,7 +107,7 @@ class TrainingLog:
             "step": step,
             **_means_of_finite(self.losses),
             "gradient_norm": norm if math.isfinite(norm) else None,
-            "skipped_steps": self.engine.guard.skipped,
+            "skipped_steps": self.engine.guard.num_skipped,
             "samples_per_second": rate,
             "data_wait": (self.stream.wait_seconds - self.start_wait) / elapsed,
         }

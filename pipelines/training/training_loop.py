@@ -150,8 +150,8 @@ class TrainingLoop:
         is_last = self.samples_seen == self.total_samples
         is_due = is_last or self.stop_requested or step % train.checkpoint_every == 0
         # Weights that led to skipped steps may be ruined already, and are no checkpoint to resume from.
-        saves = is_due and (is_last or not guard.in_a_row)
-        if guard.in_a_row > MOST_SKIPPED_IN_A_ROW or (saves and not self.engine.has_learned):
+        saves = is_due and (is_last or not guard.num_skipped_in_a_row)
+        if guard.num_skipped_in_a_row > MOST_SKIPPED_IN_A_ROW or (saves and not self.engine.has_learned):
             raise self._divergence()
         log.losses.append(self.losses)
         measurements: dict[str, float] = {}
@@ -170,11 +170,11 @@ class TrainingLoop:
         return figures
 
     def _divergence(self) -> DataError:
-        newest = self.folder.newest()
+        newest, num_skipped = self.folder.newest(), self.engine.guard.num_skipped_in_a_row
         resumes = f"resume from {newest.name}" if newest else "start again, since there is no checkpoint yet"
         return DataError(
-            f"training diverged at step {self.num_steps:,}: the gradient norms of the last {self.engine.guard.in_a_row} steps "
-            f"were not finite or above {self.train.skip_above:g} times their running mean, and the steps were skipped; lower "
+            f"training diverged at step {self.num_steps:,}: the gradient norms of the last {num_skipped} steps were not "
+            f"finite or above {self.train.skip_above:g} times their running mean, and the steps were skipped; lower "
             "train.learning_rate, set train.gradient_clipping or check the latents with `lfm inspect`, and run the same "
             f"command to {resumes}"
         )

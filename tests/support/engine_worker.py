@@ -19,7 +19,7 @@ from lfm.training.step_guard import StepGuard
 from lfm.world import World
 from pipelines.common import factory, launcher
 
-BATCH, LEARNING_RATE, CLIPPING, DECAY, WIDTH = 16, 3e-3, 1.0, 0.99, 0.1
+BATCH, LEARNING_RATE, CLIPPING, DECAY, WIDTH, WEIGHT_DECAY = 16, 3e-3, 1.0, 0.99, 0.1, 0.5
 
 
 def make_model() -> nn.Module:
@@ -33,14 +33,17 @@ def batch(step: int, samples: int = BATCH) -> tuple[Tensor, Tensor]:
     return inputs, inputs[:, :5].sin() * 2
 
 
-def settings(zero: dict[str, Any], precision: str, world: World, accumulation: int = 1) -> dict[str, Any]:
+def settings(
+    zero: dict[str, Any], precision: str, world: World, accumulation: int = 1, weight_decay: float = 0.0
+) -> dict[str, Any]:
+    optimizer = {"torch_adam": True, "fused": True, "lr": LEARNING_RATE, "weight_decay": weight_decay}
     return {
         "zero_optimization": {**zero},
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": BATCH // world.size // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": CLIPPING,
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True, "lr": LEARNING_RATE}},
+        "optimizer": {"type": "AdamW", "params": optimizer},
         "bf16": {"enabled": precision == "bf16"},
     }
 
@@ -49,11 +52,17 @@ class Run:
     """An engine with a training loop."""
 
     def __init__(
-        self, zero: dict[str, Any], precision: str, world: World, accumulation: int = 1, ratio: float = 0.0
+        self,
+        zero: dict[str, Any],
+        precision: str,
+        world: World,
+        accumulation: int = 1,
+        ratio: float = 0.0,
+        weight_decay: float = 0.0,
     ) -> None:
         self.accumulation, self.world = accumulation, world
         self.dtype = factory.DTYPES[precision]
-        config = settings(zero, precision, world, accumulation)
+        config = settings(zero, precision, world, accumulation, weight_decay)
         self.engine = Engine(make_model(), config, world, ("ema", "power"), StepGuard(ratio))
 
     def step(self, step: int, poison: dict[int, float] | None = None) -> float:
@@ -71,13 +80,13 @@ class Run:
         return float(self.engine.sum_over_ranks(total)) / self.world.size
 
     def masters(self) -> dict[str, Tensor]:
-        return {name: whole.clone() for name, whole in self.engine.full(self.engine.masters)}
+        return {name: whole.clone() for name, whole in self.engine.whole_tensors(self.engine.masters)}
 
     def carried(self) -> dict[str, Tensor]:
         return {
             f"{kind}/{name}": whole.clone()
-            for kind, shares in self.engine._carried().items()
-            for name, whole in self.engine.full(shares)
+            for kind, partitions in self.engine._state().items()
+            for name, whole in self.engine.whole_tensors(partitions)
         }
 
     def output(self) -> Tensor:
@@ -118,7 +127,7 @@ def main() -> None:
     measured["ema_error"] = max(
         float((whole.double() - reference[name][kind]).norm() / reference[name][kind].norm())
         for kind in ("ema", "power")
-        for name, whole in run.engine.full(run.engine.averages[kind].average)
+        for name, whole in run.engine.whole_tensors(run.engine.averages[kind].average)
     )
 
     # Computing with the average, and the state afterwards.
@@ -126,7 +135,7 @@ def main() -> None:
     with run.engine.averaged("ema"):
         averaged = run.output()
     average = make_model()
-    average.load_state_dict({n: w.clone() for n, w in run.engine.full(run.engine.averages["ema"].average)})
+    average.load_state_dict({n: w.clone() for n, w in run.engine.whole_tensors(run.engine.averages["ema"].average)})
     expected = average.to(run.dtype)(batch(999)[0].to(run.dtype)).float().detach()
     measured["averaged_error"] = float((averaged - expected).abs().max())
     measured["averaged_differs"] = float((averaged - output).abs().max())
@@ -136,12 +145,22 @@ def main() -> None:
     run.engine.load(out, numbers, 0)
     measured["loaded"] = same(saved, run.carried())
     measured["again"] = [run.step(step) for step in range(50, 200)] == measured["losses"][50:]
-    measured["bytes"] = sum(t.numel() * 4 for shares in run.engine._carried().values() for t in shares)
+    measured["bytes"] = sum(t.numel() * 4 for partitions in run.engine._state().values() for t in partitions)
     measured["parameters"] = sum(weight.numel() for weight in saved.values()) // 5
 
     # Accumulation.
     run = Run(zero, precision, world, accumulation=4)
     measured["accumulated"] = [run.step(step) for step in range(50)]
+
+    # Weight decay, and resuming with its two groups of parameters.
+    run = Run(zero, precision, world, weight_decay=WEIGHT_DECAY)
+    measured["decayed"] = [run.step(step) for step in range(25)]
+    (out / "decayed").mkdir(exist_ok=True)
+    run.engine.barrier()
+    numbers = run.engine.save(out / "decayed")
+    measured["decayed"] += [run.step(step) for step in range(25, 50)]
+    run.engine.load(out / "decayed", numbers, 0)
+    measured["decayed_again"] = [run.step(step) for step in range(25, 50)] == measured["decayed"][25:]
 
     # A step that one rank spoils is skipped on all ranks: nothing but the averages changes.
     run = Run(zero, precision, world, ratio=20.0)
@@ -158,7 +177,7 @@ def main() -> None:
             now = {name: whole for name, whole in run.carried().items() if name in before_step}
             measured["skipped_exact"].append(same(before_step, now) and torch.equal(output, run.output()))
             measured["adam_steps"] = run.engine._adam_steps
-    measured["skipped"], measured["in_a_row"] = run.engine.guard.skipped, run.engine.guard.in_a_row
+    measured["skipped"], measured["in_a_row"] = run.engine.guard.num_skipped, run.engine.guard.num_skipped_in_a_row
     measured["finite"] = all(bool(whole.isfinite().all()) for whole in run.masters().values())
 
     run.engine.barrier()

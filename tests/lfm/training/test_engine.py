@@ -1,6 +1,6 @@
-"""The engine under every ZeRO stage: parity with plain PyTorch, averages, skipped steps, and what it carries along.
+"""Tests of the engine under every ZeRO stage: parity with plain PyTorch, averages, skipped steps, saving and loading.
 
-Each run of `engine_worker.py` is 200 steps and more; the tests share them.
+Each run of `engine_worker.py` takes more than 200 steps; the tests share the runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from lfm.training.engine import parameter_groups
 from lfm.training.step_guard import MEMORY, StepGuard
 from tests.support import engine_worker
 from tests.support.commands import REPOSITORY, finish, start_ranks
@@ -25,7 +27,7 @@ def offload(stage: int) -> dict[str, Any]:
 
 
 SOME_WHOLE = {"stage3_param_persistence_threshold": 40}  # some weights are kept whole, some are not
-# name: ranks, ZeRO, precision, whose checkpoint it goes on from
+# name: ranks, ZeRO, precision, and the run whose checkpoint is loaded
 RUNS: dict[str, tuple[int, dict[str, Any], str, str | None]] = {
     "zero1": (1, {"stage": 1}, "fp32", None),
     "zero2": (2, offload(2), "fp32", "zero1"),
@@ -38,23 +40,25 @@ WORKER = Path(engine_worker.__file__)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the first rank of each run found."""
-    root, found = tmp_path_factory.mktemp("engine"), {}
+def measurements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The measurements of the first rank of each run."""
+    root, measurements = tmp_path_factory.mktemp("engine"), {}
     for name, (ranks, zero, precision, origin) in RUNS.items():
         (root / name).mkdir()
         arguments = [json.dumps(zero), precision, root / name, *([root / origin] if origin else [])]
         result = finish(start_ranks([sys.executable, WORKER, *arguments], ranks))
         assert result.returncode == 0, result.stderr
-        found[name] = json.loads((root / name / "measured-0.json").read_text())
-    return found
+        measurements[name] = json.loads((root / name / "measured-0.json").read_text())
+    return measurements
 
 
-@pytest.fixture(scope="module")
-def plain() -> list[float]:
-    """The losses of a plain PyTorch loop."""
+def plain_losses(weight_decay: float = 0.0) -> list[float]:
+    """Return the losses of a plain PyTorch loop, with weight decay on the matrices alone."""
     model = engine_worker.make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=engine_worker.LEARNING_RATE)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    biases = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=engine_worker.LEARNING_RATE)
     losses = []
     for step in range(200):
         inputs, targets = engine_worker.batch(step)
@@ -67,74 +71,125 @@ def plain() -> list[float]:
     return losses
 
 
+@pytest.fixture(scope="module")
+def plain() -> list[float]:
+    return plain_losses()
+
+
+def test_weight_decay_applies_to_matrices_alone() -> None:
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(3, 4),
+            "norm": nn.LayerNorm(4),
+            "linear": nn.Linear(4, 2),
+            "conv": nn.Conv2d(4, 2, 1),
+        }
+    )
+    decayed, others = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(parameter)] for parameter in decayed["params"]] == ["linear.weight", "conv.weight"]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    (everything,) = parameter_groups(model, 0.0)
+    assert [id(parameter) for parameter in everything["params"]] == list(names), "one group in the model's own order"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FP32)
-def test_the_losses_are_those_of_plain_pytorch(name: str, found: dict[str, dict[str, Any]], plain: list[float]) -> None:
-    assert found[name]["losses"] == pytest.approx(plain, abs=1e-5)
+def test_the_losses_are_those_of_plain_pytorch(
+    name: str, measurements: dict[str, dict[str, Any]], plain: list[float]
+) -> None:
+    assert measurements[name]["losses"] == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_weight_decay_is_that_of_plain_pytorch_and_resumes(name: str, measurements: dict[str, dict[str, Any]]) -> None:
+    expected = plain_losses(engine_worker.WEIGHT_DECAY)
+    assert abs(expected[49] - plain_losses()[49]) > 1e-3, "the decay is large enough to matter"
+    if name in FP32:
+        assert measurements[name]["decayed"] == pytest.approx(expected[:50], abs=1e-5)
+    assert measurements[name]["decayed_again"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FP32)
 def test_accumulation_of_four_is_a_batch_four_times_as_large(
-    name: str, found: dict[str, dict[str, Any]], plain: list[float]
+    name: str, measurements: dict[str, dict[str, Any]], plain: list[float]
 ) -> None:
-    assert found[name]["accumulated"] == pytest.approx(plain[:50], abs=1e-5)
+    assert measurements[name]["accumulated"] == pytest.approx(plain[:50], abs=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_both_averages_equal_float64(name: str, found: dict[str, dict[str, Any]]) -> None:
-    assert found[name]["ema_error"] < 1e-6
+def test_both_averages_equal_float64(name: str, measurements: dict[str, dict[str, Any]]) -> None:
+    assert measurements[name]["ema_error"] < 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_computing_with_the_average_is_exact_and_leaves_no_trace(name: str, found: dict[str, dict[str, Any]]) -> None:
-    assert found[name]["averaged_error"] < 1e-6 < 0.1 < found[name]["averaged_differs"]
-    assert found[name]["restored"]
+def test_computing_with_the_average_is_exact_and_changes_nothing(
+    name: str, measurements: dict[str, dict[str, Any]]
+) -> None:
+    assert measurements[name]["averaged_error"] < 1e-6 < 0.1 < measurements[name]["averaged_differs"]
+    assert measurements[name]["restored"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_what_was_saved_is_loaded_bit_for_bit_and_goes_on_so(name: str, found: dict[str, dict[str, Any]]) -> None:
-    assert found[name]["loaded"] and found[name]["again"]
+def test_a_saved_state_is_loaded_bit_for_bit_and_continues_alike(
+    name: str, measurements: dict[str, dict[str, Any]]
+) -> None:
+    assert measurements[name]["loaded"] and measurements[name]["again"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FP32 if RUNS[name][3]])
-def test_another_number_of_ranks_at_another_stage_goes_on(
-    name: str, found: dict[str, dict[str, Any]], plain: list[float]
+def test_another_number_of_ranks_at_another_stage_resumes(
+    name: str, measurements: dict[str, dict[str, Any]], plain: list[float]
 ) -> None:
     """From 1 rank to 2 and back, through stages 1, 2 and 3."""
-    assert found[name]["resumed"] == pytest.approx(plain[50:60], abs=1e-5)
+    assert measurements[name]["resumed"] == pytest.approx(plain[50:60], abs=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_step_that_one_rank_poisons_is_left_out_on_all(name: str, found: dict[str, dict[str, Any]]) -> None:
+def test_a_step_that_one_rank_poisons_is_skipped_on_all(name: str, measurements: dict[str, dict[str, Any]]) -> None:
     """Not a number, infinite, and 10,000 times too large: weights, moments and their clock stay as they were."""
-    assert found[name]["skipped_exact"] == [True, True, True]
-    assert found[name]["skipped"] == 3 and found[name]["in_a_row"] == 0 and found[name]["finite"]
-    assert found[name]["adam_steps"] == 131 - 3
+    assert measurements[name]["skipped_exact"] == [True, True, True]
+    assert measurements[name]["skipped"] == 3 and measurements[name]["in_a_row"] == 0 and measurements[name]["finite"]
+    assert measurements[name]["adam_steps"] == 131 - 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_memory_per_rank_follows_the_formula(name: str, found: dict[str, dict[str, Any]]) -> None:
+def test_memory_per_rank_follows_the_formula(name: str, measurements: dict[str, dict[str, Any]]) -> None:
     """4 bytes each of masters, two moments and every average, over the ranks; DeepSpeed pads a little."""
-    per_rank = found[name]["parameters"] * 4 * (3 + 2) / RUNS[name][0]
-    assert per_rank <= found[name]["bytes"] < 1.15 * per_rank
+    per_rank = measurements[name]["parameters"] * 4 * (3 + 2) / RUNS[name][0]
+    assert per_rank <= measurements[name]["bytes"] < 1.15 * per_rank
 
 
-def test_the_guard_knows_what_is_usual() -> None:
+def test_the_guard_refuses_norms_far_above_the_running_mean() -> None:
     guard = StepGuard(ratio=10.0)
     for norm in (1e9, float("nan"), 1e-3):  # at first anything that is finite
         guard.count(norm)
-    assert (guard.taken, guard.skipped, guard.in_a_row) == (2, 1, 0)
+    assert (guard.num_accepted, guard.num_skipped, guard.num_skipped_in_a_row) == (2, 1, 0)
     for _ in range(1500):
         guard.count(1.0)
-    assert guard.taken > MEMORY and not guard.refuses(9.0 * guard.mean) and guard.refuses(11.0 * guard.mean)
+    assert guard.num_accepted > MEMORY and not guard.refuses(9.0 * guard.mean) and guard.refuses(11.0 * guard.mean)
     for number in range(1, 4):
         guard.count(1e6 * guard.mean)
-        assert guard.in_a_row == number
-    assert guard.refuses(float("inf")) and not StepGuard(ratio=0.0, taken=10**6, mean=1.0).refuses(1e30)
+        assert guard.num_skipped_in_a_row == number
+    assert guard.refuses(float("inf")) and not StepGuard(ratio=0.0, num_accepted=10**6, mean=1.0).refuses(1e30)
+
+
+def test_the_state_of_the_guard_is_restored_except_for_its_ratio() -> None:
+    guard = StepGuard(ratio=10.0)
+    for norm in (1.0, 3.0, float("nan")):
+        guard.count(norm)
+    resumed = StepGuard(ratio=5.0)
+    resumed.load_state_dict(guard.state_dict())
+    assert resumed == StepGuard(5.0, 2.0, 2, 1, 1)
+    # As checkpoints of the first version hold it.
+    resumed.load_state_dict({"ratio": 20.0, "mean": 0.5, "taken": 7, "skipped": 2, "in_a_row": 0})
+    assert resumed == StepGuard(5.0, 0.5, 7, 2, 0)

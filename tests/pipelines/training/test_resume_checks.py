@@ -76,7 +76,7 @@ def test_weights_of_another_function_are_refused() -> None:
 
 def test_weights_of_another_backbone_are_refused() -> None:
     other: Any = SimpleNamespace(
-        config=BACKBONES["unet"].config(4, 8, model_channels=32, attention_resolutions=(8,), num_classes=10)
+        config=BACKBONES["unet"].config(4, 8, model_channels=64, attention_resolutions=(8,), num_classes=10)
     )
     with pytest.raises(CheckpointError, match="its backbone is dit, and unet here"):
         check_same_network("source", replace(WEIGHTS_HEADER, model=SMALL_DIT), other)
