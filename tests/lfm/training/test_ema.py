@@ -1,4 +1,4 @@
-"""The average follows its formula in float32, and lending its place to the masters leaves no trace."""
+"""Tests of the averages: their formula in float32, and setting the masters to an average for a moment."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_two_hundred_steps_equal_the_formula_in_float64(seed: int, decay: float)
         now = decay_after(step, decay)
         ema.update(now)
         reference = [now * old + (1 - now) * new.double() for old, new in zip(reference, weights, strict=True)]
-    for kept, expected in zip(average(ema, weights), reference, strict=True):
-        assert kept.dtype == torch.float32
-        torch.testing.assert_close(kept.double(), expected, atol=1e-6, rtol=1e-6)
+    for value, expected in zip(average(ema, weights), reference, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-6)
 
 
 @given(step=st.integers(1, 10**9), decay=st.floats(0, 1))
@@ -47,7 +47,7 @@ def test_the_decay_rises_to_its_value_and_stays(step: int, decay: float) -> None
 
 
 def test_a_decay_of_0_9999_moves_in_float32() -> None:
-    """In bfloat16 it would not: the reason why it is kept in float32."""
+    """In bfloat16 it would not, so averages are float32."""
     weight = torch.zeros(1)
     ema = Ema([weight])
     weight.fill_(1e-3)
@@ -86,17 +86,17 @@ def test_in_place_leaves_the_average_and_the_gradients_alone() -> None:
     assert torch.is_grad_enabled() and all(weight.requires_grad for weight in weights)
 
 
-def test_restart_takes_the_masters_as_they_are() -> None:
+def test_restart_sets_the_average_to_the_masters() -> None:
     weights = masters()
     ema = Ema(weights)
     for weight in weights:
         weight.mul_(3)
     ema.restart()
-    assert all(torch.equal(kept, weight) for kept, weight in zip(average(ema, weights), weights, strict=True))
+    assert all(torch.equal(value, weight) for value, weight in zip(average(ema, weights), weights, strict=True))
 
 
 @given(width=st.floats(0.01, 0.28))
-def test_the_exponent_has_the_width_it_is_asked_for(width: float) -> None:
+def test_the_exponent_is_that_of_the_width(width: float) -> None:
     """The published formula, and two published pairs (Karras et al. 2023, section 3.1)."""
     g = exponent(width)
     assert ((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5 == pytest.approx(width, rel=1e-6)
@@ -105,7 +105,7 @@ def test_the_exponent_has_the_width_it_is_asked_for(width: float) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(width=st.floats(0.03, 0.25), num_steps=st.integers(50, 400))
-def test_the_power_decay_makes_the_profile_that_is_wanted(width: float, num_steps: int) -> None:
+def test_the_power_decay_has_the_profile_of_its_width(width: float, num_steps: int) -> None:
     """Mean and spread of the average's weight over time, which must be those of the power function."""
     weights = np.zeros(num_steps)
     for step in range(1, num_steps + 1):
@@ -120,13 +120,13 @@ def test_the_power_decay_makes_the_profile_that_is_wanted(width: float, num_step
 
 @settings(max_examples=15, deadline=None)
 @given(width=st.floats(0.04, 0.2), seed=st.integers(0, 100), end=st.sampled_from([1.0, 0.75]))
-def test_a_width_made_afterwards_is_that_of_an_average_kept_all_along(width: float, seed: int, end: float) -> None:
-    """Of weights that wander: what is missed is of the size that the fit says."""
+def test_a_fitted_average_is_that_of_an_average_updated_at_every_step(width: float, seed: int, end: float) -> None:
+    """For weights on a random walk, the difference has the size of the reported error."""
     num_steps, stored = 800, (0.05, 0.1)
     walk = np.cumsum(np.random.default_rng(seed).standard_normal((num_steps, 30)), 0)
     averages = {each: np.zeros(30) for each in (*stored, width)}
     snapshots: list[tuple[float, float, np.ndarray]] = []
-    wanted = np.zeros(30)
+    target = np.zeros(30)
     for step, weights in enumerate(walk, 1):
         for each, average in averages.items():
             decay = power_decay_after(step, each)
@@ -134,18 +134,18 @@ def test_a_width_made_afterwards_is_that_of_an_average_kept_all_along(width: flo
         if step % 50 == 0 and step <= end * num_steps:
             snapshots += [(step, each, averages[each]) for each in stored]
         if step == end * num_steps:
-            wanted = averages[width]
-    times, widths, kept = zip(*snapshots, strict=True)
-    factors, misfit = combination(times, widths, end * num_steps, width)
-    made = factors @ np.array(kept)
-    nearest = min(float(np.linalg.norm(average - wanted)) for average in kept)
-    assert misfit < 0.05
-    assert np.linalg.norm(made - wanted) < 0.02 * np.linalg.norm(wanted) + 0.25 * nearest
+            target = averages[width]
+    times, widths, stored_averages = zip(*snapshots, strict=True)
+    factors, error = combination(times, widths, end * num_steps, width)
+    fitted = factors @ np.array(stored_averages)
+    nearest = min(float(np.linalg.norm(average - target)) for average in stored_averages)
+    assert error < 0.05
+    assert np.linalg.norm(fitted - target) < 0.02 * np.linalg.norm(target) + 0.25 * nearest
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_a_stored_average_is_made_of_itself(index: int) -> None:
+def test_a_stored_average_is_fitted_by_itself(index: int) -> None:
     times, widths = [10.0, 20.0, 30.0] * 2, [0.05] * 3 + [0.1] * 3
-    factors, misfit = combination(times, widths, times[index], widths[index])
+    factors, error = combination(times, widths, times[index], widths[index])
     np.testing.assert_allclose(factors, np.eye(6)[index], atol=1e-6)
-    assert misfit < 1e-6
+    assert error < 1e-6

@@ -26,7 +26,7 @@ def offload(stage: int) -> dict[str, Any]:
     ]
 
 
-SOME_WHOLE = {"stage3_param_persistence_threshold": 40}  # some weights are kept whole, some are not
+SOME_WHOLE = {"stage3_param_persistence_threshold": 40}  # some weights are whole on every rank, others are partitioned
 # name: ranks, ZeRO, precision, and the run whose checkpoint is loaded
 RUNS: dict[str, tuple[int, dict[str, Any], str, str | None]] = {
     "zero1": (1, {"stage": 1}, "fp32", None),

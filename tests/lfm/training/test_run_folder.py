@@ -70,7 +70,7 @@ def test_the_same_checkpoint_can_be_written_again(tmp_path: Path) -> None:
     assert len(run.complete()) == 1
 
 
-def test_clean_removes_what_is_half_written_and_nothing_else(tmp_path: Path) -> None:
+def test_locking_removes_incomplete_files_and_nothing_else(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
     with run.only_one():  # of a run that has not begun
         pass
@@ -84,7 +84,7 @@ def test_clean_removes_what_is_half_written_and_nothing_else(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("folder", [".", "snapshots", "previews", "checkpoints"])
-def test_clean_removes_half_written_files_wherever_they_are(tmp_path: Path, folder: str) -> None:
+def test_locking_removes_incomplete_files_in_every_folder(tmp_path: Path, folder: str) -> None:
     """A run killed while it copied its weights, say, leaves a file as large as the model beside them."""
     run = RunFolder(str(tmp_path))
     write_checkpoint(run, 100)
@@ -99,7 +99,7 @@ def test_clean_removes_half_written_files_wherever_they_are(tmp_path: Path, fold
 def test_a_run_killed_while_it_publishes_has_the_weights_of_its_newest_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At its end the run would not write them again, and sampling would go on with the weights of the one before."""
+    """A finished run does not write them again, and sampling would use the weights of the checkpoint before."""
     run = RunFolder(str(tmp_path))
     write_checkpoint(run, 100)
 
@@ -118,7 +118,7 @@ def test_a_run_killed_while_it_publishes_has_the_weights_of_its_newest_checkpoin
 
 @pytest.mark.parametrize("name", [WEIGHTS, STATE, "rank_0/optimizer.pt"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "junk"])
-def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_named_with_the_repair(tmp_path: Path, name: str, damage: str) -> None:
     run = RunFolder(str(tmp_path))
     path = write_checkpoint(run, 100) / name
     content = bytearray(path.read_bytes())

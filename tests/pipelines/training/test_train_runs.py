@@ -1,4 +1,4 @@
-"""Training by its command: parity over ranks and ZeRO stages, resuming after anything, and what a run leaves behind."""
+"""Tests of training by its command: parity over ranks and ZeRO stages, resuming, measurements and stopping."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_loss_curve_is_the_same_on_one_and_two_ranks_under_every_zero_stage(
 
 
 def wait_for_lines(run: Path, least: int, processes: list[subprocess.Popen[str]]) -> None:
-    """Until the log has so many lines, or the run has ended."""
+    """Wait until the log has so many lines, or the run has ended."""
     log = run / "log.jsonl"
     while processes[0].poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= least):
         time.sleep(0.005)
@@ -79,7 +79,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_no
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_ranks_at_other_stages(experiment: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_ranks_at_other_stages(experiment: Path, tmp_path: Path) -> None:
     steady = ("train.schedule=constant",)
     undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
     assert train(experiment, f"run={undisturbed}", *steady).returncode == 0
@@ -92,8 +92,8 @@ def test_a_run_goes_on_with_other_ranks_at_other_stages(experiment: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_asked_to_leave_saves_and_goes_on(experiment: Path, tmp_path: Path) -> None:
-    """One rank is asked, all leave at the same step; what is left is the checkpoint of that step."""
+def test_a_run_that_is_stopped_saves_and_resumes(experiment: Path, tmp_path: Path) -> None:
+    """One rank receives SIGTERM; all stop at the same step, with a checkpoint of it."""
     settings = ("train.num_steps=200", "train.checkpoint_every=100")
     undisturbed, left = tmp_path / "undisturbed", tmp_path / "left"
     assert train(experiment, f"run={undisturbed}", *settings, ranks=2).returncode == 0
@@ -110,7 +110,7 @@ def test_a_run_asked_to_leave_saves_and_goes_on(experiment: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_another_run_can_be_begun_with_the_weights_of_one(experiment: Path, tmp_path: Path) -> None:
+def test_a_run_can_start_from_the_weights_of_another(experiment: Path, tmp_path: Path) -> None:
     assert train(experiment).returncode == 0
     still = (f"run={tmp_path / 'other'}", "train.num_steps=1", "train.warmup_steps=0", "train.learning_rate=1e-12")
     result = train(experiment, *still, zero(3), ranks=2, options=("--initialize-from", tmp_path / "run"))
@@ -123,15 +123,15 @@ def test_another_run_can_be_begun_with_the_weights_of_one(experiment: Path, tmp_
 
 
 @pytest.mark.slow
-def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_path: Path) -> None:
-    """At stage 3 on 2 ranks: previews, validation loss, monitors, plot and snapshots; then another width from these."""
+def test_measurements_change_no_weights(experiment: Path, tmp_path: Path) -> None:
+    """Stage 3 on 2 ranks: previews, validation loss, monitors, plot and snapshots; then `lfm ema` on these."""
     monitors = json.dumps({"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "run"})
     (tmp_path / "ds.json").write_text(f'{{"zero_optimization": {{"stage": 3}}, "csv_monitor": {monitors}}}')
     settings = ("data.held_back=1", "train.num_steps=20", "train.global_batch=8", "train.ema_sigma_rel=[0.05, 0.1]")
-    looked, not_looked = tmp_path / "looked", tmp_path / "not-looked"
+    measured, unmeasured = tmp_path / "measured", tmp_path / "unmeasured"
     result = train(
         experiment,
-        f"run={looked}",
+        f"run={measured}",
         *settings,
         "deepspeed=ds.json",
         "train.validate_every=5",
@@ -140,39 +140,39 @@ def test_looking_on_changes_nothing_and_shows_everything(experiment: Path, tmp_p
     )
     assert result.returncode == 0, result.stderr
     assert (
-        train(experiment, f"run={not_looked}", *settings, zero(3), "train.validate_every=1000", ranks=2).returncode == 0
+        train(experiment, f"run={unmeasured}", *settings, zero(3), "train.validate_every=1000", ranks=2).returncode == 0
     )
-    assert_same_weights(looked, not_looked)
-    lines = [json.loads(line) for line in (looked / "log.jsonl").read_text().splitlines()]
+    assert_same_weights(measured, unmeasured)
+    lines = [json.loads(line) for line in (measured / "log.jsonl").read_text().splitlines()]
     validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert len(validation) == 4 and validation == sorted(validation, reverse=True), "the EMA learns"
     assert all(0 < line["model_flop_utilisation"] < 1 and 0 <= line["data_wait"] < 1 for line in lines)
     assert all(line["peak_memory_bytes"] > 1e7 and line["skipped_steps"] == 0 for line in lines)
-    grids = sorted((looked / "previews").iterdir())
+    grids = sorted((measured / "previews").iterdir())
     assert [grid.stem for grid in grids] == [f"samples-{40 * number:012d}" for number in range(1, 5)]
     assert grids[0].read_bytes() != grids[-1].read_bytes()
-    for path, size in ((grids[0], (8 * (8 * 18 - 2), 8 * (4 * 18 - 2))), (looked / "loss.png", (640, 360))):
+    for path, size in ((grids[0], (8 * (8 * 18 - 2), 8 * (4 * 18 - 2))), (measured / "loss.png", (640, 360))):
         with Image.open(path) as image:
             assert image.size == size
     assert len(list((tmp_path / "csv").rglob("*validation_loss*.csv"))) == 1
 
-    made = lfm("ema", looked, "--sigma-rel", "0.08")
-    assert made.exit_code == 0 and "fitted to" in made.stdout
-    assert lfm("ema", looked, "--sigma-rel", "0.1", "--out", tmp_path / "same.safetensors").exit_code == 0
-    stored = load_file(looked / "snapshots" / "samples-000000000160-0.1.safetensors")
+    result_of_ema = lfm("ema", measured, "--sigma-rel", "0.08")
+    assert result_of_ema.exit_code == 0 and "fitted to" in result_of_ema.stdout
+    assert lfm("ema", measured, "--sigma-rel", "0.1", "--out", tmp_path / "same.safetensors").exit_code == 0
+    stored = load_file(measured / "snapshots" / "samples-000000000160-0.1.safetensors")
     for name, tensor in load_file(tmp_path / "same.safetensors").items():
         torch.testing.assert_close(tensor, stored[name].float(), atol=2e-3, rtol=0)
     assert (
-        lfm("sample", looked / "ema-0.08.safetensors", "--out", tmp_path / "samples", "--seeds", "0-1").exit_code == 0
+        lfm("sample", measured / "ema-0.08.safetensors", "--out", tmp_path / "samples", "--seeds", "0-1").exit_code == 0
     )
-    assert_one_line(lfm("ema", looked, "--sigma-rel", "0.01"), "error of", "--sigma-rel")
-    assert_one_line(lfm("ema", looked, "--sigma-rel", "0.1", "--out", tmp_path / "e.txt"), "e.txt", ".safetensors")
+    assert_one_line(lfm("ema", measured, "--sigma-rel", "0.01"), "error of", "--sigma-rel")
+    assert_one_line(lfm("ema", measured, "--sigma-rel", "0.1", "--out", tmp_path / "e.txt"), "e.txt", ".safetensors")
     assert_one_line(lfm("ema", tmp_path, "--sigma-rel", "0.1"), "no snapshots", "train.ema_sigma_rel")
 
 
 @pytest.mark.slow
-def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
-    """One rank alone, two at stage 3, and one that goes on from the middle, with a record of what is yet to come."""
+def test_the_best_weights_are_the_same_on_any_ranks(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
+    """One rank, two ranks at stage 3, and one rank that resumes in the middle, with a record of later weights."""
     reference = make_small_reference(small_set, export_network(PooledPixels(), tmp_path / "small.pt2"), tmp_path)
     evaluation = f"evaluation={{reference: {reference}, every: 5, num: 20, guidance_scale: 2}}"
     runs = [tmp_path / name for name in ("alone", "two", "plain", "resumed")]
@@ -184,18 +184,20 @@ def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_se
     shutil.rmtree(runs[3] / "checkpoints" / "samples-000000000160")
     assert train(experiment, f"run={runs[3]}", evaluation, *shared).returncode == 0
 
-    found = []
+    distances_of_runs = []
     for run in (runs[0], runs[1], runs[3]):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        found.append([(line["fd-small"], line["samples_seen"]) for line in lines if "fd-small" in line])
+        distances_of_runs.append([(line["fd-small"], line["samples_seen"]) for line in lines if "fd-small" in line])
         best = json.loads((run / "best.json").read_text())
-        assert [seen for _, seen in found[-1]] == [40, 80, 120, 160]
-        assert (best["fd-small"], best["samples_seen"]) == min(found[-1]) and best["reference"] == str(reference)
+        assert [seen for _, seen in distances_of_runs[-1]] == [40, 80, 120, 160]
+        assert (best["fd-small"], best["samples_seen"]) == min(distances_of_runs[-1]) and best["reference"] == str(
+            reference
+        )
         _, header = load_weights(str(run / "best.safetensors"))
         assert header.samples_seen == best["samples_seen"]
         with Image.open(run / "fd-small.png") as image:
             assert image.size == (640, 360)
-    distances = torch.tensor([[distance for distance, _ in run] for run in found], dtype=torch.float64)
+    distances = torch.tensor([[distance for distance, _ in run] for run in distances_of_runs], dtype=torch.float64)
     assert distances[0].unique().numel() == 4 and distances.min() > 0
     torch.testing.assert_close(distances[1], distances[0], rtol=1e-2, atol=0)  # a grey level, here and there
     assert distances[2].tolist() == distances[0].tolist()
@@ -204,7 +206,9 @@ def test_the_best_weights_are_kept_whatever_the_ranks(experiment: Path, small_se
 
 
 @pytest.mark.slow
-def test_coupled_noise_in_small_parts_is_measured_too(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
+def test_runs_with_coupled_noise_and_small_micro_batches_are_measured(
+    experiment: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
     reference = make_small_reference(small_set, export_network(PooledPixels(), tmp_path / "small.pt2"), tmp_path)
     settings = ("condition=none", "condition_dropout=0", "flow.coupling_group=4", "train.micro_batch=2")
     measured = (
@@ -219,7 +223,7 @@ def test_coupled_noise_in_small_parts_is_measured_too(experiment: Path, small_se
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_blocks_learn_the_same(experiment: Path, tmp_path: Path) -> None:
+def test_compiled_blocks_learn_alike(experiment: Path, tmp_path: Path) -> None:
     runs = {flag: tmp_path / flag for flag in ("true", "false")}
     for flag, run in runs.items():
         settings = (f"run={run}", f"model.compile={flag}", "train.num_steps=6", "model.depth=1")
@@ -246,11 +250,11 @@ def test_bf16_follows_fp32_and_its_average_moves(experiment: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_deepspeed_launcher_starts_it(experiment: Path, tmp_path: Path) -> None:
+def test_the_deepspeed_launcher_starts_training(experiment: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        taken = other.getsockname()[1]
-        result = launch(experiment, taken)
-        assert result.returncode and result.stderr.count(f"error: 127.0.0.1:{taken}: the port is taken") == 1
+        port = other.getsockname()[1]
+        result = launch(experiment, port)
+        assert result.returncode and result.stderr.count(f"error: 127.0.0.1:{port}: the port is taken") == 1
         assert "Error:" not in result.stderr, result.stderr
     result = launch(experiment, free_port(), "train.num_steps=2", "train.warmup_steps=0")
     assert result.returncode == 0, result.stderr
