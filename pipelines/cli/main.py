@@ -16,6 +16,7 @@ COMMANDS = (
     evaluation_commands.reference,
     evaluation_commands.evaluate,
     evaluation_commands.likelihood,
+    model_commands.compare,
     model_commands.sample,
     model_commands.import_,
     model_commands.export,

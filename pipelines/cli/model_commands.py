@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pipelines.cli.stage_command import show, stage_command
+from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.demo.demo_options import DemoConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
 from pipelines.sampling.sample_options import SampleConfig
@@ -86,6 +87,17 @@ def train(options: TrainOptions) -> None:
         click.echo(f"{result.samples_seen:,} samples seen, as train.num_steps asks for: {result.weights}")
         shards = f" --shards {experiment.data.shards}" if experiment.conditions - {"class"} else ""
         click.echo(f"next: lfm sample {experiment.run} --out DIR{shards}")
+
+
+@stage_command(CompareConfig)
+def compare(config: CompareConfig) -> None:
+    """Train CONFIGS on the same samples, noise and times, several seeds each, and report how they differ."""
+    from pipelines.comparison.compare import run
+
+    result = run(config)
+    if result.table is None:
+        return show(config, result.plan)
+    click.echo(f"{result.table}\n{config.out}/compare.png")
 
 
 @stage_command(ImportConfig, name="import")

@@ -1,12 +1,21 @@
-"""What launchers say of a process in its environment: torchrun, the deepspeed launcher and Slurm's srun."""
+"""The processes of a training: how stages start them, and what launchers say of a process in its environment.
+
+The launchers are torchrun, the deepspeed launcher and Slurm's srun.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
 
 from lfm.errors import ConfigError
 from lfm.world import World
+
+CHECKOUT = Path(str(files("pipelines"))).parent  # launch/ and configs/ are beside the package
 
 TORCHRUN = {"rank": "RANK", "local_rank": "LOCAL_RANK", "size": "WORLD_SIZE"}
 SLURM = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "size": "SLURM_NTASKS"}
@@ -45,3 +54,46 @@ def _names(environment: Mapping[str, str]) -> dict[str, str]:
         return TORCHRUN
     in_batch_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment
     return TORCHRUN if in_batch_script else SLURM
+
+
+def training_command(config: str, overrides: Sequence[str], num_ranks: int | None) -> list[str]:
+    """Return the command that trains an experiment on this machine.
+
+    Args:
+        config: YAML file.
+        overrides: KEY=VALUE for `--set`.
+        num_ranks: number of processes that the deepspeed launcher starts; None for one process without a launcher.
+
+    Raises:
+        ConfigError: the launch file does not exist.
+    """
+    script = CHECKOUT / "launch" / "train.py"
+    if not script.exists():
+        raise ConfigError(f"{script}: no such file; run from a clone of the repository, installed with pip -e")
+    program = [sys.executable]
+    if num_ranks is not None:
+        program = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(num_ranks)]
+        program += ["--master_port", str(_free_port()), "--log_level", "error"]
+    settings = [argument for override in overrides for argument in ("--set", override)]
+    return [*program, str(script), "--config", config, *settings]
+
+
+def environment(num_processes: int) -> dict[str, str]:
+    """Return the environment of a stage that this process starts with `num_processes` processes on this machine.
+
+    Each of them uses its part of the cores, and idle threads sleep instead of spinning.
+    """
+    import torch
+
+    return {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+        **os.environ,
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

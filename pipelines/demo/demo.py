@@ -7,12 +7,10 @@ scenes reports in how many images it sees the requested class.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +19,10 @@ from PIL import Image
 from lfm import storage
 from lfm.errors import ConfigError, LfmError
 from lfm.synthetic.scenes import recognise
+from pipelines.common import launcher
 from pipelines.common.progress import Progress
 from pipelines.demo.demo_options import DemoConfig
 
-CHECKOUT = Path(str(files("pipelines"))).parent  # launch/ and configs/ are beside the package
 NUM_SCENES = 4096
 NUM_IMAGES = 64
 IMAGE_SIZE = 64
@@ -54,7 +52,7 @@ def run(config: DemoConfig) -> DemoResult:
     for name, command in stages.items():
         print(f"\n$ {' '.join(command)}", flush=True)
         began = time.monotonic()
-        if subprocess.run(command, env=_environment(_num_ranks() if name == "train" else 1)).returncode:
+        if subprocess.run(command, env=launcher.environment(_num_ranks() if name == "train" else 1)).returncode:
             raise LfmError(f"demo: the stage {name} failed, see its message above; run the same command to resume")
         lines.append(f"{name:>8} {Progress.format_interval(time.monotonic() - began):>8}")
     samples = Path(config.out) / "samples"
@@ -65,27 +63,24 @@ def run(config: DemoConfig) -> DemoResult:
 
 
 def commands(out: Path) -> dict[str, list[str]]:
-    """The command of each stage, in order."""
-    script, experiment = CHECKOUT / "launch" / "train.py", CHECKOUT / "configs" / "demo.yaml"
-    for path in (script, experiment):
-        if not path.exists():
-            raise ConfigError(
-                f"{path}: no such file; run the demo from a clone of the repository, installed with pip -e"
-            )
-    programs = Path(sys.executable).parent
-    lfm, deepspeed = str(programs / "lfm"), str(programs / "deepspeed")
+    """Return the command of each stage, in order."""
+    experiment = launcher.CHECKOUT / "configs" / "demo.yaml"
+    if not experiment.exists():
+        raise ConfigError(
+            f"{experiment}: no such file; run the demo from a clone of the repository, installed with pip -e"
+        )
+    lfm = str(Path(sys.executable).parent / "lfm")
     scenes, raw, latents, training, samples = (
         str(out / name) for name in ("scenes", "raw", "latents", "run", "samples")
     )
-    size, ranks, port = str(IMAGE_SIZE), str(_num_ranks()), str(_free_port())
-    launcher = [deepspeed, "--num_gpus", ranks, "--master_port", port, "--log_level", "error"]
-    settings = ["--set", f"run={training}", "--set", f"data.shards={latents}"]
+    size = str(IMAGE_SIZE)
+    overrides = (f"run={training}", f"data.shards={latents}")
     quality = ["--guidance-scale", "3", "--num-steps", "20"]
     return {
         "scenes": [lfm, "scenes", scenes, "--num", str(NUM_SCENES), "--image-size", size],
         "shard": [lfm, "shard", f"{scenes}/images", raw, "--image-size", size],
         "encode": [lfm, "encode", raw, latents],
-        "train": [*launcher, str(script), "--config", str(experiment), *settings],
+        "train": launcher.training_command(str(experiment), overrides, _num_ranks()),
         "sample": [lfm, "sample", training, "--out", samples, "--seeds", f"0-{NUM_IMAGES - 1}", *quality],
     }
 
@@ -103,21 +98,3 @@ def _num_ranks() -> int:
 
     devices = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     return 1 << (devices.bit_length() - 1)
-
-
-def _environment(num_processes: int) -> dict[str, str]:
-    """Environment of a stage: each process uses its part of the cores, and idle threads sleep instead of spinning."""
-    import torch
-
-    return {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
-        **os.environ,
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -11,7 +11,7 @@ import pytest
 from lfm.errors import ConfigError
 from lfm.synthetic.scenes import CLASS_NAMES, SEGMENT_NAMES, draw_scene
 from pipelines.cli.main import main
-from pipelines.common import image_files
+from pipelines.common import image_files, launcher
 from pipelines.demo import demo, draw_scenes
 from pipelines.demo.demo_options import ScenesConfig
 from tests.support.commands import lfm
@@ -22,8 +22,8 @@ def test_every_command_of_the_demo_is_one_that_the_command_line_accepts(tmp_path
     assert list(stages) == ["scenes", "shard", "encode", "train", "sample"]
     for name, command in stages.items():
         if name == "train":
-            launcher, script = command[0], command[command.index("--config") - 1]
-            assert Path(launcher).name == "deepspeed" and Path(script).is_file()
+            program, script = command[0], command[command.index("--config") - 1]
+            assert Path(program).name == "deepspeed" and Path(script).is_file()
             continue
         program, stage, *arguments = command
         assert Path(program).name == "lfm" and stage == name
@@ -42,8 +42,8 @@ def test_each_stage_reads_what_the_one_before_it_wrote(tmp_path: Path) -> None:
 
 
 def test_outside_a_clone_the_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "CHECKOUT", tmp_path)
-    with pytest.raises(ConfigError, match=r"train\.py: no such file; run the demo from a clone"):
+    monkeypatch.setattr(launcher, "CHECKOUT", tmp_path)
+    with pytest.raises(ConfigError, match=r"demo\.yaml: no such file; run the demo from a clone"):
         demo.commands(tmp_path)
 
 

@@ -1,0 +1,1 @@
+"""Compare configurations by paired trainings."""
