@@ -69,15 +69,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     if weight_decay == 0:
         return [{"params": parameters}]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decays = [parameter.ndim >= 2 and id(parameter) not in embeddings for parameter in parameters]
-    groups = [
-        {
-            "params": [parameter for parameter, decay in zip(parameters, decays, strict=True) if decay == has_decay],
-            "weight_decay": weight_decay if has_decay else 0.0,
-        }
-        for has_decay in (True, False)
-    ]
-    return [group for group in groups if group["params"]]
+    with_decay: list[nn.Parameter] = []
+    without: list[nn.Parameter] = []
+    for parameter in parameters:
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+        (with_decay if is_matrix else without).append(parameter)
+    return [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
 
 
 class Engine:

@@ -121,6 +121,9 @@ class TrainingLoop:
     def take_step(self, batch: LatentBatch, stop_request: StopRequest) -> None:
         """Take one optimizer step, and let all ranks know its losses and whether a rank is to stop."""
         self.engine.set_learning_rate(learning_rate_at(self.samples_seen, self.train))
+        # Dropout draws from torch's generator; seeded by the clock, it draws the same after resuming.
+        first_sample = self.samples_seen + self.world.slice_of(self.train.global_batch).start
+        torch.manual_seed((self.train.seed + first_sample) % 2**63)
         losses: dict[str, list[Tensor]] = defaultdict(list)
         for rows in torch.arange(len(batch.latents), device=batch.latents.device).split(self.micro_batch):
             part = batch.rows(rows)

@@ -92,6 +92,23 @@ def test_a_run_resumes_with_other_ranks_at_other_stages(experiment: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_network_with_dropout_resumes_bit_for_bit(experiment: Path, tmp_path: Path) -> None:
+    network = "{backbone: unet, model_channels: 32, channel_multipliers: [1, 2], attention_resolutions: [4], "
+    model = network + "head_channels: 32, num_blocks: 1, dropout: %s}"
+    steady = ("train.schedule=constant", "train.global_batch=8", "train.micro_batch=2")
+    resumed, runs = tmp_path / "resumed", {dropout: tmp_path / dropout for dropout in ("0.5", "0.0")}
+    for dropout, run in runs.items():
+        assert (
+            train(experiment, f"run={run}", f"model={model % dropout}", *steady, "train.num_steps=10").returncode == 0
+        )
+    for num_steps in (5, 10):
+        settings = (f"run={resumed}", f"model={model % '0.5'}", *steady, f"train.num_steps={num_steps}")
+        assert train(experiment, *settings).returncode == 0
+    assert_same_weights(runs["0.5"], resumed)
+    assert losses(runs["0.5"]) == losses(resumed) != losses(runs["0.0"])
+
+
+@pytest.mark.slow
 def test_a_run_that_is_stopped_saves_and_resumes(experiment: Path, tmp_path: Path) -> None:
     """One rank receives SIGTERM; all stop at the same step, with a checkpoint of it."""
     settings = ("train.num_steps=200", "train.checkpoint_every=100")
