@@ -5,13 +5,14 @@
 Vaswani et al. 2017, Eq. 1. On CUDA it is computed by the memory-efficient kernels of xformers, elsewhere and in compiled
 blocks by torch's own scaled_dot_product_attention ("sdpa"). xformers is built against one version of CUDA and installs
 beside any torch, so that it can be imported does not mean that it works. Before its first use a small call is made, and if
-it fails, "auto" uses sdpa.
+it fails, "auto" uses sdpa. Warnings of that call are ignored: with warnings as errors, they are no failures of xformers.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import warnings
 from functools import cache
 from importlib import metadata
 from typing import get_args
@@ -64,9 +65,10 @@ def _xformers_problem(dtype: torch.dtype, head_dim: int) -> str | None:
     """Return why xformers fails on such tensors, or None if it works; tries it once, with gradients, and logs the result."""
     try:
         _preload_cuda_12_runtime()
-        from xformers.ops import memory_efficient_attention
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            from xformers.ops import memory_efficient_attention
 
-        with torch.inference_mode(False), torch.enable_grad():
             probe = torch.zeros(1, 8, 1, head_dim, dtype=dtype, device="cuda", requires_grad=True)
             memory_efficient_attention(probe, probe, probe).sum().backward()
         torch.cuda.synchronize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -84,6 +85,22 @@ def test_an_xformers_that_fails_is_tried_once_and_its_reason_logged(
         "attention: torch's sdpa for torch.bfloat16, head_dim 64; "
         "xformers fails: NotImplementedError: No operator found"
     ]
+
+
+def test_a_warning_of_xformers_is_no_failure(broken_xformers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are errors in these tests, as with python -W error; Triton's are of deprecated functions."""
+
+    def warn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        broken_xformers.append(1)
+        warnings.warn("tl.make_block_ptr is deprecated", DeprecationWarning, stacklevel=2)
+        return query + key + value
+
+    monkeypatch.setattr(sys.modules["xformers.ops"], "memory_efficient_attention", warn)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert attention._xformers_problem(torch.bfloat16, 64) is None
+    assert len(broken_xformers) == 1
+    with pytest.raises(DeprecationWarning):  # the filter of the process is as before
+        warn(*tensors())
 
 
 class OnCuda:
