@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lfm.data.manifest import AutoencoderRecord
 from lfm.errors import ConfigError, DataError
+from lfm.precision import float32_arithmetic, precision_on, weights_dtype
 from lfm.types import Posterior
 
 EMBEDDED = "embedded"
@@ -36,10 +37,11 @@ class Autoencoder:
     Args:
         model: AutoencoderKL or another diffusers autoencoder with `encode` and `decode`.
         name: embedded, a path or a hub id.
+        precision: fp32, tf32 or bf16; that of the weights of `model`.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name = model.eval().requires_grad_(False), name
+    def __init__(self, model: Any, name: str, precision: str = "fp32") -> None:
+        self.model, self.name, self.precision = model.eval().requires_grad_(False), name, precision
         config = model.config
         if "latent_channels" not in config or not any(key in config for key in BLOCKS):
             raise ConfigError(f"autoencoder {name}: is a {type(model).__name__}, not an autoencoder")
@@ -71,7 +73,8 @@ class Autoencoder:
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior of uint8 images (B, 3, H, W), on the device of the autoencoder."""
-        encoded = self.model.encode(to_unit_range(images.to(self.device)).to(self.model.dtype))
+        with float32_arithmetic(self.precision, self.device):
+            encoded = self.model.encode(to_unit_range(images.to(self.device)).to(self.model.dtype))
         if hasattr(encoded, "latent_dist"):
             return Posterior(encoded.latent_dist.mean.float(), encoded.latent_dist.std.float())
         latent = (encoded.latent if hasattr(encoded, "latent") else encoded.latents).float()
@@ -85,7 +88,8 @@ class Autoencoder:
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W) of about [-1, 1], with gradients."""
         unscaled = latents.to(self.device) / self.scale_factor + self.shift
-        return self.model.decode(unscaled.to(self.model.dtype)).sample
+        with float32_arithmetic(self.precision, self.device):
+            return self.model.decode(unscaled.to(self.model.dtype)).sample
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -107,12 +111,19 @@ def content_hash(model: torch.nn.Module, scale_factor: float, shift: float) -> s
     return sha256.hexdigest()
 
 
-def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
+def load(name: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Autoencoder:
     """Load an autoencoder by path or hub id, the one named embedded, or the `vae` of a whole diffusers pipeline.
 
+    Args:
+        name: embedded, a path or a hub id.
+        device: for the weights.
+        precision: fp32, tf32 or bf16.
+
     Raises:
-        ConfigError: there is none, or not all of its weights match, which diffusers itself only logs.
+        ConfigError: the precision is unknown, or there is no such autoencoder, or not all of its weights match, which
+            diffusers itself only logs.
     """
+    precision = precision_on(device, precision)
     location = str(embedded_path()) if name == EMBEDDED else name
     subfolder = {"subfolder": "vae"} if (Path(location) / "vae" / "config.json").is_file() else {}
     diffusers = import_diffusers()
@@ -134,13 +145,17 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
         counts = ", ".join(f"{len(keys)} {kind.replace('_', ' ')}" for kind, keys in wrong.items())
         example = next(iter(next(iter(wrong.values()))))
         raise ConfigError(f"autoencoder {name}: its weights do not match its config.json: {counts}, such as {example}")
-    loaded = Autoencoder(model, name)  # before the cast, since the hash is of float32 weights
+    loaded = Autoencoder(model, name, precision)  # before the cast, since the hash is of float32 weights
     # The `to` of diffusers warns of every cast. Channels last, since convolutions are a third faster that way.
-    torch.nn.Module.to(model, device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.nn.Module.to(  # type: ignore[call-overload]
+        model, device, weights_dtype(precision), memory_format=torch.channels_last
+    )
     return loaded
 
 
-def load_recorded(record: AutoencoderRecord, name: str | None, device: torch.device | str, user: str) -> Autoencoder:
+def load_recorded(
+    record: AutoencoderRecord, name: str | None, device: torch.device | str, user: str, precision: str = "fp32"
+) -> Autoencoder:
     """Load the autoencoder of a record.
 
     Args:
@@ -148,11 +163,12 @@ def load_recorded(record: AutoencoderRecord, name: str | None, device: torch.dev
         name: path or hub id, if the autoencoder has moved.
         device: for the weights.
         user: owner of the latents, for the message.
+        precision: fp32, tf32 or bf16.
 
     Raises:
         ConfigError: the autoencoder is not that of the record.
     """
-    autoencoder = load(name or record.name, device)
+    autoencoder = load(name or record.name, device, precision)
     if autoencoder.content_hash != record.content_hash:
         raise ConfigError(
             f"autoencoder {autoencoder.name} ({autoencoder.content_hash[:12]}): the latents of {user} are of "

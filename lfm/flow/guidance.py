@@ -47,18 +47,32 @@ class CountedVelocity(Velocity, Protocol):
 
 
 class NetworkVelocity:
-    """The velocity field of a network under the conditions of one batch, without gradients."""
+    """The velocity field of a network under the conditions of one batch, without gradients.
 
-    def __init__(self, network: Network, condition: Condition, batch_size: int) -> None:
-        self.network = network
-        self.condition = condition
-        self.nfe = torch.zeros(batch_size, dtype=torch.int64)
+    Args:
+        network: the network.
+        condition: of the B images of the batch.
+        count: B.
+        fill_to: number of rows of each evaluation of the network: where the solver asks for fewer, the last one is repeated
+            and the surplus results are discarded. None to evaluate just the rows that the solver asks for.
+    """
+
+    def __init__(self, network: Network, condition: Condition, count: int, fill_to: int | None = None) -> None:
+        self.network, self.condition, self.fill_to = network, condition, fill_to
+        self.nfe = torch.zeros(count, dtype=torch.int64)
 
     @torch.no_grad()
     def __call__(self, state: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         self.nfe = self.nfe.to(rows.device)
         self.nfe[rows] += 1
-        return self.network(state, time, self.condition.rows(rows))
+        state, time, filled_rows = (fill_up(values, self.fill_to) for values in (state, time, rows))
+        return self.network(state, time, self.condition.rows(filled_rows))[: len(rows)]
+
+
+def fill_up(values: Tensor, size: int | None) -> Tensor:
+    """Repeat the last row of `values` (B, ...) until there are `size` rows; None leaves them as they are."""
+    missing = (size or 0) - len(values)
+    return values if missing <= 0 else torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
 
 
 class GuidedVelocity:

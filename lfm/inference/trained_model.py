@@ -6,7 +6,8 @@
     samples = model.sample(range(16), class_index=3, guidance_scale=1.5)
     samples.pil_images[0].save("first.png")
 
-An image depends on its seed, condition, solver, guidance and precision alone, never on the batch that it is made in.
+An image depends on its seed, condition, solver, guidance and precision alone, not on the other images of its batch. On a GPU
+its last bits also depend on the batch size, so each batch is filled up to that size there, and the surplus is discarded.
 Classes, masks and segmentation maps are cycled over the seeds, so 16 seeds and one mask give 16 fillings.
 """
 
@@ -26,13 +27,13 @@ from lfm import weights_file
 from lfm.autoencoder import Autoencoder
 from lfm.data.random_draws import image_noise
 from lfm.errors import CheckpointError, ConfigError
-from lfm.flow.guidance import CountedVelocity, Guidance, GuidedVelocity, Network, NetworkVelocity
+from lfm.flow.guidance import CountedVelocity, Guidance, GuidedVelocity, Network, NetworkVelocity, fill_up
 from lfm.flow.null_condition import null_condition
 from lfm.inference.condition_inputs import encode_conditions
-from lfm.inference.precision import set_precision, trained_precision
 from lfm.models import registry
 from lfm.models.config import ModelConfig
 from lfm.models.noise_prediction import NoisePrediction
+from lfm.precision import precision_on, set_precision, trained_precision
 from lfm.solvers import Solving
 from lfm.solvers.batching import StepCallback, no_callback
 from lfm.types import Condition, SolverResult
@@ -70,7 +71,8 @@ def load(
         run: path or URL of the EMA weights.
         autoencoder: path or hub id of the autoencoder of the latents, if it has moved since training.
         device: by default the GPU if there is one, else the CPU.
-        precision: fp32, tf32 or bf16; by default the precision that the model was trained in.
+        precision: fp32, tf32 or bf16; by default the precision that the model was trained in. The autoencoder decodes in
+            tf32 where the network computes in bf16.
 
     Raises:
         CheckpointError: there are no weights, or they do not fit their header.
@@ -83,11 +85,14 @@ def load(
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{run}: the weights do not fit their header; choose another checkpoint") from error
-    precision = precision or trained_precision(header.config)
+    precision = precision_on(device, precision or trained_precision(header.config))
     set_precision(network, precision)
     if header.prediction == "noise":
         network = NoisePrediction(network)
-    decoder = autoencoders.load_recorded(header.autoencoder, autoencoder, device, run)
+    decoder_precision = (
+        "tf32" if precision == "bf16" else precision
+    )  # bfloat16 has fewer values than a channel has levels
+    decoder = autoencoders.load_recorded(header.autoencoder, autoencoder, device, run, decoder_precision)
     return TrainedModel(network.to(device).eval(), header, decoder, run, precision)
 
 
@@ -117,6 +122,11 @@ class TrainedModel:
     def device(self) -> torch.device:
         """Device of the network."""
         return next(self.network.parameters()).device
+
+    @property
+    def fills_batches(self) -> bool:
+        """Whether batches are filled up to the batch size: on a GPU, whose kernels differ in the last bits between sizes."""
+        return self.device.type == "cuda"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -150,7 +160,7 @@ class TrainedModel:
             guidance_scale: 1 means none.
             guidance_interval: times between which guidance applies.
             autoguidance: a weaker model to guide away from, in place of the null condition.
-            batch_size: images per forward pass.
+            batch_size: images per forward pass; a GPU computes as many even for fewer seeds.
             **solving: `solver`, `num_steps`, `time_shift`, `times`, `atol` and `rtol` of `lfm.solvers.Solving`.
 
         Raises:
@@ -171,8 +181,9 @@ class TrainedModel:
         pixels, latents, nfe = [], [], []
         for first in range(0, len(seeds), batch_size):
             numbers = range(first, min(first + batch_size, len(seeds)))
-            result = self.solve([seeds[number] for number in numbers], conditions.condition(numbers), options, guidance)
-            decoded = self.decode(result.latents)
+            batch_seeds, condition = [seeds[number] for number in numbers], conditions.condition(numbers)
+            result = self.solve(batch_seeds, condition, options, guidance, batch_size=batch_size)
+            decoded = self.decode(result.latents, batch_size)
             if conditions.masks is not None and composite:
                 decoded = conditions.composite(numbers, decoded)
             pixels.append(decoded)
@@ -210,47 +221,63 @@ class TrainedModel:
         solving: Solving,
         guidance: Guidance | None = None,
         on_step: StepCallback = no_callback,
+        batch_size: int | None = None,
     ) -> SolverResult:
-        """Make the latents of these seeds, each under its row of the condition."""
+        """Compute the latents of these seeds, each under its row of the condition.
+
+        With `batch_size`, on a GPU each evaluation of the network has that many rows, however many seeds there are and
+        however many rows an adaptive solver has still to integrate.
+        """
         noise = torch.from_numpy(image_noise(seeds, self.latent_shape)).to(self.device)
-        velocity = self.velocity(condition.to(self.device), len(seeds), guidance or Guidance())
+        velocity = self.velocity(condition.to(self.device), len(seeds), guidance or Guidance(), batch_size)
 
         def normals(step: int) -> Tensor:
             return torch.from_numpy(image_noise(seeds, self.latent_shape, step + 1))
 
         return SolverResult(solving(velocity, noise, normals=normals, on_step=on_step), velocity.nfe.cpu())
 
-    def velocity(self, condition: Condition, count: int, guidance: Guidance) -> CountedVelocity:
-        """Return the velocity field of `count` images under their condition.
+    def velocity(
+        self, condition: Condition, count: int, guidance: Guidance, batch_size: int | None = None
+    ) -> CountedVelocity:
+        """Return the velocity field of `count` images under their condition; see `solve` for `batch_size`.
 
         Raises:
             ConfigError: the model has no null condition and cannot be guided by itself.
         """
-        return guided_velocity(self.network, self.header.model, condition, count, guidance)
+        fill_to = batch_size if self.fills_batches else None
+        return guided_velocity(self.network, self.header.model, condition, count, guidance, fill_to)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Decode scaled latents (B, C, h, w) to images uint8 (B, H, W, 3)."""
-        return self.autoencoder.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+    def decode(self, latents: Tensor, batch_size: int | None = None) -> np.ndarray:
+        """Decode scaled latents (B, C, h, w) to images uint8 (B, H, W, 3); on a GPU as a batch of `batch_size`, if not None."""
+        filled = fill_up(latents, batch_size if self.fills_batches else None)
+        return self.autoencoder.decode(filled)[: len(latents)].permute(0, 2, 3, 1).cpu().numpy()
 
 
 def guided_velocity(
-    network: Network, config: ModelConfig, condition: Condition, count: int, guidance: Guidance
+    network: Network,
+    config: ModelConfig,
+    condition: Condition,
+    count: int,
+    guidance: Guidance,
+    fill_to: int | None = None,
 ) -> CountedVelocity:
     """Return the velocity field of a network of this configuration for `count` images under their condition.
+
+    Each evaluation of the network is filled up to `fill_to` rows, if not None; see `NetworkVelocity`.
 
     Raises:
         ConfigError: the model has no null condition and cannot be guided by itself.
     """
-    velocity = NetworkVelocity(network, condition, count)
+    velocity = NetworkVelocity(network, condition, count, fill_to)
     if guidance.weak is not None:
-        weak = NetworkVelocity(guidance.weak, condition, count)
+        weak = NetworkVelocity(guidance.weak, condition, count, fill_to)
     elif guidance.scale == 1:
         return velocity
     else:
         null = null_condition(
             condition, config.condition_dropout, num_classes=config.num_classes, num_labels=config.num_labels
         )
-        weak = NetworkVelocity(network, null, count)
+        weak = NetworkVelocity(network, null, count, fill_to)
     return GuidedVelocity(velocity, weak, guidance.scale, guidance.interval)
 
 

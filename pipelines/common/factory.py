@@ -21,8 +21,6 @@ from lfm.training.loss_terms import LossTerm, TrainingLoss
 from lfm.world import World
 from pipelines.common.config_schema import ExperimentConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def device(world: World) -> torch.device:
     """Return the device of this process: the GPU of its local rank, or the CPU."""
@@ -40,8 +38,8 @@ def cache(folder: str | None, gigabytes: float | None = DEFAULT_LIMIT / 1e9) -> 
 
 
 def autoencoder(name: str, world: World, precision: str = "fp32") -> Autoencoder:
-    """Return the named autoencoder on this process's device, in fp32 or bf16."""
-    return autoencoders.load(name, device(world), DTYPES[precision])
+    """Return the named autoencoder on this process's device, in fp32, tf32 or bf16."""
+    return autoencoders.load(name, device(world), precision)
 
 
 def matching_autoencoder(record: AutoencoderRecord, name: str | None, world: World, user: str) -> Autoencoder:

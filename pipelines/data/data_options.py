@@ -74,8 +74,8 @@ class EncodeConfig:
     """Also encode the mirror image of each image."""
     batch_size: Count = 32
     """Images per forward pass of the autoencoder."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the autoencoder."""
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """Arithmetic of the autoencoder; without a GPU, tf32 is the same as fp32."""
     threads: Annotated[Count, EXECUTION] = 4
     """Threads of each process that decode images."""
     cache: CacheFolder = None
@@ -137,8 +137,8 @@ class AutoencoderConfig:
     """Channels of the latents, for new weights."""
     block_channels: Annotated[tuple[int, ...], PythonOnly()] = (32, 32, 64)
     """Channels of each resolution, for new weights; each resolution after the first has half the size."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of training; bf16 means autocast."""
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """Arithmetic of training; bf16 means autocast, and without a GPU, tf32 is the same as fp32."""
     save_every: Annotated[int, PythonOnly()] = 500
     """Steps between checkpoints."""
     seed: Seed = 0

@@ -263,5 +263,5 @@ def _recipe(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder) -> di
         "crop": raw.recipe.get("crop"),  # recorded with every image that is made from these latents
         "autoencoder": autoencoder.content_hash,
         "flips": config.flips,
-        "precision": config.precision,
+        "precision": autoencoder.precision,
     }

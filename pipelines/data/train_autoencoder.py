@@ -12,7 +12,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lfm.data import manifest as manifests
 from lfm.data.image_sets import ShardedImages
 from lfm.data.stream.sample_order import Order
 from lfm.errors import CheckpointError, ConfigError, DataError
+from lfm.precision import float32_arithmetic, precision_on
 from lfm.training.ema import Ema, decay_after
 from lfm.world import World
 from pipelines.common import factory
@@ -72,10 +73,12 @@ def run(config: AutoencoderConfig, world: World) -> AutoencoderResult:
     )
     if config.dry_run:
         return AutoencoderResult(plan, None)
+    device = factory.device(world)
+    config = replace(config, precision=precision_on(device, config.precision))
     manifests.claim(config.dest, _recipe(config, sources), overwrite=config.overwrite, owned=FILES)
     if storage.exists(storage.join(config.dest, CONFIG)):
         return AutoencoderResult(f"{plan}: already complete", None)
-    trainer = AutoencoderTrainer(config, model, sources, factory.device(world))
+    trainer = AutoencoderTrainer(config, model, sources, device)
     psnr = trainer.run()
     trainer.export()
     return AutoencoderResult(plan, psnr)
@@ -162,7 +165,8 @@ class AutoencoderTrainer:
     def run(self) -> float | None:
         """Train; return the PSNR of the last batch in dB, or None if no step was left."""
         psnr = None
-        with Progress("autoencoder", self.config.num_steps, "steps", done=self.step) as progress:
+        arithmetic = float32_arithmetic(self.config.precision, self.device)
+        with arithmetic, Progress("autoencoder", self.config.num_steps, "steps", done=self.step) as progress:
             while self.step < self.config.num_steps:
                 psnr = self._train_step(self._batch(self.step))
                 self.step += 1
@@ -226,8 +230,7 @@ class AutoencoderTrainer:
     def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and its reconstruction (B, 3, H, W)."""
         generator = torch.Generator().manual_seed((self.config.seed << 32) + self.step)
-        precision = factory.DTYPES[self.config.precision]
-        with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             posterior = self.model.encode(images).latent_dist
             mean, std, log_variance = posterior.mean.float(), posterior.std.float(), posterior.logvar.float()
             noise = torch.randn(mean.shape, generator=generator).to(self.device)

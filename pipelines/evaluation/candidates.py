@@ -200,8 +200,9 @@ class GeneratedImages:
         """Generate the images of some numbers, counted from the first seed, each under its row of `conditions`."""
         start = time.perf_counter()
         seeds = [self.first_seed + number for number in numbers]
-        result = model.solve(seeds, conditions.condition(rows), self.solving, self.guidance)
-        images = model.decode(result.latents)
+        condition, batch_size = conditions.condition(rows), self.batch_size
+        result = model.solve(seeds, condition, self.solving, self.guidance, batch_size=batch_size)
+        images = model.decode(result.latents, batch_size)
         if conditions.masks is not None:
             images = conditions.composite(rows, images)
         tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

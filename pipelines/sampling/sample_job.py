@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from pipelines.sampling.sample_plan import PlannedImage, SamplePlan
 
 # Options that change no image: they are not part of the recipe.
 NO_EFFECT = ("out", "batch_size", "trajectory", "time", "autoencoder", "cache", "overwrite", "dry_run", "num_gpus")
+# Options of later versions: without their key, a recipe means these values.
+ADDED_OPTIONS = {"precision": "fp32"}
 # Options that are distributed over the images: the digest of an image has its own part of each instead.
 PER_IMAGE = ("seeds", "class_index", "image", "mask", "segmentation", "crop", "shards", "rows", "guidance_scale")
 
@@ -49,7 +51,12 @@ class SampleJob:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """All that decides the images of the folder, as JSON values."""
-        settings = {key: value for key, value in asdict(self.plan.config).items() if key not in NO_EFFECT}
+        settings = asdict(self.plan.config) | {"precision": self.model.precision}
+        settings = {
+            key: value
+            for key, value in settings.items()
+            if key not in NO_EFFECT and (key not in ADDED_OPTIONS or value != ADDED_OPTIONS[key])
+        }
         weights = {"samples_seen": self.model.header.samples_seen, "data": self.model.header.manifest_digest}
         if self.weak:
             weights["autoguidance_samples_seen"] = self.weak.header.samples_seen
@@ -74,11 +81,14 @@ class SampleJob:
         """Whether the known pixels of inpainting replace those of the result."""
         return self.conditions.masks is not None and self.plan.config.composite
 
-    def solve(self, images: Sequence[PlannedImage], on_step: StepCallback = no_callback) -> SolverResult:
-        """Compute the latents of images of one guidance scale."""
+    def solve(
+        self, images: Sequence[PlannedImage], on_step: StepCallback = no_callback, batch_size: int | None = None
+    ) -> SolverResult:
+        """Compute the latents of images of one guidance scale; see `TrainedModel.solve` for the other arguments."""
         seeds = [image.seed for image in images]
         condition = self.conditions.condition([image.number for image in images])
-        return self.model.solve(seeds, condition, self.plan.solving, self.guidance(images[0].scale), on_step)
+        guidance = self.guidance(images[0].scale)
+        return self.model.solve(seeds, condition, self.plan.solving, guidance, on_step, batch_size)
 
     def make(self, images: Sequence[PlannedImage]) -> tuple[np.ndarray, list[int]]:
         """Make images of one guidance scale.
@@ -87,8 +97,9 @@ class SampleJob:
             pixels: uint8 (B, H, W, 3).
             nfe: network evaluations of each image.
         """
-        result = self.solve(images)
-        pixels = self.model.decode(result.latents)
+        batch_size = self.plan.config.batch_size
+        result = self.solve(images, batch_size=batch_size)
+        pixels = self.model.decode(result.latents, batch_size)
         if self.composites:
             pixels = self.conditions.composite([image.number for image in images], pixels)
         return pixels, result.nfe.tolist()
@@ -97,7 +108,7 @@ class SampleJob:
         config, size = self.plan.config, self.model.header.image_size
         return (
             f"{len(self.plan.images)} images of {size} x {size} pixels from {config.run} "
-            f"({self.model.header.samples_seen:,} samples seen), {self.plan.solving}, "
+            f"({self.model.header.samples_seen:,} samples seen), {self.plan.solving}, {self.model.precision}, "
             f"guidance {config.guidance_scale} -> {config.out}"
         )
 
@@ -109,9 +120,10 @@ def load_job(plan: SamplePlan, device: torch.device) -> SampleJob:
         ConfigError, CheckpointError, DataError: an option, run or file does not fit.
     """
     config, weak = plan.config, None
-    model = trained_model.load(config.run, autoencoder=config.autoencoder, device=device)
+    load = partial(trained_model.load, autoencoder=config.autoencoder, device=device)
+    model = load(config.run, precision=config.precision)
     if config.autoguidance:
-        weak = trained_model.load(config.autoguidance, autoencoder=config.autoencoder, device=device)
+        weak = load(config.autoguidance, precision=model.precision)
     conditions, names = read_conditions(config, model, plan.num_seeds)
     if not config.composite and conditions.spatial is None:
         raise ConfigError("--no-composite: there are no known pixels; leave it out")

@@ -15,6 +15,7 @@ from pipelines.common.options import (
     NumGpus,
     Overwrite,
     Positive,
+    Precision,
     Section,
     stage_options,
 )
@@ -67,8 +68,9 @@ class SampleConfig:
     """Absolute tolerance of an adaptive solver.  [default: 1e-5]"""
     rtol: Positive | None = None
     """Relative tolerance of an adaptive solver.  [default: 1e-5]"""
-    batch_size: Annotated[Count, Section("Options")] = 32
-    """Images per forward pass."""
+    precision: Annotated[Precision, Section("Options")] = None
+    batch_size: Count = 32
+    """Images per forward pass; on a GPU the last batch is filled up, so that an image depends on this number alone."""
     trajectory: Literal["png", "gif"] | None = None
     """Also save the intermediate states of the first images."""
     time: bool = False

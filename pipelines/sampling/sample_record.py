@@ -71,6 +71,7 @@ def make_record(job: SampleJob, finished: dict[str, int]) -> dict[str, Any]:
         known_pixels = "put back" if job.composites else "as the model made them"
     return {
         "settings": job.recipe,
+        "precision": job.model.precision,
         "files": [*(image.file for image in job.plan.images), GRID],
         "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
         "known_pixels": known_pixels,

@@ -42,8 +42,9 @@ def save_trajectory(job: SampleJob, kind: str) -> None:
     batch, model = next(job.plan.batches(job.plan.images))[:NUM_IMAGES], job.model
     noise = image_noise([image.seed for image in batch], model.latent_shape)
     recorder = FrameRecorder(torch.from_numpy(noise).to(model.device))
-    job.solve(batch, recorder)
-    frames = np.stack([model.decode(states) for states in recorder.states])  # (frames, B, H, W, 3)
+    batch_size = job.plan.config.batch_size
+    job.solve(batch, recorder, batch_size)
+    frames = np.stack([model.decode(states, batch_size) for states in recorder.states])  # (frames, B, H, W, 3)
     enlarge = max(1, MIN_CELL_PIXELS // model.header.image_size)
     path = storage.join(job.plan.config.out, f"trajectory.{kind}")
     if kind == "png":

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lfm.precision import weights_dtype
 from lfm.training.ema import decay_after, power_decay_after
 from lfm.training.engine import Engine
 from lfm.training.step_guard import StepGuard
 from lfm.world import World
-from pipelines.common import factory, launcher
+from pipelines.common import launcher
 
 BATCH, LEARNING_RATE, CLIPPING, DECAY, WIDTH, WEIGHT_DECAY = 16, 3e-3, 1.0, 0.99, 0.1, 0.5
 
@@ -61,7 +62,7 @@ class Run:
         weight_decay: float = 0.0,
     ) -> None:
         self.accumulation, self.world = accumulation, world
-        self.dtype = factory.DTYPES[precision]
+        self.dtype = weights_dtype(precision)
         config = settings(zero, precision, world, accumulation, weight_decay)
         self.engine = Engine(make_model(), config, world, ("ema", "power"), StepGuard(ratio))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ import torch
 
 import lfm
 from lfm.errors import ConfigError
-from lfm.inference.precision import set_precision
 from lfm.inference.trained_model import TrainedModel
+from lfm.precision import float32_arithmetic, set_precision
 from lfm.types import Condition
 from lfm.weights_file import load_weights, save_weights
 from tests.support.commands import Tasks
@@ -54,22 +56,86 @@ def test_state_and_velocity_are_float32_in_every_precision(tasks: Tasks, precisi
     assert samples.latents.dtype == torch.float32 and samples.images.dtype == np.uint8
 
 
-def test_tf32_is_allowed_during_the_forward_pass_alone() -> None:
-    seen = []
+@pytest.fixture
+def cuda_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let networks on the CPU choose the arithmetic of a CUDA device."""
 
-    class Network(torch.nn.Module):
-        def forward(self, fails: bool) -> None:
-            seen.append(torch.get_float32_matmul_precision())
-            assert not fails
+    def on_cuda(precision: str, device: torch.device) -> AbstractContextManager[None]:
+        return float32_arithmetic(precision, torch.device("cuda"))
 
-    network = set_precision(Network(), "tf32")
-    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr("lfm.precision.float32_arithmetic", on_cuda)
+
+
+def flags() -> tuple[str, bool]:
+    """The arithmetic of float32 matrix products and of convolutions."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+class Witness(torch.nn.Linear):
+    """A network that records the arithmetic of its forward pass, and fails on request."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.seen: list[tuple[str, bool]] = []
+
+    def forward(self, fails: bool) -> None:  # type: ignore[override]
+        self.seen.append(flags())
+        assert not fails
+
+
+@pytest.mark.usefixtures("cuda_arithmetic")
+@pytest.mark.parametrize(("precision", "expected"), [("tf32", ("high", True)), ("fp32", ("highest", False))])
+def test_the_arithmetic_of_a_precision_is_that_of_the_forward_pass_alone(
+    precision: str, expected: tuple[str, bool]
+) -> None:
+    network, before = set_precision(Witness(), precision), flags()
     network(False)
-    assert torch.get_float32_matmul_precision() == before
+    assert flags() == before
     with pytest.raises(AssertionError):
         network(True)
-    assert torch.get_float32_matmul_precision() == before
-    assert seen == ["high", "high"]
+    assert flags() == before
+    assert network.seen == [expected, expected]
+
+
+def test_tf32_is_fp32_without_a_gpu(tasks: Tasks) -> None:
+    network, before = set_precision(Witness(), "tf32"), flags()
+    network(False)
+    assert network.seen == [before]
+    exact, model = (
+        lfm.load(str(tasks.runs / "class"), autoencoder=str(tasks.autoencoder), device="cpu", precision=precision)
+        for precision in ("fp32", "tf32")
+    )
+    assert model.precision == model.autoencoder.precision == "fp32"
+    images = [loaded.sample([0, 1], num_steps=2).images for loaded in (exact, model)]
+    assert np.array_equal(*images)
+
+
+def test_the_autoencoder_decodes_in_float32_where_the_network_computes_in_bfloat16(tasks: Tasks) -> None:
+    model = lfm.load(str(tasks.runs / "class"), autoencoder=str(tasks.autoencoder), device="cpu", precision="bf16")
+    assert model.autoencoder.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("solving", [{"num_steps": 2}, {"solver": "bosh3", "atol": 0.1, "rtol": 0.1}])
+def test_on_a_gpu_every_batch_has_the_batch_size(
+    tasks: Tasks, monkeypatch: pytest.MonkeyPatch, solving: dict[str, Any]
+) -> None:
+    """Of the network under both conditions of guidance, and of the decoder, though a solver needs fewer rows."""
+    model = lfm.load(str(tasks.runs / "class"), autoencoder=str(tasks.autoencoder), device="cpu")
+    sizes: list[int] = []
+    model.network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    decode = model.autoencoder.decode
+    monkeypatch.setattr(model.autoencoder, "decode", lambda latents: sizes.append(len(latents)) or decode(latents))
+    options: dict[str, Any] = {"guidance_scale": 2, "guidance_interval": (0.3, 0.9), **solving}
+    plain = model.sample(range(7), batch_size=4, **options)
+    assert {3, 4} <= set(sizes)
+    sizes.clear()
+    monkeypatch.setattr(TrainedModel, "fills_batches", True)
+    filled = model.sample(range(7), batch_size=4, **options)
+    assert set(sizes) == {4}
+    assert filled.nfe.tolist() == plain.nfe.tolist() and filled.images.shape == plain.images.shape
+    assert abs(filled.images.astype(int) - plain.images).max() <= 1
+    alone = model.sample([6], class_index=6, batch_size=4, **options)
+    torch.testing.assert_close(alone.latents, filled.latents[6:], atol=0, rtol=0)
 
 
 def test_an_unknown_precision_is_refused(weights: Path) -> None:

@@ -1,18 +1,23 @@
-"""`lfm sample` for every task: what is told, by whom it is made, what it costs, what is refused."""
+"""Tests of `lfm sample` for every task: conditions, ranks, solvers, guidance, precision, resuming and errors."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import lfm as library
 from lfm.data.raw_shards import read_raw
 from lfm.data.transforms import crop, crop_ids
+from lfm.inference.trained_model import TrainedModel
+from lfm.models.dit import DiT
 from lfm.synthetic.scenes import CLASS_NAMES
+from lfm.weights_file import WEIGHTS, load_weights, save_weights
 from pipelines.common import image_files
 from pipelines.data import encode
 from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line, lfm
@@ -26,7 +31,7 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def files(tasks: Tasks, number: int = 0) -> tuple[Path, Path, Path]:
-    """Image, mask and map of one row of the shards."""
+    """Return the image, mask and segmentation of one row of the shards."""
     with (tasks.raw / f"{number // 8:06d}.tar").open("rb") as stream:
         sample = list(read_raw(stream, ""))[number % 8]
     name = Path(sample.metadata["source"]).relative_to("images")
@@ -63,7 +68,7 @@ def test_images_are_the_same_for_every_batch_size_and_number_of_processes(
 
 
 @pytest.mark.slow
-def test_processes_of_its_own_make_the_same_images(tasks: Tasks, tmp_path: Path) -> None:
+def test_processes_that_it_starts_make_the_same_images(tasks: Tasks, tmp_path: Path) -> None:
     common = ("sample", tasks.runs / "class", "--seeds", "0-5", *STEPS)
     for count in (1, 2):
         result = lfm(*common, "--out", tmp_path / str(count), "--num-gpus", count)
@@ -72,29 +77,29 @@ def test_processes_of_its_own_make_the_same_images(tasks: Tasks, tmp_path: Path)
         assert (tmp_path / "2" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_one_mask_is_filled_in_many_ways_and_what_is_known_stays(tasks: Tasks, tmp_path: Path) -> None:
+def test_each_seed_fills_a_mask_differently_and_known_pixels_stay(tasks: Tasks, tmp_path: Path) -> None:
     image, mask, _ = files(tasks)
     common = ("sample", tasks.runs / "inpaint", "--image", image, "--mask", mask, "--seeds", "0-3", *STEPS)
     assert lfm(*common, "--out", tmp_path / "a").exit_code == 0
     assert lfm(*common, "--out", tmp_path / "b", "--no-composite").exit_code == 0
     known, original = pixels_of(mask) < 128, pixels_of(image)
-    made = [pixels_of(tmp_path / "a" / f"00000{seed}.png") for seed in range(4)]
-    for number, one in enumerate(made):
+    images = [pixels_of(tmp_path / "a" / f"00000{seed}.png") for seed in range(4)]
+    for number, one in enumerate(images):
         assert np.array_equal(one[known], original[known])
         plain = pixels_of(tmp_path / "b" / f"00000{number}.png")
         assert np.array_equal(one[~known], plain[~known]) and not np.array_equal(plain[known], original[known])
-        assert not any(np.array_equal(one, other) for other in made[:number])
+        assert not any(np.array_equal(one, other) for other in images[:number])
     records = {name: json.loads((tmp_path / name / "samples.json").read_text()) for name in "ab"}
     assert [records[name]["known_pixels"] for name in "ab"] == ["put back", "as the model made them"]
     assert records["a"]["pictures"][0]["condition"] == image.name
 
 
-def test_only_what_the_mask_leaves_is_looked_at(tasks: Tasks) -> None:
+def test_pixels_under_the_mask_have_no_influence(tasks: Tasks) -> None:
     model = library.load(str(tasks.runs / "inpaint"))
     image, mask, _ = (pixels_of(path) for path in files(tasks))
     changed = np.where(mask[..., None] > 0, 255 - image, image)
     one, other = (
-        model.sample([0], images=given, masks=mask, num_steps=2, composite=False).images for given in (image, changed)
+        model.sample([0], images=pixels, masks=mask, num_steps=2, composite=False).images for pixels in (image, changed)
     )
     assert np.array_equal(one, other)
     known = np.where(mask[..., None] > 0, image, 255 - image)
@@ -103,7 +108,7 @@ def test_only_what_the_mask_leaves_is_looked_at(tasks: Tasks) -> None:
 
 @pytest.mark.parametrize("rule", ["centre", "pad", "squash"])
 def test_files_of_any_size_are_cropped_as_shards_are(tasks: Tasks, tmp_path: Path, rule: str) -> None:
-    """Enlarged by whole numbers to another shape, so that a map's centre is the same by nearest neighbour."""
+    """The files are enlarged by whole numbers, so that nearest neighbour restores the centre of a segmentation."""
     from pipelines.sampling.read_conditions import read_conditions
     from pipelines.sampling.sample_options import SampleConfig
 
@@ -112,26 +117,26 @@ def test_files_of_any_size_are_cropped_as_shards_are(tasks: Tasks, tmp_path: Pat
         wide = np.pad(pixels_of(source), ((0, 0), (8, 8), (0, 0))[: pixels_of(source).ndim], mode="edge")
         Image.fromarray(wide.repeat(3, 0).repeat(3, 1)).save(path)
     image, mask, ids = map(str, paths)
-    told = SampleConfig("run", "out", image=(image,), mask=(mask,), crop=rule)
-    inpaint, _ = read_conditions(told, library.load(str(tasks.runs / "inpaint")), 1)
+    config = SampleConfig("run", "out", image=(image,), mask=(mask,), crop=rule)
+    inpaint, _ = read_conditions(config, library.load(str(tasks.runs / "inpaint")), 1)
     assert inpaint.images is not None and inpaint.masks is not None
     assert np.array_equal(inpaint.images[0], crop(Image.open(image), 16, rule))
     assert np.array_equal(inpaint.masks[0], crop(Image.open(mask).convert("L"), 16, rule) >= 128)
-    told = SampleConfig("run", "out", segmentation=(ids,), crop=rule)
-    semantic, _ = read_conditions(told, library.load(str(tasks.runs / "semantic")), 1)
+    config = SampleConfig("run", "out", segmentation=(ids,), crop=rule)
+    semantic, _ = read_conditions(config, library.load(str(tasks.runs / "semantic")), 1)
     assert semantic.segmentation is not None
     assert np.array_equal(semantic.segmentation[0], pixels_of(files(tasks)[2])) == (rule == "centre")
     assert np.array_equal(semantic.segmentation[0], crop_ids(pixels_of(paths[2]), (96, 48), 16, rule, 255))
 
 
 @pytest.mark.parametrize("task", ["inpaint", "semantic", "both"])
-def test_shards_and_files_tell_the_same(tasks: Tasks, tmp_path: Path, task: str) -> None:
+def test_conditions_of_shards_and_of_files_are_equal(tasks: Tasks, tmp_path: Path, task: str) -> None:
     image, mask, ids = files(tasks)
-    told = ("--segmentation", ids) if task == "semantic" else ("--image", image, "--mask", mask)
+    inputs = ("--segmentation", ids) if task == "semantic" else ("--image", image, "--mask", mask)
     classes = ("--class-index", CLASS_NAMES.index(image.parent.name)) if task == "both" else ()
     rest = () if task == "semantic" else ("--no-composite",)
     common = ("sample", tasks.runs / task, "--seeds", "0-1", *STEPS, *rest)
-    assert lfm(*common, *told, *classes, "--out", tmp_path / "files").exit_code == 0
+    assert lfm(*common, *inputs, *classes, "--out", tmp_path / "files").exit_code == 0
     for kind in (tasks.raw, tasks.latents):
         out = tmp_path / kind.name
         result = lfm(*common, "--shards", kind, "--rows", 0, "--out", out)
@@ -141,7 +146,7 @@ def test_shards_and_files_tell_the_same(tasks: Tasks, tmp_path: Path, task: str)
             assert abs(one - other).max() <= (1 if kind == tasks.latents else 0)  # latents are stored as float16
 
 
-def test_each_row_that_is_named_is_told_once_where_no_seeds_are(tasks: Tasks, tmp_path: Path) -> None:
+def test_there_is_one_seed_for_each_row_by_default(tasks: Tasks, tmp_path: Path) -> None:
     common = ("sample", tasks.runs / "semantic", "--out", tmp_path / "out", "--shards", tasks.raw, "--dry-run")
     assert "4 images of 16 x 16" in lfm(*common, "--rows", "17,3,8-9").stdout
     assert "16 images of 16 x 16" in lfm(*common).stdout
@@ -149,7 +154,7 @@ def test_each_row_that_is_named_is_told_once_where_no_seeds_are(tasks: Tasks, tm
     assert_one_line(lfm(*common, "--seeds", ""), "--seeds")
 
 
-def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
+def test_the_chosen_rows_of_shards_are_read(tasks: Tasks) -> None:
     from pipelines.sampling.read_conditions import read_conditions
     from pipelines.sampling.sample_options import SampleConfig
 
@@ -157,14 +162,14 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
     everything = [pixels_of(files(tasks, row)[2]) for row in range(20)]
     for folder in (tasks.raw, tasks.latents):
         config = SampleConfig("run", "out", shards=str(folder), rows="17,3,8-9")
-        found, names = read_conditions(config, model, 1)
-        assert found.segmentation is not None and len(names) == 4
-        for row, ids in zip((17, 3, 8, 9), found.segmentation, strict=True):
+        conditions, names = read_conditions(config, model, 1)
+        assert conditions.segmentation is not None and len(names) == 4
+        for row, ids in zip((17, 3, 8, 9), conditions.segmentation, strict=True):
             assert np.array_equal(ids, everything[row])
 
 
 @pytest.mark.parametrize(
-    ("task", "arguments", "said"),
+    ("task", "arguments", "message"),
     [
         ("inpaint", ("--image", "{image}", "--mask", "{black}"), "mask of scene.png: nothing is missing"),
         ("inpaint", ("--image", "{image}", "--mask", "{white}"), "mask of scene.png: everything is missing"),
@@ -209,8 +214,8 @@ def test_rows_of_shards_are_those_that_are_named(tasks: Tasks) -> None:
         ("none", ("--guidance-scale", "2"), "guidance needs a conditional model"),
     ],
 )
-def test_what_a_model_does_not_take_is_one_clear_line(
-    tasks: Tasks, small_set: SmallSet, tmp_path: Path, task: str, arguments: tuple[str, ...], said: str
+def test_options_that_do_not_fit_are_refused_in_one_line(
+    tasks: Tasks, small_set: SmallSet, tmp_path: Path, task: str, arguments: tuple[str, ...], message: str
 ) -> None:
     places = {"raw": tasks.raw, "latents": tasks.latents, "runs": tasks.runs, "flat": small_set.raw}
     for name, pixels in {
@@ -223,8 +228,8 @@ def test_what_a_model_does_not_take_is_one_clear_line(
         places[name] = tmp_path / f"{name}.png"
         Image.fromarray(pixels).save(places[name])
     places |= {"image": places["scene"], "nothing": tmp_path / "nothing.png"}
-    given = [argument.format(**places) for argument in arguments]
-    assert_one_line(lfm("sample", tasks.runs / task, "--out", tmp_path / "out", *given), said)
+    values = [argument.format(**places) for argument in arguments]
+    assert_one_line(lfm("sample", tasks.runs / task, "--out", tmp_path / "out", *values), message)
     assert not (tmp_path / "out").exists()
 
 
@@ -264,13 +269,13 @@ def test_a_weaker_model_and_an_interval_guide(tasks: Tasks, tmp_path: Path) -> N
         nfe[name] = json.loads((tmp_path / name / "samples.json").read_text())["nfe"]["mean"]
     assert nfe == {"plain": 4, "self": 8, "null": 8, "interval": 6}  # times 1, 0.75, 0.5, 0.25
     first = {name: pixels_of(tmp_path / name / "000000.png") for name in variants}
-    assert np.array_equal(first["self"], first["plain"])  # led away from itself
+    assert np.array_equal(first["self"], first["plain"])  # guided away from itself
     assert not np.array_equal(first["null"], first["plain"])
     assert not np.array_equal(first["interval"], first["null"])
 
 
 @pytest.mark.parametrize("solver", ["heun", "sde", "bosh3"])
-def test_the_way_from_noise_ends_in_the_images(tasks: Tasks, tmp_path: Path, solver: str) -> None:
+def test_a_trajectory_ends_in_the_images(tasks: Tasks, tmp_path: Path, solver: str) -> None:
     steps = ("--atol", 0.1, "--rtol", 0.1) if solver == "bosh3" else STEPS
     common = ("sample", tasks.runs / "class", "--seeds", "0-2", "--solver", solver, "--time", *steps)
     result = lfm(*common, "--trajectory", "png", "--out", tmp_path / "png")
@@ -288,23 +293,23 @@ def test_the_way_from_noise_ends_in_the_images(tasks: Tasks, tmp_path: Path, sol
         assert film.n_frames > 1 and film.size == (4 * 52, 64)
 
 
-def test_a_killed_run_goes_on_and_makes_nothing_twice(tasks: Tasks, tmp_path: Path) -> None:
+def test_a_killed_command_resumes_and_computes_no_image_twice(tasks: Tasks, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ("sample", tasks.runs / "semantic", "--shards", tasks.raw, "--seeds", "0-3", "--out", out, *STEPS)
     command = (*command, "--batch-size", 1)
     assert lfm(*command).exit_code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    kept = (out / "000001.png").stat().st_mtime_ns
+    written_at = (out / "000001.png").stat().st_mtime_ns
     (out / "samples.json").unlink()
     (out / "000000.png").unlink()
-    (out / "000002.png").write_bytes((out / "000003.png").read_bytes())  # an image that is another
+    (out / "000002.png").write_bytes((out / "000003.png").read_bytes())  # the image of another seed
     (out / "000003.png").write_bytes(before["000003.png"][:50])
     assert lfm(*command).exit_code == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert (out / "000001.png").stat().st_mtime_ns == kept
+    assert (out / "000001.png").stat().st_mtime_ns == written_at
 
 
-def test_a_notebook_gets_arrays_and_images(tasks: Tasks, tmp_path: Path) -> None:
+def test_the_python_interface_makes_the_same_images(tasks: Tasks, tmp_path: Path) -> None:
     model = library.load(str(tasks.runs / "both"))
     image, mask, _ = files(tasks)
     with Image.open(image) as one, Image.open(mask) as hole:
@@ -312,7 +317,65 @@ def test_a_notebook_gets_arrays_and_images(tasks: Tasks, tmp_path: Path) -> None
     assert samples.images.shape == (3, 16, 16, 3) and samples.images.dtype == np.uint8
     assert samples.latents.shape == (3, 4, 8, 8) and samples.nfe.tolist() == [8] * 3
     assert samples.pil_images[1].size == (16, 16) and samples.seeds == (0, 1, 2)
-    told = ("--image", image, "--mask", mask, "--class-index", "2,5", "--guidance-scale", 2)
-    assert lfm("sample", tasks.runs / "both", *told, "--seeds", "0-2", *STEPS, "--out", tmp_path).exit_code == 0
-    for seed, made in enumerate(samples.images):
-        assert np.array_equal(pixels_of(tmp_path / f"00000{seed}.png"), made)
+    flags = ("--image", image, "--mask", mask, "--class-index", "2,5", "--guidance-scale", 2)
+    assert lfm("sample", tasks.runs / "both", *flags, "--seeds", "0-2", *STEPS, "--out", tmp_path).exit_code == 0
+    for seed, pixels in enumerate(samples.images):
+        assert np.array_equal(pixels_of(tmp_path / f"00000{seed}.png"), pixels)
+
+
+def test_the_precision_is_that_of_training_unless_chosen_and_is_recorded(tasks: Tasks, tmp_path: Path) -> None:
+    tensors, header = load_weights(str(tasks.runs / "class"))
+    run = tmp_path / "run"
+    run.mkdir()
+    header = dataclasses.replace(header, config={"train": {"precision": "bf16"}})
+    save_weights(str(run / WEIGHTS), tensors, header)
+    common = ("sample", run, "--seeds", "0-1", *STEPS)
+    for name, flags in {"default": (), "bf16": ("--precision", "bf16"), "fp32": ("--precision", "fp32")}.items():
+        assert lfm(*common, *flags, "--out", tmp_path / name).exit_code == 0
+    records = {name: json.loads((tmp_path / name / "samples.json").read_text()) for name in ("default", "bf16", "fp32")}
+    assert [record["precision"] for record in records.values()] == ["bf16", "bf16", "fp32"]
+    assert records["default"] == records["bf16"]
+    images = {name: (tmp_path / name / "000000.png").read_bytes() for name in records}
+    assert images["default"] == images["bf16"] != images["fp32"]
+    refusal = lfm(*common, "--precision", "fp32", "--out", tmp_path / "bf16")
+    assert_one_line(refusal, 'precision ("bf16", now null)', "--overwrite")
+    assert_one_line(lfm(*common, "--precision", "fp8", "--out", tmp_path / "fp8"), "--precision fp8: unknown")
+
+
+@pytest.mark.parametrize("flags", [(), ("--precision", "fp32"), ("--precision", "tf32")])
+def test_a_folder_without_a_precision_is_one_of_fp32(tasks: Tasks, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Recipes of before the option have no key; without a GPU, tf32 is fp32."""
+    common = ("sample", tasks.runs / "class", "--seeds", "0-1", *STEPS, "--out", tmp_path)
+    assert lfm(*common).exit_code == 0
+    assert "precision" not in json.loads((tmp_path / "recipe.json").read_text())
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("0*.png")}
+    assert lfm(*common, *flags).exit_code == 0
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("0*.png")} == before
+    assert_one_line(lfm(*common, "--precision", "bf16"), "made with different settings: precision")
+
+
+def test_on_a_gpu_every_batch_is_filled_up(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of a resumed command, of several guidance scales and of a trajectory; the images stay the same."""
+    sizes: set[int] = set()
+
+    def count_rows(network: torch.nn.Module, state: torch.Tensor, *inputs: object) -> torch.Tensor:
+        sizes.add(len(state))
+        return forward(network, state, *inputs)
+
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", count_rows)
+    common = ("sample", tasks.runs / "class", "--seeds", "0-6", "--batch-size", 4, *STEPS)
+    common = (*common, "--guidance-scale", "1,2", "--trajectory", "png")
+    assert lfm(*common, "--out", tmp_path / "plain").exit_code == 0
+    assert sizes == {3, 4}
+    sizes.clear()
+    monkeypatch.setattr(TrainedModel, "fills_batches", True)
+    assert lfm(*common, "--out", tmp_path / "filled").exit_code == 0
+    (tmp_path / "filled" / "000005-2.png").unlink()
+    assert lfm(*common, "--out", tmp_path / "filled").exit_code == 0
+    assert sizes == {4}
+    for path in (tmp_path / "plain").glob("*.png"):
+        difference = pixels_of(path).astype(int) - pixels_of(tmp_path / "filled" / path.name)
+        assert abs(difference).max() <= 1, path.name
+    plain, filled = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("plain", "filled"))
+    assert plain == filled
