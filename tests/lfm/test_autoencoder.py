@@ -111,11 +111,11 @@ def test_the_content_hash_changes_with_any_weight_and_with_the_scaling(saved: Pa
 
 def test_the_content_hash_is_the_same_at_every_precision(saved: Path) -> None:
     """`lfm encode --precision bf16`, then `lfm sample`: it is one autoencoder, and must not be refused as another."""
-    assert load(str(saved), dtype=torch.bfloat16).content_hash == load(str(saved)).content_hash
+    assert load(str(saved), precision="bf16").content_hash == load(str(saved)).content_hash
 
 
 def test_bfloat16_is_near_float32_and_comes_back_as_float32(saved: Path) -> None:
-    exact, rough = load(str(saved)), load(str(saved), dtype=torch.bfloat16)
+    exact, rough = load(str(saved)), load(str(saved), precision="bf16")
     posterior = rough.encode(IMAGES)
     assert posterior.mean.dtype == posterior.std.dtype == torch.float32
     torch.testing.assert_close(posterior.mean, exact.encode(IMAGES).mean, atol=0.05, rtol=0.05)

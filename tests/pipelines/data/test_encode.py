@@ -130,6 +130,20 @@ def test_raw_shards_with_a_flipped_bit_are_named(small_set: SmallSet, tmp_path: 
     assert_one_line(result, path, "make it again")
 
 
+def test_the_precision_is_recorded_and_tf32_is_fp32_without_a_gpu(small_set: SmallSet, tmp_path: Path) -> None:
+    common = ("encode", small_set.raw, "--autoencoder", small_set.autoencoder)
+    for name, flags in {"default": (), "tf32": ("tf32",), "fp32": ("fp32",), "bf16": ("bf16",)}.items():
+        precision = ("--precision", *flags) if flags else ()
+        assert lfm(*common, tmp_path / name, *precision).exit_code == 0
+        manifest = manifests.load(str(tmp_path / name), "latents")
+        assert manifest.recipe["precision"] == ("bf16" if name == "bf16" else "fp32")
+    contents = {name: folder_contents(tmp_path / name) for name in ("default", "tf32", "fp32", "bf16")}
+    assert contents["default"] == contents["tf32"] == contents["fp32"]
+    assert contents["bf16"]["000000.tar"] != contents["fp32"]["000000.tar"]
+    assert lfm(*common, tmp_path / "fp32", "--precision", "tf32").exit_code == 0, "resumes"
+    assert_one_line(lfm(*common, tmp_path / "bf16"), 'precision ("bf16", now "fp32")')
+
+
 def test_encode_needs_raw_shards(small_set: SmallSet, tmp_path: Path) -> None:
     flags = ("--autoencoder", small_set.autoencoder)
     assert_one_line(lfm("encode", tmp_path, tmp_path / "out", *flags), "lfm shard")

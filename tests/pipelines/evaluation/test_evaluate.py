@@ -391,6 +391,28 @@ def test_a_curve_holds_one_model_at_a_time(
     assert counts == [0] * 6, "each run is loaded once for its checks and once to generate images"
 
 
+def test_on_a_gpu_every_batch_of_images_is_filled_up(
+    weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = randomized_run(weights, tmp_path / "random-run")
+    sizes: set[int] = set()
+    load = trained_model.load
+
+    def load_counting(*arguments: Any, **options: Any) -> trained_model.TrainedModel:
+        model = load(*arguments, **options)
+        model.network.register_forward_pre_hook(lambda module, inputs: sizes.add(len(inputs[0])))
+        return model
+
+    monkeypatch.setattr("lfm.inference.trained_model.load", load_counting)
+    settings = {"num": 5, "num_steps": 1, "batch_size": 3, "autoencoder": str(small_set.autoencoder)}
+    for name, fills, expected in (("plain", False, {2, 3}), ("filled", True, {3})):
+        monkeypatch.setattr(trained_model.TrainedModel, "fills_batches", fills)
+        sizes.clear()
+        stage.run(EvaluateConfig((str(run),), (str(reference),), str(tmp_path / name), **settings), ALONE)
+        assert sizes == expected
+    assert metrics(tmp_path / "plain") == pytest.approx(metrics(tmp_path / "filled"), rel=0.01)
+
+
 def test_the_precision_is_that_of_training_or_the_option(
     weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path
 ) -> None:
