@@ -1,4 +1,4 @@
-"""Training runs started by launch/train.py: a small experiment, its processes and its losses."""
+"""Trainings started by launch/train.py: a small experiment, its processes and its losses."""
 
 from __future__ import annotations
 

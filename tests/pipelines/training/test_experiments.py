@@ -1,4 +1,4 @@
-"""Every shipped experiment loads, says at its head what it is, and builds the network that was published."""
+"""Tests of the shipped experiments: they load, describe themselves at their head, and build the published networks."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_the_networks_are_of_the_published_size_and_the_batch_divides_over_the_s
     assert model.num_parameters / 1e6 == pytest.approx(millions, rel=0.01 if name.endswith(MODERN) else 0.004)
     assert f"--num_gpus {gpus} " in path.read_text()
     assert factory.micro_batch(config, World(size=gpus)) >= 1
-    assert config.run == f"runs/{name}", "no two write into one folder"
+    assert config.run == f"runs/{name}", "each experiment has a run folder of its own"
 
 
-def test_every_experiment_of_the_paper_has_both_variants_and_the_first_has_no_option_of_ours() -> None:
+def test_every_experiment_of_the_paper_has_two_variants_and_the_first_has_no_option_beyond_the_paper() -> None:
     others = {"demo", "pictures_64", "pictures_256"}
     assert {path.stem for path in SHIPPED} == others | {stem + suffix for stem in PAPER for suffix in ("", MODERN)}
     for stem in PAPER:
@@ -83,7 +83,7 @@ def test_experiments_share_parts_and_extend_no_other_experiment_but_the_one_they
         assert set(extended) <= allowed, path.name
 
 
-def test_a_file_lies_over_those_it_extends_and_names_are_relative_to_the_file(tmp_path: Path) -> None:
+def test_a_file_overrides_those_that_it_extends_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
     (tmp_path / "base" / "first.yaml").write_text(

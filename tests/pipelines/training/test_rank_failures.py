@@ -1,4 +1,4 @@
-"""Two ranks that no launcher watches: whatever happens to one of them, both end within a minute, each with one line."""
+"""Tests of two ranks that no launcher watches: if one fails, both end within a minute, each with one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECONDS = 60
 
 
 def start_in(folders: list[Path], *arguments: object) -> list[subprocess.Popen[str]]:
-    """Start one rank in each folder, so that relative paths are other folders for each of them."""
+    """Start one rank in each folder, so that a relative path is a different folder for each rank."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank, folder in enumerate(folders):
@@ -32,7 +32,7 @@ def start_in(folders: list[Path], *arguments: object) -> list[subprocess.Popen[s
 
 
 def errors_of(processes: list[subprocess.Popen[str]]) -> list[list[str]]:
-    """Wait for all ranks; return the error lines of each. None may show a traceback or take longer than a minute."""
+    """Return the error lines of each rank; check that none shows a traceback or takes longer than a minute."""
     results = []
     for process in processes:
         _, stderr = process.communicate(timeout=SECONDS)
@@ -106,7 +106,7 @@ def test_a_killed_rank_ends_the_other(experiment: Path, tmp_path: Path, killed: 
 
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_put_aside(experiment: Path, tmp_path: Path) -> None:
-    """Training resumes from the checkpoint before it, on both ranks, and ends as if nothing had happened."""
+    """Training resumes from the checkpoint before it, on both ranks, and ends with the same weights."""
     assert train(experiment, f"run={tmp_path / 'whole'}", ranks=2).returncode == 0
     assert train(experiment, "train.num_steps=10", "train.schedule=constant", ranks=2).returncode == 0
     shutil.rmtree(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What training says before it begins, and its schedule."""
+"""Tests of the checks before training, and of the learning rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.training_runs import plan, train, zero
 
 
 def test_every_mistake_is_one_line_before_training(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
-    for overrides, *said in (
+    for overrides, *words in (
         (("train.learing_rate=1",), "small.yaml: train.learing_rate: unknown key", "learning_rate"),
         (("trian.num_steps=1",), "unknown key", "train"),
         (("train.num_steps=0",), "train.num_steps"),
@@ -52,7 +52,7 @@ def test_every_mistake_is_one_line_before_training(experiment: Path, small_set: 
         (("evaluation.every=5",), "evaluation.reference: missing"),
     ):
         result = plan(experiment, *overrides)
-        assert_one_line(result, *said)
+        assert_one_line(result, *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -74,7 +74,7 @@ def test_a_launcher_without_an_address_or_a_broken_deepspeed_file_is_one_line(ex
 @pytest.mark.parametrize(
     "text", [b"\xff\xfe", b"[" * 3000, b"a: b: c", b"- a", b"x: 2020-13-45", b"\t- x", b"run: !x y"]
 )
-def test_a_yaml_that_is_none_is_one_line(experiment: Path, text: bytes) -> None:
+def test_text_that_is_no_yaml_mapping_is_one_line(experiment: Path, text: bytes) -> None:
     experiment.write_bytes(text)
     assert_one_line(plan(experiment), "small.yaml")
 
@@ -97,17 +97,17 @@ def test_a_changed_configuration_is_shown_and_refused(experiment: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_no_change_can_be_allowed_for_is_refused(experiment: Path, tmp_path: Path) -> None:
-    """Half a batch, steps that are behind, another network; and weights of another function of the same shapes."""
+def test_changes_that_cannot_be_allowed_are_refused(experiment: Path, tmp_path: Path) -> None:
+    """Half a batch, a step in the past, another network; and weights of the same shapes for another function."""
     assert train(experiment, "train.num_steps=5", "train.schedule=constant").returncode == 0
     allowed = ("--allow-changes",)
-    for change, *said in (
+    for change, *words in (
         (("train.global_batch=12",), "train.global_batch 12", "40 samples", "--initialize-from"),
         (("train.num_steps=4", "train.warmup_steps=0"), "train.num_steps 4", "at step 5", "raise it"),
         (("model.num_heads=4",), "samples-000000000040", "its num_heads is 2, and 4 here"),
     ):
         assert_one_line(
-            plan(experiment, "train.schedule=constant", "train.num_steps=5", *change, options=allowed), *said
+            plan(experiment, "train.schedule=constant", "train.num_steps=5", *change, options=allowed), *words
         )
     changed = ("train.schedule=constant", "train.num_steps=10", "condition_dropout=0.2")
     assert plan(experiment, *changed, options=allowed).exit_code == 0
@@ -117,7 +117,7 @@ def test_what_no_change_can_be_allowed_for_is_refused(experiment: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_whose_every_step_is_left_out_says_so(experiment: Path, tmp_path: Path) -> None:
+def test_a_run_whose_every_step_is_skipped_is_one_line(experiment: Path, tmp_path: Path) -> None:
     result = train(experiment, "train.num_steps=2", "train.warmup_steps=0", "model.time_scale=1e308")
     assert (
         result.returncode == 2
@@ -134,7 +134,9 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_one_line(
     assert_one_line(plan(experiment), "/run: 0.0 GB are free", "needed", "train.keep_checkpoints")
 
 
-def test_a_condition_that_the_latents_lack_is_one_line(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
+def test_a_condition_that_is_not_in_the_latents_is_one_line(
+    experiment: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
     bare = shutil.copytree(small_set.latents, tmp_path / "bare")
     manifest = json.loads((bare / "manifest.json").read_text())
     (bare / "manifest.json").write_text(json.dumps(manifest | {"classes": []}))
@@ -145,7 +147,7 @@ def test_a_condition_that_the_latents_lack_is_one_line(experiment: Path, small_s
     assert not (tmp_path / "run").exists()
 
 
-def test_yaml_reads_1e4_as_a_number_and_refuses_a_key_given_twice(experiment: Path) -> None:
+def test_yaml_reads_1e4_as_a_number_and_refuses_a_repeated_key(experiment: Path) -> None:
     text = experiment.read_text()
     experiment.write_text(text.replace("1.0e-3", "1e-4"))
     assert plan(experiment).exit_code == 0

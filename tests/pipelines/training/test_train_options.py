@@ -1,4 +1,4 @@
-"""Every option of model and flow at once, by the training command: the same on one and two ranks, killed or not."""
+"""Tests of every option of model and flow at once: alike on one and two ranks, uninterrupted and resumed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from lfm.weights_file import load_weights
 from tests.support.commands import REPOSITORY
 from tests.support.training_runs import assert_same_weights, losses, train
 
-# the fixture
-
 MODEL = ("position=rope", "norm=rms", "mlp=swiglu", "qk_norm=true", "token_dropout=0.5", "activation_checkpointing=2")
 FLOW = ("time=logit_normal", "time_shift=2.0", "direction_weight=1.0", "coupling_group=4")
 OPTIONS = [f"model.{option}" for option in MODEL] + [f"flow.{option}" for option in FLOW]
@@ -20,7 +18,7 @@ OPTIONS += ["condition=none", "condition_dropout=0", "train.schedule=constant"]
 
 
 @pytest.mark.slow
-def test_all_options_train_alike_in_every_world_and_go_on_after_a_stop(experiment: Path, tmp_path: Path) -> None:
+def test_all_options_train_alike_on_any_ranks_and_resume(experiment: Path, tmp_path: Path) -> None:
     def run(name: str, *overrides: str, ranks: int = 1) -> Path:
         result = train(experiment, *OPTIONS, f"run={tmp_path / name}", *overrides, ranks=ranks)
         assert result.returncode == 0, result.stderr
