@@ -171,7 +171,9 @@ def test_measurements_change_no_weights(experiment: Path, tmp_path: Path) -> Non
     for path, size in ((grids[0], (8 * (8 * 18 - 2), 8 * (4 * 18 - 2))), (measured / "loss.png", (640, 360))):
         with Image.open(path) as image:
             assert image.size == size
-    assert len(list((tmp_path / "csv").rglob("*validation_loss*.csv"))) == 1
+    for name in ("train_loss", "loss_velocity", "validation_loss"):
+        assert len(list((tmp_path / "csv").rglob(f"*{name}.csv"))) == 1, name
+    assert all(line["loss_velocity"] == line["loss"] for line in lines), "the only term, of weight 1"
 
     result_of_ema = lfm("ema", measured, "--sigma-rel", "0.08")
     assert result_of_ema.exit_code == 0 and "fitted to" in result_of_ema.stdout
