@@ -1,8 +1,24 @@
 """Errors that a user can cause and repair. Each message is one line that names the problem, its place and the repair."""
 
+import re
+
+_QUERY = re.compile(r"(\b[A-Za-z][\w+.-]*://[^\s\"'`?]*)\?[^\s\"'`]+")  # a signed URL carries its signature there
+_PASSWORD = re.compile(r"(\b[A-Za-z][\w+.-]*://)[^\s\"'`/:@]*:[^\s\"'`]*@")
+_TOKEN = re.compile(r"(\bhttps?://)[^\s\"'`/@]+@", re.IGNORECASE)
+
+
+def hide_credentials(text: str) -> str:
+    """Replace the user, password, token and query of every URL in a text by `***`."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\1?***", _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1***@", text)))
+
 
 class LfmError(Exception):
     """Base class of the errors that end a command with exit code 2 and one line, without a traceback."""
+
+    def __str__(self) -> str:
+        return hide_credentials(super().__str__())
 
 
 class ConfigError(LfmError):
@@ -21,6 +37,6 @@ class CheckpointError(LfmError):
     """A run folder, checkpoint or weights file is missing, incomplete or of another model."""
 
 
-def on_one_line(error: Exception) -> str:
+def on_one_line(error: BaseException | None) -> str:
     """Return the message of another library's error, shortened for a part of one line; its type if it has no message."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return hide_credentials(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -10,13 +10,16 @@ Any process that finds all records writes the manifest, so that no process has t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import math
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lfm import storage
 from lfm.errors import ConfigError, DataError
@@ -25,11 +28,21 @@ from lfm.prefetch import map_ahead
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
+logger = logging.getLogger(__name__)
+
 SHARD_FILES = r"\d{6}\.(tar|json)|manifest\.json|recipe\.json"
 
 
+# Limits of the numbers in files that others may have written, so that none asks for memory without end.
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Bytes = Annotated[int, Field(ge=0, le=2**50)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]
+ClassId = Annotated[int, Field(ge=0, lt=10**8)]  # a class has 8 digits in a shard
+Dimensions = Annotated[int, Field(ge=1, le=65_536)]
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Reject(_Record):
@@ -44,22 +57,22 @@ class ShardRecord(_Record):
     """One shard: its tar, checksums and statistics."""
 
     name: str = Field(pattern=r"^\d{6}\.tar$")
-    samples: NonNegativeInt
-    bytes: NonNegativeInt
+    samples: Annotated[int, Field(ge=0, le=10**6)]  # a row has 6 digits in a key
+    bytes: Bytes
     sha256: str
-    crc32: int
-    class_counts: tuple[int, ...] = ()
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
+    class_counts: tuple[Count, ...] = ()
     rejects: tuple[Reject, ...] = ()
     channel_sums: tuple[tuple[float, float], ...] = ()  # latents: sums of the values and of their squares, by channel
-    values_per_channel: int = 0
+    values_per_channel: Count = 0
 
 
 class ClassRecord(_Record):
     """One entry of the label map."""
 
-    index: int
+    index: ClassId
     name: str
-    count: int
+    count: Count
 
 
 class AutoencoderRecord(_Record):
@@ -67,19 +80,24 @@ class AutoencoderRecord(_Record):
 
     name: str  # `embedded`, a path or a Hub id
     content_hash: str
-    downsample_factor: int
-    latent_channels: int
-    scale_factor: float
-    shift: float
+    downsample_factor: Annotated[int, Field(ge=1, le=1024)]
+    latent_channels: Annotated[int, Field(ge=1, le=1024)]
+    scale_factor: Annotated[float, Field(gt=0, le=1e6)]
+    shift: Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class Member(_Record):
     """One member of every latent sample: an array of fixed size at a fixed offset from the sample's start."""
 
     suffix: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # bytes from the sample's start to the data
+    dtype: str = Field(pattern=r"^[|<=]?(u1|u2|f2|f4|f8|S8)$")  # no other: an object is a pointer
+    shape: Annotated[tuple[Dimensions, ...], Field(max_length=4)]
+    offset: Bytes  # bytes from the sample's start to the data
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data."""
+        return math.prod(self.shape) * int(self.dtype[-1])
 
 
 class Manifest(_Record):
@@ -87,18 +105,33 @@ class Manifest(_Record):
 
     kind: Literal["raw", "latents"]
     version: Literal[1] = VERSION
-    image_size: PositiveInt
+    image_size: Pixels
     classes: tuple[ClassRecord, ...] = ()
     fields: tuple[Literal["mask", "segmentation"], ...] = ()  # that every sample has besides image and class
-    labels: dict[int, str] = {}  # names of the segmentations' class ids
+    labels: dict[Annotated[int, Field(ge=0, lt=2**16)], str] = {}  # names of the segmentations' class ids
     recipe: dict[str, Any]
     parent_digest: str | None = None  # latents: the digest of the raw manifest
     autoencoder: AutoencoderRecord | None = None
     members: tuple[Member, ...] = ()  # latents: equal in all shards
-    stride: int = 0  # latents: bytes from one sample to the next
+    stride: Bytes = 0  # latents: bytes from one sample to the next
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
     shards: tuple[ShardRecord, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        """Check what shards, classes and members must satisfy together."""
+        names = [shard.name for shard in self.shards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"shards: {next(name for name in names if names.count(name) > 1)} is listed twice")
+        if [entry.index for entry in self.classes] != list(range(len(self.classes))):
+            raise ValueError("classes: their indices are not 0, 1, 2, ...")
+        for member in self.members:
+            if member.suffix == "cls" and (member.shape or not member.dtype.endswith("S8")):
+                raise ValueError("members: cls is not of 8 digits")
+            if self.stride and (member.offset < 512 or member.offset + member.num_bytes > self.stride):
+                raise ValueError(f"members: {member.suffix} reaches beyond its sample of {self.stride} bytes")
+        return self
 
     @property
     def num_labels(self) -> int:
@@ -164,31 +197,51 @@ def claim(folder: str, recipe: dict[str, Any], *, overwrite: bool, owned: str = 
     path = storage.join(folder, RECIPE)
     # One listing, since other processes may claim the folder meanwhile.
     names = set(storage.find(folder)) if storage.exists(folder) else set()
-    recipe = json.loads(json.dumps(recipe))  # as it will be read back: without tuples
-    if RECIPE in names:
-        changed = _changes(path, recipe)
-        if not changed and not overwrite:
-            return
-        if not overwrite:
+    recipe = storage.as_stored(recipe)
+    if names and not names & {RECIPE, MANIFEST}:
+        raise ConfigError(f"{folder}: holds something else than files of lfm; choose another folder")
+    if names and not overwrite:
+        before, is_damaged = _recipe_before(folder, names)
+        if before is not None and (changed := _changes(before, recipe)):
             raise ConfigError(
                 f"{folder}: was made with different settings: {changed}; choose another folder or `overwrite`"
             )
-    elif names:
-        raise ConfigError(f"{folder}: holds something else than files of lfm; choose another folder")
+        if not is_damaged:
+            return
+        if before is not None:
+            return storage.write_json(path, recipe, sealed=True)
+        if RECIPE not in names:
+            raise ConfigError(f"{folder}: holds something else than files of lfm; choose another folder")
+        if not all(re.fullmatch(owned, name) for name in names):
+            raise ConfigError(f"{path}: damaged, beside files that are not of lfm; choose another folder")
+        logger.warning("%s: damaged, and no manifest confirms what it was; making all shards again", path)
     for name in sorted(names, key=lambda name: name != MANIFEST):
         if re.fullmatch(owned, name):
             storage.remove(storage.join(folder, name))
-    storage.write_json(path, recipe)
+    storage.write_json(path, recipe, sealed=True)
 
 
-def _changes(path: str, recipe: dict[str, Any]) -> str:
-    """Describe the differences between a recipe and the one in the file; empty if they are equal."""
-    try:
-        before = storage.read_json(path)
-    except DataError:
-        return f"{RECIPE} is not readable"
-    if not isinstance(before, dict):
-        return f"{RECIPE} is no recipe of lfm"
+def _recipe_before(folder: str, names: set[str]) -> tuple[dict[str, Any] | None, bool]:
+    """Return the recipe of an earlier run, from the manifest if its file is damaged, and whether that is so.
+
+    Raises:
+        ConfigError: the file is JSON, but no recipe.
+    """
+    path = storage.join(folder, RECIPE)
+    if RECIPE in names:
+        with contextlib.suppress(DataError):
+            before = storage.read_json(path)
+            if not isinstance(before, dict):
+                raise ConfigError(f"{path}: is no recipe of lfm; choose another folder")
+            return before, False
+    if MANIFEST in names:
+        with contextlib.suppress(DataError):
+            return load(folder).recipe, True
+    return None, True
+
+
+def _changes(before: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """Describe the differences between two recipes; empty if they are equal."""
     missing = object()
     return ", ".join(
         f"{key} ({_short(before.get(key))}, now {_short(recipe.get(key))})"
@@ -199,7 +252,7 @@ def _changes(path: str, recipe: dict[str, Any]) -> str:
 
 def commit(folder: str, record: ShardRecord) -> None:
     """Write the record of a finished shard, which marks it as done."""
-    storage.write_json(storage.join(folder, _record_name(record.name)), record.model_dump(mode="json"))
+    storage.write_json(storage.join(folder, _record_name(record.name)), record.model_dump(mode="json"), sealed=True)
 
 
 def done(folder: str) -> set[str]:
@@ -220,27 +273,41 @@ def records(folder: str, shards: list[str]) -> tuple[ShardRecord, ...]:
         DataError: a record is damaged or does not fit its tar; names the file to remove.
     """
     sizes = storage.sizes(folder)
+    threads = 1 if storage.is_local(folder) else 16
+    return tuple(map_ahead(lambda shard: _read_record(folder, shard, sizes.get(shard)), shards, threads))
 
-    def read(shard: str) -> ShardRecord:
-        path = storage.join(folder, _record_name(shard))
+
+def _read_record(folder: str, shard: str, size: int | None) -> ShardRecord:
+    path = storage.join(folder, _record_name(shard))
+    record = _parse(ShardRecord, path, storage.read_json(path))
+    if (record.name, record.bytes) != (shard, size):
+        raise DataError(
+            f"{storage.join(folder, shard)}: {size} bytes, its record is of {record.name} and {record.bytes}; run the same "
+            "command to make it again"
+        )
+    return record
+
+
+def discard_damaged(folder: str) -> None:
+    """Remove the records that are damaged or do not fit their tars, so that these shards are made again."""
+    sizes = storage.sizes(folder)
+
+    def discard(shard: str) -> None:
         try:
-            record = _parse(ShardRecord, path, storage.read_json(path))
+            _read_record(folder, shard, sizes[shard])
         except DataError as error:
-            raise DataError(f"{error} Remove it and run the same command to make the shard again") from error
-        if sizes.get(shard) != record.bytes:
-            raise DataError(
-                f"{storage.join(folder, shard)}: {sizes.get(shard)} bytes, its record says {record.bytes}; remove it "
-                "and run the same command to make it again"
-            )
-        return record
+            logger.warning("%s: making the shard again", str(error).split(";")[0])
+            storage.remove(storage.join(folder, _record_name(shard)))
 
-    return tuple(map_ahead(read, shards, threads=1 if storage.is_local(folder) else 16))
+    shards = [name for name in sizes if name.endswith(".tar") and _record_name(name) in sizes]
+    for _ in map_ahead(discard, shards, threads=1 if storage.is_local(folder) else 16):
+        pass
 
 
 def publish(folder: str, manifest: Manifest) -> None:
     """Write the manifest, which marks the data set as complete."""
     storage.sweep(folder)
-    storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json"))
+    storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json"), sealed=True)
 
 
 def _record_name(shard: str) -> str:

@@ -3,8 +3,11 @@
 from lfm.storage.files import (
     TEMPORARY_PREFIX,
     Checksums,
+    as_stored,
     checksums,
+    crc32,
     exists,
+    file_crc32,
     find,
     is_local,
     join,
@@ -26,8 +29,11 @@ from lfm.storage.files import (
 __all__ = [
     "TEMPORARY_PREFIX",
     "Checksums",
+    "as_stored",
     "checksums",
+    "crc32",
     "exists",
+    "file_crc32",
     "find",
     "is_local",
     "join",

@@ -18,7 +18,6 @@ import hashlib
 import math
 import os
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -55,14 +54,15 @@ class Cache:
     limit: float = DEFAULT_LIMIT
     counts: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _verified: set[tuple[str, int, int, int]] = field(default_factory=set, repr=False)
     _reservations: WeakKeyDictionary[Any, int] = field(default_factory=WeakKeyDictionary, repr=False)
     _orders: WeakKeyDictionary[Any, dict[str, int]] = field(default_factory=WeakKeyDictionary, repr=False)
 
-    def open(self, path: str, size: int, crc32: int, *, verify_local: bool = False) -> IO[bytes]:
+    def open(self, path: str, size: int, crc32: int) -> IO[bytes]:
         """Open a file of known size and checksum for reading, through a local copy if it is remote.
 
-        The copy is not evicted as long as the file, or a map of it, is open. Every download is verified; of a local file the
-        size is checked, and with `verify_local` the checksum.
+        The copy is not evicted as long as the file, or a map of it, is open. Every download is verified. Of a local file or
+        copy the size is checked, and the checksum when this process opens it for the first time.
 
         Raises:
             StorageError: the file cannot be read.
@@ -71,17 +71,31 @@ class Cache:
         if storage.is_local(path):
             if not Path(path).is_file():
                 raise StorageError(f"{path}: no such file; run the command that made its folder again to make it")
-            actual_crc32 = storage.checksums(Path(path)).crc32 if verify_local else crc32
-            _verify(path, Path(path).stat().st_size, size, actual_crc32, crc32)
+            _verify(path, Path(path).stat().st_size, size, self._crc32_at_first_use(Path(path), crc32), crc32)
             return storage.open_read(path)
         copy = self.folder / copy_name(path, size, crc32)
         with self._locked(copy.name[:2]):
             if file := _open_copy(copy, size):
-                self._count("cache_hits")
-                return file
+                if self._crc32_at_first_use(copy, crc32) == crc32:
+                    self._count("cache_hits")
+                    return file
+                file.close()
+                remove_unlocked(copy, without_locks=True)
             while not (file := _open_copy(copy, size)):  # another process may evict it at once
                 self._download(path, copy, size, crc32)
             return file
+
+    def _crc32_at_first_use(self, path: Path, crc32: int) -> int:
+        """Return the checksum of a local file, or `crc32` if this process has found the unchanged file to have it."""
+        with storage.storage_errors(str(path)):
+            status = path.stat()
+            identity = (str(path), status.st_ino, status.st_mtime_ns, crc32)
+            if identity in self._verified:
+                return crc32
+            actual = storage.file_crc32(path)
+        if actual == crc32:
+            self._verified.add(identity)
+        return actual
 
     def reserve(self, reader: object, size: int) -> None:
         """Declare that `reader` keeps copies of up to `size` bytes open at a time, until it is garbage collected.
@@ -147,7 +161,7 @@ class Cache:
                 target.seek(size)
                 while chunk := source.read(CHUNK_BYTES):
                     target.write(chunk)
-                    crc32, size = zlib.crc32(chunk, crc32), size + len(chunk)
+                    crc32, size = storage.crc32(chunk, crc32), size + len(chunk)
                 target.truncate()
                 os.fsync(target.fileno())
 

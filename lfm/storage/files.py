@@ -12,11 +12,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import mmap
 import os
 import socket
+import stat
 import tempfile
 import uuid
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,17 @@ from typing import IO, Any
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from isal.isal_zlib import crc32
 
-from lfm.errors import ConfigError, DataError, LfmError, StorageError
+from lfm.errors import ConfigError, DataError, LfmError, StorageError, hide_credentials
 from lfm.storage.locks import is_at, lock, remove_unlocked
 from lfm.storage.retry import T, with_retries
 
 TEMPORARY_PREFIX = ".writing-"
 CHUNK_BYTES = 1 << 20
+LARGEST_FILE = 1 << 30  # bytes of a file that is read whole
+LARGEST_JSON = 64 << 20  # its values take up to 25 times as much memory
+_SEAL = "lfm_crc32"  # key of the checksum in a sealed JSON file
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
 
 
@@ -164,12 +169,33 @@ def open_read(path: str) -> IO[bytes]:
     return _request(path, lambda filesystem, inner: filesystem.open(inner, "rb"))
 
 
-def read_bytes(path: str) -> bytes:
-    """Return the whole content."""
+def read_bytes(path: str, limit: int = LARGEST_FILE) -> bytes:
+    """Return the whole content.
+
+    Raises:
+        StorageError: the file cannot be read, is no regular file (such as a device or a pipe), or is larger than `limit`.
+    """
     if is_local(path):
         with storage_errors(path):
-            return Path(path).read_bytes()
-    return _request(path, lambda filesystem, inner: bytes(filesystem.cat_file(inner)))
+            status = Path(path).stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise StorageError(f"{path}: not a regular file")
+            _check_size(path, status.st_size, limit)
+            with Path(path).open("rb") as file:  # some files report the size 0
+                content = file.read(limit + 1)
+        _check_size(path, len(content), limit)
+        return content
+
+    def read(filesystem: AbstractFileSystem, inner: str) -> bytes:
+        _check_size(path, filesystem.size(inner) or 0, limit)
+        return bytes(filesystem.cat_file(inner))
+
+    return _request(path, read)
+
+
+def _check_size(path: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise StorageError(f"{path}: {size:,} bytes, more than the {limit:,} that such a file may have")
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
@@ -181,16 +207,29 @@ def read_range(path: str, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def read_json(path: str) -> Any:
-    """Return the parsed content of a JSON file.
+def read_json(path: str, limit: int = LARGEST_JSON) -> Any:
+    """Return the parsed content of a JSON file of at most `limit` bytes, without its seal.
 
     Raises:
-        DataError: the file is not valid JSON.
+        DataError: the file is not valid JSON, is nested too deeply, or was changed after it was sealed.
     """
     try:
-        return json.loads(read_bytes(path))
-    except ValueError as error:
+        value = json.loads(read_bytes(path, limit))
+        if isinstance(value, dict) and _SEAL in value and value.pop(_SEAL) != _seal(value):
+            raise DataError(f"{path}: damaged: its checksum is another one; restore it, or make it again")
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
+    return value
+
+
+def _seal(value: Any) -> str:
+    """Return the checksum of a JSON value, whatever the order of its keys."""
+    return f"{crc32(json.dumps(value, sort_keys=True, separators=(',', ':')).encode()):08x}"
+
+
+def as_stored(value: Any) -> Any:
+    """Return what `read_json` returns after `write_json` of `value`: without tuples and credentials."""
+    return json.loads(hide_credentials(json.dumps(value, ensure_ascii=False)))
 
 
 @contextlib.contextmanager
@@ -248,9 +287,15 @@ def write_bytes(path: str, content: bytes, *, flush: bool = True) -> None:
         temporary.write_bytes(content)
 
 
-def write_json(path: str, value: Any) -> None:
-    """Write `value` as indented JSON in one step."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+def write_json(path: str, value: Any, *, sealed: bool = False) -> None:
+    """Write `value` as indented JSON in one step, without the credentials of URLs in it.
+
+    Args:
+        sealed: add a checksum to `value`, a dictionary, that `read_json` verifies and removes.
+    """
+    stored = as_stored(value)
+    content = stored | {_SEAL: _seal(stored)} if sealed else stored
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def remove(path: str) -> None:
@@ -276,14 +321,23 @@ class Checksums:
 
     bytes: int
     sha256: str
-    crc32: int  # three times as fast as sha256; verifies every download
+    crc32: int  # ten times as fast as sha256; verifies every download and every first use
 
 
 def checksums(path: Path) -> Checksums:
     """Return size and checksums of a local file, reading it once."""
-    sha256, crc32, size = hashlib.sha256(), 0, 0
+    sha256, checksum, size = hashlib.sha256(), 0, 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             sha256.update(chunk)
-            crc32, size = zlib.crc32(chunk, crc32), size + len(chunk)
-    return Checksums(size, sha256.hexdigest(), crc32)
+            checksum, size = crc32(chunk, checksum), size + len(chunk)
+    return Checksums(size, sha256.hexdigest(), checksum)
+
+
+def file_crc32(path: Path) -> int:
+    """Return the crc32 of a local file. Mapped, since copying the file into a buffer would take twice as long."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return 0
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            return crc32(mapped)

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
+from lfm.errors import hide_credentials, on_one_line
+
 TIME_LIMIT = 600.0  # seconds
 # The errors of the operating system that may pass. Many libraries raise an OSError without a number.
 _TRANSIENT_NUMBERS = {
@@ -76,7 +78,10 @@ def with_retries(name: str, request: Callable[[], T], on_retry: Callable[[], Non
     def before_sleep(state: RetryCallState) -> None:
         assert state.outcome is not None
         logging.getLogger(__name__).warning(
-            "%s: %s; retrying in %.1f s", name, state.outcome.exception(), state.upcoming_sleep
+            "%s: %s; retrying in %.1f s",
+            hide_credentials(name),
+            on_one_line(state.outcome.exception()),
+            state.upcoming_sleep,
         )
         on_retry()
 

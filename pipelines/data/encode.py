@@ -81,6 +81,8 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
         return EncodeResult(summary, None)
     recipe = _recipe(config, raw, autoencoder)
     _begin(config, recipe, world)
+    if world.is_main:
+        manifests.discard_damaged(config.dest)
     sizes = {shard.name: shard.samples for shard in raw.shards}
 
     def samples_done() -> int:  # by all ranks
@@ -166,7 +168,7 @@ def _raw_batches(config: EncodeConfig, raw: Manifest, world: World, claims: Shar
     cache = factory.cache(config.cache)
     for shard in _shards_to_encode(config, raw, world, claims):
         path = storage.join(config.raw, shard.name)
-        with cache.open(path, shard.bytes, shard.crc32, verify_local=True) as stream:
+        with cache.open(path, shard.bytes, shard.crc32) as stream:
             samples = checked(read_raw(stream, path, threads=config.threads), raw, path)
             num_samples, is_last = 0, False
             while not is_last:

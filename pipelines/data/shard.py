@@ -139,6 +139,7 @@ class Rejections:
 
 def _write_jobs(config: ShardConfig, jobs: list[ShardJob], own_jobs: list[ShardJob], rejections: Rejections) -> None:
     """Write the shards of this part that are not done, and count the rejects of all shards."""
+    manifests.discard_damaged(config.dest)
     done = manifests.done(config.dest)
     for record in manifests.records(config.dest, [job.name for job in jobs if job.name in done]):
         rejections.add(record.rejects)

@@ -32,7 +32,7 @@ def saved(folder: Path, header: WeightsHeader = WEIGHTS_HEADER) -> Path:
 @settings(max_examples=20, deadline=None)
 @given(
     samples_seen=st.integers(0, 2**62),
-    scale=st.floats(allow_nan=False, allow_infinity=False),
+    scale=st.floats(1e-9, 1e6),
     name=st.text(st.characters(exclude_categories=["Cs"])),
     dropout=st.floats(0, 0.9),
 )

@@ -140,15 +140,34 @@ def test_a_local_file_is_used_where_it_is(tmp_path: Path) -> None:
         fetch(cache, str(tmp_path / "b.tar"), SIZE, CRC32)
 
 
-def test_a_flipped_bit_in_a_local_file_is_found_on_demand(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_local_file_is_found_at_first_use(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(CONTENT)
     cache = Cache(tmp_path / "cache")
-    assert fetch(cache, str(path), SIZE, CRC32, verify_local=True) == path
+    assert fetch(cache, str(path), SIZE, CRC32) == path
     path.write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:])
     with pytest.raises(DataError, match="checksum") as error:
-        fetch(cache, str(path), SIZE, CRC32, verify_local=True)
+        fetch(Cache(tmp_path / "cache"), str(path), SIZE, CRC32)
     assert one_line(error, str(path))
+
+
+def test_a_local_file_is_verified_once_per_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, verified = tmp_path / "a.tar", []
+    path.write_bytes(CONTENT)
+    original = storage.file_crc32
+    monkeypatch.setattr(storage, "file_crc32", lambda path: verified.append(path) or original(path))
+    cache = Cache(tmp_path / "cache")
+    for _ in range(3):
+        fetch(cache, str(path), SIZE, CRC32)
+    assert verified == [path]
+
+
+def test_a_copy_that_was_damaged_is_downloaded_again(tmp_path: Path, remote: str) -> None:
+    copy = fetch(Cache(tmp_path), remote, SIZE, CRC32)
+    copy.write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:])
+    cache = Cache(tmp_path)
+    assert fetch(cache, remote, SIZE, CRC32).read_bytes() == CONTENT
+    assert cache.counts["downloads"] == 1
 
 
 def test_a_missing_remote_file_and_a_useless_cache_are_one_line(tmp_path: Path, remote: str) -> None:
