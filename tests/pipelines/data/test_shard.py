@@ -241,7 +241,7 @@ def test_a_sample_without_the_mask_that_others_have_is_a_reject(tmp_path: Path) 
     for name in ("a", "b", "b_mask"):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
     source = Source(str(tmp_path), (SourceItem("a.png"), SourceItem("b.png", mask="b_mask.png")))
-    manifests.claim(str(tmp_path), {}, overwrite=False)
+    (tmp_path / manifests.RECIPE).write_text("{}")
     records = [
         write_job(job) for job in plan(ShardConfig("source", str(tmp_path), image_size=8, samples_per_shard=1), source)
     ]
