@@ -48,12 +48,15 @@ def start_processes(world: World, store: Any = None) -> Any:
     if not torch.cuda.is_available():
         # Its shared-memory collectives take 50 s to compile, and leak 69 MB of shared memory per rank and run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend, device = "gloo", None
+    if torch.cuda.is_available():  # NCCL guesses the device of each rank, with a warning, unless it is named
+        backend, device = "nccl", torch.device("cuda", world.gpu_index(torch.cuda.device_count()))
     if not torch.distributed.is_initialized():
         if world.size == 1:  # neither a launcher nor a port is needed
             store = torch.distributed.HashStore()
-        if store is not None:
-            torch.distributed.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, device_id=device
+        )
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, rank=world.rank, world_size=world.size, verbose=False
     )

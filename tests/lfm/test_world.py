@@ -22,3 +22,8 @@ def test_the_parts_cover_each_thing_once_and_differ_by_one_at_most(size: int, to
 def test_one_rank_is_the_main_one_and_alone_by_default() -> None:
     assert [World(rank, rank, 4).is_main for rank in range(4)] == [True, False, False, False]
     assert World() == World(0, 0, 1)
+
+
+def test_a_process_that_sees_one_gpu_uses_it() -> None:
+    assert [World(rank, rank, 4).gpu_index(4) for rank in range(4)] == [0, 1, 2, 3]
+    assert [World(rank, rank, 4).gpu_index(1) for rank in range(4)] == [0, 0, 0, 0]

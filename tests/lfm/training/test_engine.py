@@ -9,15 +9,43 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
-from lfm.training.engine import parameter_groups
+from lfm.training.engine import parameter_groups, start_processes
 from lfm.training.step_guard import MEMORY, StepGuard
+from lfm.world import World
 from tests.support import engine_worker
 from tests.support.commands import REPOSITORY, finish, start_ranks
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1, 4])
+def test_the_process_group_names_the_device_of_each_rank(monkeypatch: pytest.MonkeyPatch, num_gpus: int) -> None:
+    """Else NCCL guesses it, and warns."""
+    groups: list[tuple[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, **options: groups.append((backend, options["device_id"])),
+    )
+    deepspeed = MagicMock()
+    deepspeed.ops.__compatible_ops__ = {}
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    for variable in ("LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(variable, "0")
+    for rank in range(4):
+        start_processes(World(rank, rank, 4), store=object())
+    devices = {1: [0, 0, 0, 0], 4: [0, 1, 2, 3]}
+    if num_gpus:
+        assert groups == [("nccl", torch.device("cuda", index)) for index in devices[num_gpus]]
+    else:
+        assert groups == [("gloo", None)] * 4
 
 
 def offload(stage: int) -> dict[str, Any]:
