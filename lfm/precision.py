@@ -25,7 +25,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 def trained_precision(experiment: dict[str, Any]) -> str:
     """Return the precision that a resolved experiment was trained in; fp32 if it does not say."""
-    return str(experiment.get("train", {}).get("precision", "fp32"))
+    return str(experiment.get("train", {}).get("precision") or "fp32")
 
 
 def weights_dtype(precision: str) -> torch.dtype:

@@ -117,8 +117,9 @@ class TrainConfig(_Section):
     """Weight decay of AdamW."""
     gradient_clipping: float = Field(default=0.0, ge=0)
     """Largest norm of the gradient; 0 means no clipping."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the network; time, noise, loss and the optimizer's state are float32 in each."""
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Precision of the network; by default bf16 on a GPU and fp32 on a CPU, on which tf32 is fp32, too. Time, noise, loss,
+    master weights and the optimizer's state are float32 in each."""
     skip_above: float = Field(default=20.0, ge=0)
     """Skip steps whose gradient norm exceeds the running mean by this factor; 0 means never."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)

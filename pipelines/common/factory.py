@@ -16,6 +16,7 @@ from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream.latent_stream import StreamOptions
 from lfm.errors import ConfigError, DataError
 from lfm.models.config import ModelConfig
+from lfm.precision import precision_on
 from lfm.storage.cache import DEFAULT_LIMIT, Cache
 from lfm.training.loss_terms import LossTerm, TrainingLoss
 from lfm.world import World
@@ -26,8 +27,7 @@ def device(world: World) -> torch.device:
     """Return the device of this process: the GPU of its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Slurm may show each process its own GPU only, as number 0.
-    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else world.local_rank)
+    return torch.device("cuda", world.gpu_index(torch.cuda.device_count()))
 
 
 @functools.cache  # all readers of a process share one cache, and its limit
@@ -93,6 +93,16 @@ def model_config(config: ExperimentConfig, manifest: Manifest) -> ModelConfig:
     return config.model.build_config(base)
 
 
+def with_precision(config: ExperimentConfig, device: torch.device, recorded: str | None = None) -> ExperimentConfig:
+    """Return the experiment with the precision that it is trained in on this device.
+
+    If none is set, it is `recorded`, that of the checkpoint to resume from, else bf16 on a GPU and fp32 on a CPU.
+    """
+    precision = config.train.precision or recorded or ("bf16" if device.type == "cuda" else "fp32")
+    train = config.train.model_copy(update={"precision": precision_on(device, precision)})
+    return config.model_copy(update={"train": train})
+
+
 def compiles_blocks(config: ExperimentConfig) -> bool:
     """Return whether to compile the network's blocks: as `model.compile` says, by default where it pays and is possible."""
     if config.model.compile is not None:
@@ -151,7 +161,10 @@ def micro_batch(config: ExperimentConfig, world: World) -> int:
 
 
 def deepspeed_settings(config: ExperimentConfig, world: World) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: the JSON file's content and the values that the YAML file owns."""
+    """Return DeepSpeed's configuration: the JSON file's content and the values that the YAML file owns.
+
+    The precision must have been resolved by `with_precision`; if it is None, it is fp32.
+    """
     train, micro = config.train, micro_batch(config, world)
     if not isinstance(config.deepspeed, dict):
         raise ConfigError("deepspeed: must have been read from its JSON file")

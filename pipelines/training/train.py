@@ -18,6 +18,7 @@ from lfm.errors import ConfigError, DataError
 from lfm.models import registry
 from lfm.models.config import ModelConfig
 from lfm.models.network import VelocityNetwork
+from lfm.precision import float32_arithmetic, trained_precision
 from lfm.training.engine import BYTES_PER_PARAMETER, Engine
 from lfm.training.ranks import Ranks
 from lfm.training.run_folder import RunFolder, RunState
@@ -80,8 +81,9 @@ def run(
             folder.require_shared(ranks)
             checkpoint = _choose_checkpoint(folder, ranks)
             prepared = _prepare(config, manifest, world, folder, checkpoint, initialize_from, allow_changes)
-            loop = _start(config, manifest, prepared, ranks, folder)
-            loop.run(checkpoint[0] if checkpoint else None, prepared.initial_weights)
+            with float32_arithmetic(prepared.config.train.precision or "fp32", factory.device(world)):
+                loop = _start(manifest, prepared, ranks, folder)
+                loop.run(checkpoint[0] if checkpoint else None, prepared.initial_weights)
             loop.engine.close()
     if loop.stop_requested:
         raise KeyboardInterrupt
@@ -93,6 +95,7 @@ class PreparedTraining:
     """What was built and checked before the engine starts."""
 
     plan: str
+    config: ExperimentConfig  # with its precision
     model: VelocityNetwork
     settings: dict[str, Any]  # DeepSpeed's configuration
     reference_set: ReferenceSet | None
@@ -139,6 +142,8 @@ def _prepare(
     allow_changes: bool,
 ) -> PreparedTraining:
     """Check everything that can be checked before training, and build the network."""
+    recorded = trained_precision(checkpoint[1].config) if checkpoint else None
+    config = factory.with_precision(config, factory.device(world), recorded)
     training_shards, _ = split_shards(manifest, config.data.held_back)
     if not sum(shard_sizes(training_shards, config.data.skip_shards, config.data.shards)):
         raise DataError(f"{config.data.shards}: data.skip_shards leaves nothing to train on; name fewer")
@@ -157,13 +162,12 @@ def _prepare(
     checkpoint_bytes = (BYTES_PER_PARAMETER + 4 * len(averages(config.train))) * model.num_parameters
     folder.require_space(checkpoint_bytes, config.train.keep_checkpoints, 4 * model.num_parameters)
     plan = _describe(config, manifest, model, world, settings, checkpoint[0].name if checkpoint else initialize_from)
-    return PreparedTraining(plan, model, settings, reference_set, initial_weights)
+    return PreparedTraining(plan, config, model, settings, reference_set, initial_weights)
 
 
-def _start(
-    config: ExperimentConfig, manifest: Manifest, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder
-) -> TrainingLoop:
+def _start(manifest: Manifest, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder) -> TrainingLoop:
     """Start the engine on all ranks, and build the training loop."""
+    config = prepared.config
     guard = StepGuard(config.train.skip_above)
     engine = Engine(prepared.model, prepared.settings, ranks.world, averages(config.train), guard, ranks.store)
     if ranks.world.is_main:

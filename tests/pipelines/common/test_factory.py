@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lfm.training.loss_terms import LOSS_TERMS
+from lfm.world import World
 from pipelines.common import config_schema, factory
 from tests.support.commands import REPOSITORY
 
@@ -30,6 +31,28 @@ def test_blocks_are_compiled_by_default_on_a_gpu_with_a_c_compiler(
     overrides = () if key is None else (f"model.compile={str(key).lower()}",)
     config = config_schema.load(str(REPOSITORY / "configs" / "demo.yaml"), overrides)
     assert factory.compiles_blocks(config) is expected
+
+
+@pytest.mark.parametrize(
+    ("key", "recorded", "on_cpu", "on_cuda"),
+    [
+        (None, None, "fp32", "bf16"),
+        (None, "fp32", "fp32", "fp32"),
+        (None, "bf16", "bf16", "bf16"),
+        ("tf32", None, "fp32", "tf32"),
+        ("fp32", "bf16", "fp32", "fp32"),
+        ("bf16", None, "bf16", "bf16"),
+    ],
+)
+def test_the_precision_of_training_is_the_key_then_that_of_the_checkpoint_then_that_of_the_device(
+    key: str | None, recorded: str | None, on_cpu: str, on_cuda: str
+) -> None:
+    overrides = () if key is None else (f"train.precision={key}",)
+    config = config_schema.load(str(REPOSITORY / "configs" / "demo.yaml"), overrides)
+    for device, expected in (("cpu", on_cpu), ("cuda", on_cuda)):
+        resolved = factory.with_precision(config, torch.device(device), recorded)
+        assert resolved.train.precision == expected
+        assert factory.deepspeed_settings(resolved, World())["bf16"] == {"enabled": expected == "bf16"}
 
 
 def test_every_loss_term_has_a_weight_in_the_configuration() -> None:
