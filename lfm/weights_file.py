@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, field
+from typing import Annotated, Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from lfm import storage
-from lfm.data.manifest import AutoencoderRecord, ClassRecord
-from lfm.errors import CheckpointError, LfmError, on_one_line
+from lfm import storage, tensor_file
+from lfm.data.manifest import AutoencoderRecord, ClassRecord, Pixels
+from lfm.errors import CheckpointError, ConfigError, DataError, LfmError, on_one_line
 from lfm.models import registry
 from lfm.models.config import ModelConfig
+from lfm.models.network import VelocityNetwork
 
 WEIGHTS = "weights.safetensors"
-_HEADER = "lfm"  # the key of the header in the metadata of the safetensors file
-_PIECE_SIZE = 64 << 20  # bytes of one request to remote storage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class WeightsHeader:
     """The description of a model in its weights file."""
 
     model: ModelConfig
     autoencoder: AutoencoderRecord
-    image_size: int
+    image_size: Pixels
     classes: tuple[ClassRecord, ...]
-    samples_seen: int
+    samples_seen: Annotated[int, Field(ge=0, lt=2**63)]
     manifest_digest: str
     code_version: str
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved experiment configuration; empty for imported checkpoints."""
     crop: str | None = None
     """The rule by which the training images were cropped and resized, or None if it was not recorded."""
-    labels: dict[int, str] = field(default_factory=dict)
+    labels: dict[Annotated[int, Field(ge=0, lt=2**16)], str] = field(default_factory=dict)
     """Names of the class ids of segmentation maps."""
-    prediction: str = "velocity"
+    prediction: Annotated[str, Field(pattern="^(velocity|noise)$")] = "velocity"
     """Output of the network: "velocity", or "noise" for an imported diffusion model."""
 
     def to_json(self) -> str:
@@ -56,61 +53,78 @@ class WeightsHeader:
     @staticmethod
     def from_json(text: str) -> WeightsHeader:
         """Parse the output of `to_json`; raises ValueError, TypeError, KeyError or LfmError if it is malformed."""
-        content = json.loads(text)
-        return WeightsHeader(
-            **content
-            | {
-                "model": registry.config_from_json(content["model"]),
-                "autoencoder": AutoencoderRecord(**content["autoencoder"]),
-                "classes": tuple(ClassRecord(**entry) for entry in content["classes"]),
-                "labels": {int(index): name for index, name in content.get("labels", {}).items()},
-            }
-        )
+        return WeightsHeader.from_content(json.loads(text))
+
+    @staticmethod
+    def from_content(content: dict[str, Any]) -> WeightsHeader:
+        """Return the header of parsed JSON; raises like `from_json`."""
+        try:
+            header = WeightsHeader(
+                **content
+                | {
+                    "model": registry.config_from_json(content["model"]),
+                    "autoencoder": AutoencoderRecord(**content["autoencoder"]),
+                    "classes": tuple(ClassRecord(**entry) for entry in content["classes"]),
+                }
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
+        model, size = header.model, header.model.latent_size * header.autoencoder.downsample_factor
+        if size != header.image_size or [entry.index for entry in header.classes] != list(range(len(header.classes))):
+            raise ConfigError(f"image_size {header.image_size} or classes do not fit the model, of {size} pixels")
+        if model.num_classes not in (None, len(header.classes)):
+            raise ConfigError(f"{len(header.classes)} classes do not fit the model, of {model.num_classes}")
+        return header
 
 
 def save_weights(path: str, tensors: dict[str, Tensor], header: WeightsHeader) -> None:
     """Write a weights file atomically: `path` is either absent, the old file, or the complete new one."""
-    with storage.writing(path) as temporary:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {_HEADER: header.to_json()})
-        temporary.chmod(0o644)  # safetensors creates files that only their owner can read
+    tensor_file.save(path, tensors, json.loads(header.to_json()))
 
 
 def load_weights(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
     """Load the EMA weights and the header of a run folder, a checkpoint folder or a weights file, by path or URL.
 
     Raises:
-        CheckpointError: there is no weights file, it cannot be read, or it was not written by lfm.
+        CheckpointError: there is no weights file, it cannot be read, it was damaged, or it was not written by lfm.
     """
     path = run if run.endswith(".safetensors") else storage.join(run, WEIGHTS)
     if not storage.exists(path):
         raise CheckpointError(f"{run}: contains no {WEIGHTS}; train first, or name the run folder")
-    with _local_copy(path) as local:
-        try:
-            with safe_open(local, "pt") as file:
-                header = (file.metadata() or {}).get(_HEADER)
-                if header is None:
-                    raise CheckpointError(f"{path}: has no lfm header; it was not written by `launch/train.py`")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, WeightsHeader.from_json(header)
-        except CheckpointError:
-            raise
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError, LfmError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({on_one_line(error)}); is it truncated, or of another version?"
-            ) from error
+    try:
+        tensors, content = tensor_file.load(path)
+        if content is not None:
+            return tensors, WeightsHeader.from_content(content)
+    except DataError as error:
+        raise CheckpointError(f"{error}; is it truncated? Restore it, or choose another checkpoint") from error
+    except (ValueError, TypeError, KeyError, AttributeError, LfmError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({on_one_line(error)}); is it of another version?") from error
+    raise CheckpointError(f"{path}: has no lfm header; it was not written by `launch/train.py`")
 
 
-@contextmanager
-def _local_copy(path: str) -> Iterator[str]:
-    """Provide `path` as a local file; a remote file is copied to a temporary one, piece by piece."""
-    if storage.is_local(path):
-        yield path
-        return
-    with tempfile.NamedTemporaryFile() as copy:
-        size = -1
-        while copy.tell() != size:  # a range past the end of the file is empty
-            size = copy.tell()
-            copy.write(storage.read_range(path, size, _PIECE_SIZE))
-        copy.flush()
-        yield copy.name
+def build_network(weights: dict[str, Tensor], header: WeightsHeader, name: str) -> VelocityNetwork:
+    """Build the network of a weights file, in training mode.
+
+    The shapes are compared first, without memory for weights, so that a wrong header cannot ask for any amount of it.
+
+    Args:
+        name: the path or URL in error messages.
+
+    Raises:
+        CheckpointError: the weights do not fit their header.
+    """
+    try:
+        with torch.device("meta"):
+            expected = registry.build_network(header.model).state_dict()
+        if {key: tensor.shape for key, tensor in weights.items()} != {
+            key: value.shape for key, value in expected.items()
+        }:
+            raise ValueError("other names or shapes")
+        network = registry.build_network(header.model)
+        network.load_state_dict(weights)
+    except (RuntimeError, ValueError, MemoryError, LfmError) as error:
+        raise CheckpointError(
+            f"{name}: the weights do not fit their header ({on_one_line(error)}); choose another checkpoint"
+        ) from error
+    return network

@@ -26,11 +26,10 @@ from lfm import autoencoder as autoencoders
 from lfm import weights_file
 from lfm.autoencoder import Autoencoder
 from lfm.data.random_draws import image_noise
-from lfm.errors import CheckpointError, ConfigError
+from lfm.errors import ConfigError
 from lfm.flow.guidance import CountedVelocity, Guidance, GuidedVelocity, Network, NetworkVelocity, fill_up
 from lfm.flow.null_condition import null_condition
 from lfm.inference.condition_inputs import encode_conditions
-from lfm.models import registry
 from lfm.models.config import ModelConfig
 from lfm.models.noise_prediction import NoisePrediction
 from lfm.precision import precision_on, set_precision, trained_precision
@@ -80,11 +79,7 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights, header = weights_file.load_weights(run)
-    network: nn.Module = registry.build_network(header.model)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{run}: the weights do not fit their header; choose another checkpoint") from error
+    network: nn.Module = weights_file.build_network(weights, header, run)
     precision = precision_on(device, precision or trained_precision(header.config))
     set_precision(network, precision)
     if header.prediction == "noise":

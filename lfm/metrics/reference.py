@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import zipfile
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from lfm import storage
+from lfm import storage, tensor_file
+from lfm.data.manifest import Pixels
 from lfm.errors import DataError, on_one_line
 from lfm.metrics.frechet import Gaussian
 
 MAX_SUBSET = 10_000
-_HEADER = "lfm"
 # Statistics published as .npz: their name here -> names of mean and covariance, and dimensions of the features.
 _PUBLISHED = {"pooled": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 2023)}
 
@@ -36,16 +33,16 @@ _PUBLISHED = {"pooled": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 20
 class ReferenceHeader(BaseModel):
     """Description of a reference; fields are None for imported statistics, whose files do not record them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     version: int = 1
     source: str
     data_digest: str | None = None
-    image_size: int
+    image_size: Pixels
     rule: str | None = None  # resize and crop rule of the images
     resized: bool = False  # whether the reference applied that rule, to files of any size
     stored: str | None = None  # formats of the image files
-    count: int | None = None
+    count: Annotated[int, Field(ge=1, le=10**12)] | None = None
     network: str  # as `features.load` takes it
     network_name: str
     network_hash: str | None = None
@@ -76,10 +73,7 @@ def save(path: str, reference: Reference) -> None:
         tensors |= {f"{name}.mean": gaussian.mean, f"{name}.covariance": gaussian.covariance}
     if reference.features is not None and reference.rows is not None:
         tensors |= {"kept": reference.features, "kept_rows": reference.rows}
-    with storage.writing(path) as temporary:
-        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {_HEADER: reference.header.model_dump_json()})
-        temporary.chmod(0o644)
+    tensor_file.save(path, tensors, reference.header.model_dump(mode="json"))
 
 
 def load(path: str) -> Reference:
@@ -88,20 +82,56 @@ def load(path: str) -> Reference:
     Raises:
         DataError: If the file is not a reference.
     """
-    content = storage.read_bytes(path)
     try:
-        tensors = load_tensors(content)
-        size = int.from_bytes(content[:8], "little")
-        header = ReferenceHeader.model_validate_json(json.loads(content[8 : 8 + size])["__metadata__"][_HEADER])
+        tensors, content = tensor_file.load(path)
+        header = ReferenceHeader.model_validate(content)
         gaussians = {
             name: Gaussian(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], header.count)
             for name in ("pooled", "spatial")
             if f"{name}.mean" in tensors or name == "pooled"
         }
-    except (SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
-        reason = "its header is not that of a reference" if isinstance(error, ValidationError) else on_one_line(error)
+        reference = Reference(header, gaussians, tensors.get("kept"), tensors.get("kept_rows"))
+        _check(reference)
+    except (ValueError, KeyError, DataError) as error:
+        reason = on_one_line(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"header: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         raise DataError(f"{path}: is not a reference ({reason}); make one with `lfm reference`") from error
-    return Reference(header, gaussians, tensors.get("kept"), tensors.get("kept_rows"))
+    return reference
+
+
+def is_damaged(path: str) -> bool:
+    """Return whether a file cannot be read as tensors at all, or was changed after it was written."""
+    try:
+        tensor_file.load(path)
+    except DataError:
+        return True
+    return False
+
+
+def _check(reference: Reference) -> None:
+    """Raise ValueError, naming the tensor, if shapes or values cannot be those of statistics."""
+    for name, gaussian in reference.gaussians.items():
+        size = len(gaussian.mean) if gaussian.mean.ndim == 1 else 0
+        if not size or gaussian.covariance.shape != (size, size):
+            raise ValueError(f"{name}.mean, {name}.covariance: shapes do not fit")
+        for tensor in (gaussian.mean, gaussian.covariance):
+            if tensor.dtype != torch.float64 or not tensor.isfinite().all():
+                raise ValueError(f"{name}: is not of finite float64 numbers")
+    if reference.features is None and reference.rows is None:
+        return
+    features, rows = reference.features, reference.rows
+    if features is None or rows is None or features.ndim != 2 or rows.shape != features.shape[:1]:
+        raise ValueError("kept, kept_rows: shapes do not fit")
+    if features.shape[1] != len(reference.gaussians["pooled"].mean) or not features.is_floating_point():
+        raise ValueError("kept: does not fit pooled.mean")
+    if (
+        not features.isfinite().all()
+        or rows.dtype != torch.int64
+        or not ((rows >= 0) & (rows < (reference.header.count or 0))).all()
+    ):
+        raise ValueError("kept, kept_rows: values out of range")
 
 
 def import_npz(path: str, image_size: int, code_version: str) -> Reference:

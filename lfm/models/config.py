@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from lfm.errors import ConfigError
@@ -37,19 +37,19 @@ class ModelConfig:
     training_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that change the network in training, but not the velocity of trained weights."""
 
-    latent_channels: PositiveInt
-    latent_size: PositiveInt
+    latent_channels: Annotated[int, Field(ge=1, le=1024)]
+    latent_size: Annotated[int, Field(ge=1, le=16_384)]
     """Height and width of a latent."""
     _: KW_ONLY
-    num_classes: PositiveInt | None = None
+    num_classes: Annotated[int, Field(ge=1, le=10**7)] | None = None
     """Number of classes; None for a model without class condition."""
     condition_dropout: Share = 0.0
     """Share of training samples whose condition is replaced by the null condition; 0 means no null condition."""
-    condition_channels: NonNegativeInt = 0
+    condition_channels: Annotated[int, Field(ge=0, le=4096)] = 0
     """Channels of `Condition.spatial`."""
-    num_labels: PositiveInt | None = None
+    num_labels: Annotated[int, Field(ge=1, le=2**16)] | None = None
     """Number of class ids in segmentation maps; None for a model without segmentation condition."""
-    downsample_factor: PositiveInt = 8
+    downsample_factor: Annotated[int, Field(ge=1, le=1024)] = 8
     """Pixels per latent element along each side."""
 
     def __post_init__(self) -> None:

@@ -63,13 +63,13 @@ class DiTConfig(DiTArchitecture, ModelConfig):
         ConfigError: names the fields that are out of range or contradict each other.
     """
 
-    patch_size: PositiveInt
+    patch_size: Annotated[int, Field(ge=1, le=1024)]
     """Height and width of a patch of latent elements, which becomes one token."""
-    hidden_size: PositiveInt
+    hidden_size: Annotated[int, Field(ge=1, le=65_536)]
     """Channels of a token."""
-    depth: PositiveInt
+    depth: Annotated[int, Field(ge=1, le=1_000)]
     """Number of blocks."""
-    num_heads: PositiveInt
+    num_heads: Annotated[int, Field(ge=1, le=4_096)]
     """Number of attention heads."""
 
     def __post_init__(self) -> None:

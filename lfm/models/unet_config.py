@@ -43,9 +43,11 @@ class UNetArchitecture:
 
     model_channels: Annotated[int, Field(ge=4, le=16_384, multiple_of=4)] = 256
     """Channels of the first level, before its multiplier."""
-    channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
+    channel_multipliers: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=16)
+    ] = (1, 2, 3, 4)
     """Channels of each level in multiples of `model_channels`; each level halves the height and width of the one before."""
-    num_blocks: PositiveInt = 2
+    num_blocks: Annotated[int, Field(ge=1, le=100)] = 2
     """Residual blocks of each level of the encoder; the decoder has one more."""
     attention_resolutions: tuple[PositiveInt, ...] = (16, 8, 4)
     """Heights of the latent, in latent elements, at which residual blocks are followed by attention."""

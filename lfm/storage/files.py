@@ -177,10 +177,7 @@ def read_bytes(path: str, limit: int = LARGEST_FILE) -> bytes:
     """
     if is_local(path):
         with storage_errors(path):
-            status = Path(path).stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise StorageError(f"{path}: not a regular file")
-            _check_size(path, status.st_size, limit)
+            _check_size(path, require_regular(path), limit)
             with Path(path).open("rb") as file:  # some files report the size 0
                 content = file.read(limit + 1)
         _check_size(path, len(content), limit)
@@ -191,6 +188,19 @@ def read_bytes(path: str, limit: int = LARGEST_FILE) -> bytes:
         return bytes(filesystem.cat_file(inner))
 
     return _request(path, read)
+
+
+def require_regular(path: str) -> int:
+    """Return the size of a local file.
+
+    Raises:
+        StorageError: there is none, or it is a folder, device or pipe, reading which might never end.
+    """
+    with storage_errors(path):
+        status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise StorageError(f"{path}: not a regular file")
+    return status.st_size
 
 
 def _check_size(path: str, size: int, limit: int) -> None:

@@ -7,6 +7,7 @@ determines the contents. Memory holds one block at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,11 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lfm import storage
+from lfm import storage, tensor_file
 from lfm.errors import DataError
 from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.frechet import FeatureSums, Gaussian
@@ -26,6 +25,8 @@ from lfm.metrics.reference import subset_rows
 from lfm.types import RawSample
 from lfm.world import World
 from pipelines.common.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 Block = dict[str, Tensor]  # results by name, one row for each image
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class FeatureFiles:
         return sum(self.counts)
 
     def compute(self, measure: Callable[[int], Iterable[Block]], world: World, title: str) -> bool:
-        """Write this rank's share of the missing files, and return whether all files exist afterwards.
+        """Write this rank's share of the missing or damaged files, and return whether all files exist afterwards.
 
         Args:
             measure: returns the results of a block by its number, batch by batch.
@@ -56,20 +57,38 @@ class FeatureFiles:
         """
         existing = storage.sizes(self.folder)
         mine = range(world.rank, len(self.counts), world.size)
-        missing = [block for block in mine if _name(block) not in existing]
+        missing = [block for block in mine if _name(block) not in existing or self._is_damaged(block)]
         total, remaining = (sum(self.counts[block] for block in blocks) for blocks in (mine, missing))
         with Progress(title, total, "images", done=total - remaining, quiet=not world.is_main) as progress:
             for block in missing:
                 result = concatenate(measure(block), progress)
-                with storage.writing(storage.join(self.folder, _name(block))) as temporary:
-                    save_file(result, temporary)
+                tensor_file.save(storage.join(self.folder, _name(block)), result, {})
         existing = storage.sizes(self.folder)
         return all(_name(block) in existing for block in range(len(self.counts)))
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks in order."""
         for block in range(len(self.counts)):
-            yield load_tensors(storage.read_bytes(storage.join(self.folder, _name(block))))
+            yield self._load(block)
+
+    def _load(self, block: int) -> Block:
+        path = storage.join(self.folder, _name(block))
+        tensors, header = tensor_file.load(path)
+        if header is None or any(
+            len(tensor) != self.counts[block] for name, tensor in tensors.items() if name != "shown"
+        ):
+            raise DataError(
+                f"{path}: not a block of {self.counts[block]} images; run the same command to make it again"
+            )
+        return tensors
+
+    def _is_damaged(self, block: int) -> bool:
+        try:
+            self._load(block)
+        except DataError as error:
+            logger.warning("%s; making it again", error)
+            return True
+        return False
 
     def column(self, name: str) -> Tensor:
         """Return one result of all images, (N, ...)."""

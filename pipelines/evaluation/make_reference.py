@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 
 from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.image_sets import ImageSet, open_images
-from lfm.errors import ConfigError
+from lfm.errors import ConfigError, DataError, StorageError
 from lfm.metrics import features
 from lfm.metrics import reference as references
 from lfm.metrics.features import FeatureNetwork
@@ -20,6 +22,8 @@ from pipelines.common import factory
 from pipelines.common.provenance import code_version
 from pipelines.evaluation.evaluation_options import ReferenceConfig
 from pipelines.evaluation.feature_files import Block, FeatureFiles, batched, describe, stack_images
+
+logger = logging.getLogger(__name__)
 
 MAY_DIFFER = ("source", "network", "code_version")  # header fields in which an existing reference may differ
 
@@ -64,13 +68,19 @@ def run(config: ReferenceConfig, world: World) -> ReferenceResult:
         for samples in batched(images.read(block), config.batch_size):
             yield describe([network], stack_images(samples))
 
-    if not files.compute(measure, world, "reference"):
-        return ReferenceResult(plan, None)
-    gaussians, subset = files.statistics(0)
+    try:
+        if not files.compute(measure, world, "reference"):
+            return ReferenceResult(plan, None)
+        gaussians, subset = files.statistics(0)
+    except StorageError:  # the same command in another process was faster, and has removed the files
+        if (existing := _existing(replace(config, overwrite=False), header)) is None:
+            raise
+        return ReferenceResult(plan, existing)
     reference = Reference(header, gaussians, subset, torch.from_numpy(references.subset_rows(files.total)))
     references.save(config.out, reference)
     if world.size == 1:  # otherwise another rank may still read the files
-        storage.remove(files.folder)
+        with suppress(StorageError):  # another process may write there
+            storage.remove(files.folder)
     return ReferenceResult(plan, reference)
 
 
@@ -92,14 +102,20 @@ def _header(config: ReferenceConfig, images: ImageSet, network: FeatureNetwork) 
 
 
 def _existing(config: ReferenceConfig, header: ReferenceHeader) -> Reference | None:
-    """Return the reference that the same command wrote before, or None if it has to be made.
+    """Return the reference that the same command wrote before, or None if it has to be made, again if it is damaged.
 
     Raises:
         ConfigError: If `out` is the reference of other images or another network.
     """
     if config.overwrite or not storage.exists(config.out):
         return None
-    reference = references.load(config.out)
+    try:
+        reference = references.load(config.out)
+    except DataError as error:
+        if not references.is_damaged(config.out):
+            raise
+        logger.warning("%s; making it again", str(error).split("; make")[0])
+        return None
     before, now = reference.header.model_dump(), header.model_dump()
     if changed := [key for key in now if before[key] != now[key] and key not in MAY_DIFFER]:
         raise ConfigError(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lfm import storage, weights_file
+from lfm import storage, tensor_file
 from lfm.errors import CheckpointError
 from lfm.models.dit_config import DiTConfig
 from lfm.weights_file import WEIGHTS, WeightsHeader, load_weights, save_weights
@@ -38,7 +38,7 @@ def saved(folder: Path, header: WeightsHeader = WEIGHTS_HEADER) -> Path:
 )
 def test_a_header_survives_its_json(samples_seen: int, scale: float, name: str, dropout: float) -> None:
     record = WEIGHTS_HEADER.autoencoder.model_copy(update={"scale_factor": scale, "name": name})
-    model = DiTConfig(4, 8, 2, 32, 1, 2, num_classes=3, condition_dropout=dropout)
+    model = DiTConfig(4, 8, 2, 32, 1, 2, num_classes=2, condition_dropout=dropout)
     header = dataclasses.replace(WEIGHTS_HEADER, samples_seen=samples_seen, autoencoder=record, model=model)
     assert "\n" not in header.to_json()
     assert WeightsHeader.from_json(header.to_json()) == header
@@ -147,7 +147,7 @@ def test_remote_weights_are_read_in_pieces(tmp_path: Path, piece_size: int, monk
         sizes.append(size)
         return read_range(path, offset, size)
 
-    monkeypatch.setattr(weights_file, "_PIECE_SIZE", max(piece_size, len(content) // 20))
+    monkeypatch.setattr(tensor_file, "_PIECE_SIZE", max(piece_size, len(content) // 20))
     monkeypatch.setattr(storage, "read_range", recorded)
     tensors, header = load_weights(url)
     assert header == WEIGHTS_HEADER and tensors.keys() == TENSORS.keys()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from lfm.data.manifest import ClassRecord
 from lfm.errors import ConfigError
 from lfm.models import dit
 from lfm.models.attention import SelfAttention
@@ -92,7 +93,10 @@ def test_the_cost_is_the_one_that_torch_counts(option: str, monkeypatch: pytest.
 @each_option
 def test_options_survive_saving_and_loading(option: str, tmp_path: Path) -> None:
     model, path = randomized_dit(configured(option)), str(tmp_path / "weights.safetensors")
-    save_weights(path, model.state_dict(), dataclasses.replace(WEIGHTS_HEADER, model=model.config))
+    classes = tuple(
+        ClassRecord(index=index, name=str(index), count=1) for index in range(model.config.num_classes or 0)
+    )
+    save_weights(path, model.state_dict(), dataclasses.replace(WEIGHTS_HEADER, model=model.config, classes=classes))
     tensors, header = load_weights(path)
     again = DiT(header.model)
     again.load_state_dict(tensors)
