@@ -1,12 +1,11 @@
-"""Whether images are what their conditions say: maps and holes of the drawn scenes, judged by the recogniser.
+"""Measure how well images agree with their conditions, on drawn scenes whose shapes a recogniser identifies.
 
-    python benchmarks/tasks.py OUT [--num-steps 1000] [--ranks 2]
+    python benchmarks/tasks.py OUT [--num-steps 1000] [--num-scenes 3072] [--ranks 2]
 
-Two models are trained by launch/train.py on 3,072 scenes of 64 pixels, one on maps and one on classes with holes, by the
-demo's configuration; what is there already is kept, and training resumes. Then each makes an image for each of 64 scenes
-that it never saw: under the scene's own map, and as a check of the measure held against another scene's; in the hole
-that hides the whole shape, under its own class, and under another one. The same network with the weights that it began
-with says what an untrained condition gives.
+Two models are trained by launch/train.py on scenes of 64 pixels with the demo's configuration: one on segmentations, one on
+classes and masks. Running the command again resumes. Each model then generates an image for each of 64 held-out scenes: under
+the scene's own segmentation, compared with it and, as a control, with that of another scene; and in a hole that hides the
+whole shape, under the shape's class and under another one. Networks with initial weights give the values of no training.
 """
 
 from __future__ import annotations
@@ -28,23 +27,32 @@ from lfm.synthetic.scenes import CLASS_NAMES, recognise, segment
 from lfm.types import RawSample
 
 CHECKOUT = Path(__file__).parents[1]
-SETS = {"train": (3072, 0), "test": (64, 7)}  # scenes and seed
+NUM_TEST_SCENES = 64
 SOLVING: dict[str, Any] = {"num_steps": 20, "solver": "heun"}
+SCALE = 2.5  # guidance scale of the trained models
+WARMUP_STEPS = 20  # as in the demo's configuration
 
 
 def command(*arguments: object) -> None:
+    """Run a command in the checkout, and raise if it fails."""
     subprocess.run(list(map(str, arguments)), check=True, cwd=CHECKOUT)
 
 
-def make(out: Path, num_steps: int, ranks: int) -> list[RawSample]:
-    """Everything up to the trained models; returns the scenes to test on."""
+def train_models(out: Path, num_steps: int, num_scenes: int, ranks: int) -> list[RawSample]:
+    """Draw and encode the scenes and train both models; return the test scenes."""
     lfm = (sys.executable, "-m", "pipelines.cli.main")
-    for name, (count, seed) in SETS.items():
+    for name, count, seed in (("train", num_scenes, 0), ("test", NUM_TEST_SCENES, 7)):
         command(*lfm, "scenes", out / name, "--num", count, "--image-size", 64, "--seed", seed)
         command(*lfm, "shard", out / name, out / f"{name}-raw", "--layout", "paired", "--image-size", 64)
     command(*lfm, "encode", out / "train-raw", out / "latents")
     for task in ("semantic", "class+inpaint"):
-        settings = {"run": out / task, "condition": task, "data.shards": out / "latents", "train.num_steps": num_steps}
+        settings = {
+            "run": out / task,
+            "condition": task,
+            "data.shards": out / "latents",
+            "train.num_steps": num_steps,
+            "train.warmup_steps": min(num_steps, WARMUP_STEPS),
+        }
         changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         launcher = (Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "launch/train.py")
         command(*launcher, "--config", "configs/demo.yaml", *changes)
@@ -53,58 +61,69 @@ def make(out: Path, num_steps: int, ranks: int) -> list[RawSample]:
 
 
 def untrained(run: Path) -> TrainedModel:
-    """The model of a run with the weights that its training began with."""
+    """Return the model of a run with initial weights."""
     model = library.load(str(run))
     torch.manual_seed(0)
     model.network.load_state_dict(registry.build_network(model.header.model).state_dict())
     return model
 
 
-def share(made: np.ndarray, classes: np.ndarray) -> float:
-    """Of the images, those that the recogniser takes for their class."""
-    return float(np.mean([recognise(image) == index for image, index in zip(made, classes, strict=True)]))
+def recognised_share(images: np.ndarray, classes: np.ndarray) -> float:
+    """Return the share of images whose class the recogniser identifies."""
+    return float(np.mean([recognise(image) == index for image, index in zip(images, classes, strict=True)]))
+
+
+def agreement(images: np.ndarray, segmentations: np.ndarray) -> float:
+    """Return the share of pixels whose recognised label is that of the segmentations."""
+    return float((np.stack([segment(image) for image in images]) == segmentations).mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--num-scenes", type=int, default=3072)
     parser.add_argument("--ranks", type=int, default=2)
     options = parser.parse_args()
     out = options.out.resolve()
-    scenes = make(out, options.num_steps, options.ranks)
-    seeds = range(len(scenes))
-    images, masks, maps = (
-        np.stack([getattr(scene, part) for scene in scenes]) for part in ("image", "mask", "segmentation")
-    )
+    scenes = train_models(out, options.num_steps, options.num_scenes, options.ranks)
+    measure_segmentations(out / "semantic", scenes)
+    measure_masks(out / "class+inpaint", scenes)
+
+
+def measure_segmentations(run: Path, scenes: list[RawSample]) -> None:
+    """Print the share of pixels that agree with the segmentation under which an image was generated."""
+    images, segmentations = (np.stack([getattr(scene, part) for scene in scenes]) for part in ("image", "segmentation"))
+    print(f"pixels that agree with the segmentation: of the test images {agreement(images, segmentations):.1%}")
+    for name, model, scale in (("trained", library.load(str(run)), SCALE), ("untrained", untrained(run), 1.0)):
+        seeds = range(len(scenes))
+        samples = model.sample(seeds, segmentations=segmentations, guidance_scale=scale, **SOLVING).images
+        other = agreement(samples, np.roll(segmentations, 1, 0))
+        print(f"  {name}: {agreement(samples, segmentations):.1%}, with another scene's segmentation {other:.1%}")
+
+
+def measure_masks(run: Path, scenes: list[RawSample]) -> None:
+    """Print the share of filled holes whose class is recognised, and whether known pixels are unchanged."""
+    images, masks = (np.stack([getattr(scene, part) for scene in scenes]) for part in ("image", "mask"))
     classes = np.array([scene.class_index for scene in scenes])
-
-    def agreement(made: np.ndarray, wanted: np.ndarray) -> float:
-        return float((np.stack([segment(image) for image in made]) == wanted).mean())
-
-    print(f"pixels that agree with the map: the real images {agreement(images, maps):.1%}")
-    for name, model, scale in (
-        ("trained", library.load(str(out / "semantic")), 2.5),
-        ("untrained", untrained(out / "semantic"), 1.0),
+    grey = np.where(masks[..., None] == 1, 128, images)
+    print(f"holes in which the class is recognised: filled with grey {recognised_share(grey, classes):.1%}")
+    model = library.load(str(run))
+    for name, filler, filled_classes, scale in (
+        ("its own class", model, classes, SCALE),
+        ("another class", model, (classes + 3) % len(CLASS_NAMES), SCALE),
+        ("untrained", untrained(run), classes, 1.0),
     ):
-        made = model.sample(seeds, segmentations=maps, guidance_scale=scale, **SOLVING).images
-        other = agreement(made, np.roll(maps, 1, 0))
-        print(f"  {name}: {agreement(made, maps):.1%}, with another scene's map {other:.1%}")
-    print(
-        f"holes with the class that was told: left grey {share(np.where(masks[..., None] == 1, 128, images), classes):.1%}"
-    )
-    filled = library.load(str(out / "class+inpaint"))
-    for name, model, wanted in (
-        ("its own class", filled, classes),
-        ("another class", filled, (classes + 3) % len(CLASS_NAMES)),
-        ("untrained", untrained(out / "class+inpaint"), classes),
-    ):
-        scale = 1.0 if name == "untrained" else 2.5
-        made = model.sample(
-            seeds, class_index=wanted.tolist(), images=images, masks=masks, guidance_scale=scale, **SOLVING
+        samples = filler.sample(
+            range(len(scenes)),
+            class_index=filled_classes.tolist(),
+            images=images,
+            masks=masks,
+            guidance_scale=scale,
+            **SOLVING,
         ).images
-        known = "unchanged" if (made[masks == 0] == images[masks == 0]).all() else "CHANGED"
-        print(f"  {name}: {share(made, wanted):.1%}; known pixels {known}")
+        known = "unchanged" if (samples[masks == 0] == images[masks == 0]).all() else "CHANGED"
+        print(f"  {name}: {recognised_share(samples, filled_classes):.1%}; known pixels {known}")
 
 
 if __name__ == "__main__":
