@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from lfm.errors import ConfigError, on_one_line
 from lfm.metrics.inception import PUBLISHED, Inception
+from lfm.precision import float32_arithmetic
 
 FD_LITE = "fd-lite"
 INCEPTION = "inception"
@@ -52,8 +53,9 @@ class FeatureNetwork:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """Return the features of images uint8 (B, 3, H, W)."""
-        return self.forward(images.to(self.device))
+        """Return the features of images uint8 (B, 3, H, W), computed in fp32, so that numbers of all machines agree."""
+        with float32_arithmetic("fp32", self.device):
+            return self.forward(images.to(self.device))
 
 
 def load(network: str, device: torch.device | str = "cpu") -> FeatureNetwork:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from lfm.errors import ConfigError
 from lfm.metrics import features
+from lfm.metrics.features import FeatureNetwork, Features
 from lfm.metrics.inception import MIXED, Inception, Mixed, resize
 
 
@@ -118,3 +120,18 @@ def test_an_exported_module_is_a_feature_network(tmp_path: Path) -> None:
 def test_unknown_networks_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         features.load(name)
+
+
+def test_features_are_computed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, where torch's default are convolutions of TF32 inputs."""
+    precisions: list[tuple[str, torch.device]] = []
+
+    def record(precision: str, device: torch.device) -> nullcontext[None]:
+        precisions.append((precision, device))
+        return nullcontext()
+
+    monkeypatch.setattr(features, "float32_arithmetic", record)
+    device = torch.device("cpu")
+    network = FeatureNetwork("mean", "mean", "0", "", device, lambda batch: Features(batch.float().mean((2, 3))))
+    assert network(images()).pooled.shape == (2, 3)
+    assert precisions == [("fp32", device)]
