@@ -8,7 +8,7 @@ estimate e^T (dv/dx) e (Grathwohl et al. 2019), by one backward pass with a vect
 along a trajectory. Its mean over e is the divergence. The density is that of latents as the model is trained on them:
 drawn from the posterior and scaled.
 
-The solvers run from time 1 to 0, so they are given the time 1 - t and the velocity -v, and the integral is one more value
+The solvers run from time 1 to 0, so they receive the time 1 - t and the velocity -v, and the integral is one more value
 of the state.
 """
 

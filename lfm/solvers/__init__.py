@@ -163,7 +163,7 @@ class Solving:
     def __str__(self) -> str:
         if SOLVERS[self.solver].is_adaptive:
             return f"{self.solver}, atol {self.atol or DEFAULT_TOLERANCE:g}, rtol {self.rtol or DEFAULT_TOLERANCE:g}"
-        shift = f", shifted by {self.time_shift:g}" if self.time_shift else ", at given times" if self.times else ""
+        shift = f", shifted by {self.time_shift:g}" if self.time_shift else ", at chosen times" if self.times else ""
         return f"{self.solver} in {len(self.grid) - 1} steps{shift}"
 
 

@@ -1,7 +1,7 @@
-"""The adaptive solvers of torchdiffeq, with which the paper's numbers were made.
+"""The adaptive solvers of torchdiffeq, which the paper's numbers were computed with.
 
 They take the same steps for the whole batch and control the root mean square of the error over all rows, so an image
-depends on the batch that it is made in. The solvers of `lfm.solvers.runge_kutta` control each row for itself.
+depends on the other images of its batch. The solvers of `lfm.solvers.runge_kutta` control each row for itself.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def test_guidance_is_its_formula_on_every_channel(scale: float) -> None:
         torch.testing.assert_close(velocity[row], expected.view(-1, 1, 1).expand(5, 2, 2), atol=1e-4, rtol=1e-5)
 
 
-def test_scale_1_never_calls_the_null_branch() -> None:
+def test_scale_1_does_not_evaluate_the_null_condition() -> None:
     field = guided(1.0, [0, 1])
     plain = NetworkVelocity(Pull(), Condition(torch.tensor([0, 1])), 2)
     noise = torch.randn(2, 4, 2, 2)

@@ -36,7 +36,7 @@ def test_the_velocity_is_the_derivative_of_the_state(start: float, length: float
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_path_and_loss_are_float32_whatever_comes_in(dtype: torch.dtype) -> None:
+def test_path_and_loss_are_float32_for_inputs_of_every_dtype(dtype: torch.dtype) -> None:
     data, noise = (tensor.to(dtype) for tensor in pair())
     sample = path_sample(data, noise, torch.rand(5).to(dtype))
     loss = squared_error(data, noise)

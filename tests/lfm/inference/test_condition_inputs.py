@@ -79,7 +79,7 @@ def test_inputs_that_the_model_does_not_take_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_choice_all_classes_are_made_in_turns() -> None:
+def test_all_classes_are_cycled_by_default() -> None:
     conditions = with_classes(Conditions(), None, 3)
     assert conditions.class_index is not None and conditions.class_index.tolist() == [0, 1, 2]
     assert with_classes(Conditions(), None, None).class_index is None
