@@ -30,7 +30,7 @@ OWNERS = {
 # The rooms of lfm, the lowest floor first. A room imports from the floors below its own and from itself.
 FLOORS = (
     {"errors", "types", "world"},
-    {"storage", "prefetch", "precision"},
+    {"storage", "prefetch", "precision", "tensor_file"},
     {"models", "flow", "solvers"},
     {"data", "synthetic"},
     {"weights_file", "autoencoder"},
