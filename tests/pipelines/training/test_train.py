@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from lfm.data import manifest as manifests
 from pipelines.common.config_schema import TrainConfig
 from pipelines.training.training_loop import learning_rate_at
 from tests.support.commands import SmallSet, assert_one_line
@@ -138,8 +138,8 @@ def test_a_condition_that_is_not_in_the_latents_is_one_line(
     experiment: Path, small_set: SmallSet, tmp_path: Path
 ) -> None:
     bare = shutil.copytree(small_set.latents, tmp_path / "bare")
-    manifest = json.loads((bare / "manifest.json").read_text())
-    (bare / "manifest.json").write_text(json.dumps(manifest | {"classes": []}))
+    manifest = manifests.load(str(bare), "latents")
+    manifests.publish(str(bare), manifest.model_copy(update={"classes": ()}))
     for condition, repair in (("class", "class folders"), ("inpaint", "--masks"), ("class+semantic", "segmentations")):
         shards = bare if condition == "class" else small_set.latents
         refused = plan(experiment, f"condition={condition}", f"data.shards={shards}")
