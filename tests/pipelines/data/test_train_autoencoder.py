@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lfm import autoencoder as autoencoders
+from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.image_sets import ShardedImages
 from lfm.errors import ConfigError, DataError
@@ -42,6 +43,19 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
         "config.json", "diffusion_pytorch_model.safetensors", "recipe.json"
     ]  # fmt: skip
+
+
+def test_the_precision_is_recorded_and_tf32_is_fp32_without_a_gpu(small_set: SmallSet, tmp_path: Path) -> None:
+    hashes = {}
+    for precision in ("tf32", "fp32", "bf16"):
+        dest = tmp_path / precision
+        run(config(small_set, dest, num_steps=1, precision=precision), ALONE)
+        assert storage.read_json(str(dest / "recipe.json"))["precision"] == ("bf16" if precision == "bf16" else "fp32")
+        hashes[precision] = autoencoders.load(str(dest)).content_hash
+    assert hashes["tf32"] == hashes["fp32"] != hashes["bf16"]
+    assert run(config(small_set, tmp_path / "fp32", num_steps=1), ALONE).psnr is None, (
+        "the default is the same on a CPU"
+    )
 
 
 def test_it_learns_and_its_latents_have_unit_deviation(small_set: SmallSet, tmp_path: Path) -> None:
