@@ -40,3 +40,11 @@ class CheckpointError(LfmError):
 def on_one_line(error: BaseException | None) -> str:
     """Return the message of another library's error, shortened for a part of one line; its type if it has no message."""
     return hide_credentials(" ".join(str(error).split()))[:200] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: control characters, and bytes of a file name that are not UTF-8, become escapes."""
+    return "".join(
+        character if character.isprintable() or character == " " else character.encode("unicode_escape").decode()
+        for character in text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    )

@@ -14,7 +14,7 @@ from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.manifest import Manifest
 from lfm.data.raw_shards import read_raw
-from lfm.data.sources.source import SUFFIXES
+from lfm.data.sources.names import SUFFIXES
 from lfm.data.transforms import Rejected, crop, decode
 from lfm.errors import ConfigError, DataError, StorageError
 from lfm.storage.cache import Cache

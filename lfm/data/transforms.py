@@ -11,6 +11,8 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,7 +22,12 @@ from lfm.errors import DataError
 # Not all formats of Pillow: for some it runs other programs (Ghostscript for EPS).
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LARGEST_PIXELS = 200_000_000  # larger images are taken for decompression bombs
+ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of Pillow images whose pixels are class ids
+MOST_SATURATION = 32  # of a mask that counts as grey: JPEG alters equal channels
 BACKGROUND = (255, 255, 255)  # behind transparent pixels and around padded images
+
+
+MaskValue = Literal["white", "black", "opaque", "transparent"]
 
 
 class Rejected(Exception):
@@ -48,10 +55,42 @@ def _rejecting() -> Iterator[None]:
         raise Rejected("cannot be decoded", str(error)) from error
 
 
+@cache
+def _optional_formats() -> tuple[str, ...]:
+    """Register the decoders of the extras that are installed, and return Pillow's names of their formats."""
+    formats = []
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        formats.append("HEIF")
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401
+
+        formats.append("JXL")
+    return tuple(formats)
+
+
+def _optional_format(content: bytes) -> str | None:
+    """Return the format of a file that Pillow reads with an extra: HEIF or JXL."""
+    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return "HEIF"
+    if content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JXL"
+    return None
+
+
 def _loaded(content: bytes) -> Image.Image:
     if not content:
         raise Rejected("empty file")
-    image = Image.open(io.BytesIO(content), formats=PILLOW_FORMATS)
+    optional = _optional_format(content)
+    formats = (optional,) if optional and optional in _optional_formats() else PILLOW_FORMATS
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats)
+    except UnidentifiedImageError as error:
+        if optional and optional not in formats:
+            raise Rejected("of a format of an extra", f"pip install 'lfm[{optional.lower()}]' reads it") from error
+        raise
     if image.width * image.height > LARGEST_PIXELS:
         raise Rejected("too large", f"{image.width} x {image.height} pixels")
     image.load()
@@ -76,28 +115,119 @@ def decode(content: bytes | np.ndarray) -> Image.Image:
 def decode_ids(content: bytes) -> np.ndarray:
     """Return the class ids of a segmentation, uint8 or uint16 (H, W): grey levels, or the indices of a palette image.
 
+    An image of three equal channels is grey.
+
     Raises:
         Rejected: the content is no image, or its pixels are no class ids.
     """
     with _rejecting():
-        image = _loaded(content)
-        if image.format in ("JPEG", "JPEG2000"):
-            raise Rejected("not a map", f"{image.format} alters class ids; store it as PNG")
-        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-            raise Rejected("not a map", f"mode {image.mode}; class ids are grey levels or palette indices")
-        ids = np.asarray(image)
+        image = load_map(content)
+        ids = np.asarray(image if image.mode in ID_MODES else _grey(image))
         if ids.min() < 0 or ids.max() > 0xFFFF:
             raise Rejected("not a map", f"ids {ids.min()} to {ids.max()}; at most 16 bits")
         return ids.astype(np.uint16 if image.mode.startswith("I") else np.uint8)
 
 
-def decode_mask(content: bytes) -> Image.Image:
-    """Return a mask as an image of mode L; levels from 128 on are holes.
+def decode_colours(content: bytes) -> np.ndarray:
+    """Return the colours of a segmentation whose classes are colours: int32 (H, W), 0xRRGGBB.
 
     Raises:
-        Rejected: the content is no image.
+        Rejected: the content is no image, or lossy.
     """
-    return decode(content).convert("L")
+    with _rejecting():
+        rgb = np.asarray(load_map(content).convert("RGB"), np.int32)
+    return (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
+
+
+def load_map(content: bytes) -> Image.Image:
+    """Return the image of a segmentation in its own mode.
+
+    Raises:
+        Rejected: its format alters class ids, or it is partly transparent.
+    """
+    with _rejecting():
+        image = _loaded(content)
+        if image.format in ("JPEG", "JPEG2000", "HEIF", "AVIF"):
+            raise Rejected("not a map", f"{image.format} alters class ids; store it as PNG")
+        if _alpha(image) is not None and image.mode != "P":
+            raise Rejected("not a map", "it is partly transparent")
+        return image
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Return the first channel of an image whose three channels are equal."""
+    rgb = np.asarray(image.convert("RGB"))
+    if not (rgb == rgb[..., :1]).all():
+        raise Rejected("not a map", f"mode {image.mode}; class ids are grey levels or palette indices, not colours")
+    return Image.fromarray(np.ascontiguousarray(rgb[..., 0]))
+
+
+def decode_mask(content: bytes, value: MaskValue = "white") -> Image.Image:
+    """Return a mask as an image of mode L; levels from 128 on are holes.
+
+    Holes are white or coloured, on black or on transparent; of two levels that lie on the same side of 128, such as 0 and
+    1, they are the higher one. In a partly transparent image that is not painted in one bright colour, holes are
+    transparent.
+
+    Args:
+        value: the kind of pixels that are holes, if the rule above does not hold.
+
+    Raises:
+        Rejected: the content is no image, or no mask.
+    """
+    with _rejecting():
+        image = ImageOps.exif_transpose(_loaded(content))
+        alpha = _alpha(image)
+        if alpha is None:
+            if value in ("opaque", "transparent"):
+                raise Rejected("opaque", "no pixel is transparent")
+            levels = _mask_levels(image)
+        else:
+            levels = _layer_levels(np.asarray(image.convert("RGBA"))[..., :3], alpha, value)
+        return Image.fromarray(255 - levels if value == "black" else levels)
+
+
+def _alpha(image: Image.Image) -> np.ndarray | None:
+    """Return the alpha channel, uint8 (H, W); None if it is the same everywhere."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return None
+    alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    return None if alpha.min() == alpha.max() else alpha
+
+
+def _layer_levels(colours: np.ndarray, alpha: np.ndarray, value: MaskValue) -> np.ndarray:
+    """Return the levels of a partly transparent mask: strokes on a transparent layer, or an image with holes cut out."""
+    painted = colours[alpha >= 128]
+    one_bright_colour = painted.size and np.ptp(painted, 0).max() <= 16 and painted.max() >= 128
+    is_layer = value == "opaque" if value in ("opaque", "transparent") else one_bright_colour
+    return alpha if is_layer else 255 - alpha
+
+
+def _mask_levels(image: Image.Image) -> np.ndarray:
+    """Return the levels, uint8 (H, W), of a mask without transparency, spread to both sides of 128.
+
+    Raises:
+        Rejected: it has colours of several classes, or levels that are neither black nor white.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        levels, largest = np.asarray(image).astype(np.int64), 0xFFFF
+    else:
+        rgb, largest = np.asarray(image.convert("RGB")), 255
+        saturation = np.ptp(rgb, -1)
+        if saturation.max() <= MOST_SATURATION:
+            levels = np.asarray(image.convert("RGB").convert("L"))
+        else:
+            levels = rgb.max(-1)
+            bright = rgb[levels >= 128].astype(np.int64)
+            hues = (2 * bright > bright.max(-1, keepdims=True)) @ np.array([4, 2, 1])
+            if (np.bincount(hues, minlength=1) > 0.01 * levels.size).sum() > 1:
+                raise Rejected("of several colours", "holes have one colour, on black or on transparent")
+    values = np.unique(levels)
+    if len(values) <= 2 and (values[0] > largest // 2 or values[-1] <= largest // 2) and values[-1] > 0:
+        return np.where(levels == values[-1], 255, 0 if len(values) > 1 or values[0] <= 1 else 255).astype(np.uint8)
+    if 0 < values[-1] <= largest // 2:
+        raise Rejected("not binary", f"levels {values[0]} to {values[-1]}; class ids, or a mask that is too dark")
+    return np.round(levels / (largest // 255)).clip(0, 255).astype(np.uint8)
 
 
 def binary(mask: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from pipelines.cli.stage_command import show, stage_command
+from lfm.errors import printable
+from pipelines.cli.stage_command import show, stage_command, with_flags
 from pipelines.data.data_options import AutoencoderConfig, EncodeConfig, InspectConfig, ShardConfig
 from pipelines.demo.demo_options import ScenesConfig
 
@@ -14,14 +15,14 @@ def shard(config: ShardConfig) -> None:
     """Pack the images of SOURCE, with their classes, segmentations and masks, into raw shards in DEST."""
     from pipelines.data.shard import run
 
-    result = run(config)
+    result = run(config, announce=lambda text: click.echo(with_flags(text, ShardConfig)))
     if config.dry_run:
-        return show(config, result.plan)
+        return show(config, with_flags(result.description, ShardConfig))
     if (manifest := result.manifest) is None:
         return click.echo(f"{result.plan}; done, the last part writes the manifest")
     click.echo(f"{result.plan}: {manifest.num_samples:,} samples, {len(manifest.rejects)} rejected")
     for reject in manifest.rejects[:5]:
-        click.echo(f"  rejected {reject.source}: {reject.detail or reject.reason}")
+        click.echo(printable(f"  rejected {reject.source}: {reject.detail or reject.reason}"))
     click.echo(f"next: lfm encode {config.dest} LATENTS")
 
 

@@ -16,7 +16,7 @@ import click
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from lfm.errors import LfmError
+from lfm.errors import LfmError, printable
 from pipelines.common.options import Argument, Flag, PythonOnly, Section, problem
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
@@ -111,8 +111,17 @@ def errors_name_flags(flags: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except LfmError as error:
-        error.args = (re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error)),)
+        error.args = (_with_flags(str(error), flags),)
         raise
+
+
+def with_flags(text: str, config_class: type) -> str:
+    """Return text with the names of a command's options, which are Python names in backticks, replaced by their flags."""
+    return _with_flags(text, {key: _flag(key, field) for key, field in _fields(config_class)})
+
+
+def _with_flags(text: str, flags: Mapping[str, str]) -> str:
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
 
 
 def show(config: Any, plan: str) -> None:
@@ -200,5 +209,5 @@ def _sections(described: list[tuple[str, FieldInfo]]) -> dict[str, list[str]]:
 
 
 def _fail(message: str) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(2)

@@ -48,7 +48,27 @@ class ShardConfig:
     """How images become square: crop the centre (as ADM does), pad or squash."""
     masks: Literal["free-form"] | None = None
     """Generate masks for a source that has none: free-form draws the large holes of MAT."""
-    seed: Seed = 0
+    classes: Annotated[Literal["auto", "folders", "none"], Section("Labels and annotations")] = "auto"
+    """Where folders may be classes or something else: folders takes them for classes, none leaves classes out."""
+    class_order: Literal["name", "number"] = "name"
+    """Order of the indices of class folders: of their names as text, or as numbers."""
+    labels: Annotated[str | None, Flag(metavar="FILE")] = None
+    """Table of file names and labels, CSV, TSV, JSON lines or parquet, in place of the labels of SOURCE."""
+    label_column: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Column of the table, or key of the JSON, that holds the label."""
+    mask_files: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Folder, or end of the names, of the masks; none leaves them out."""
+    mask_value: Literal["white", "black", "opaque", "transparent"] = "white"
+    """Pixels of a mask that are missing."""
+    map_files: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Folder, or end of the names, of the segmentations; none leaves them out."""
+    palette: Annotated[str | None, Flag(metavar="NAME_OR_FILE")] = None
+    """Colours of segmentations: camvid, cityscapes, voc, a file of lines name,r,g,b, or indices."""
+    ignore_label: Annotated[int | None, Field(ge=0, le=0xFFFF)] = None
+    """Id of the segmentations that stands for no class."""
+    sheet: Annotated[str | None, Flag(metavar="FILE")] = None
+    """Save a sheet of 16 images with class, mask and map before anything is packed."""
+    seed: Annotated[Seed, Section("Options")] = 0
     """Seed of the shuffle into shards and of generated masks."""
     workers: Annotated[Count, EXECUTION] = 1
     """Number of processes that decode and write."""

@@ -7,7 +7,7 @@ job that any process can do at any time, and repeat.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from lfm.data.manifest import ClassRecord, Manifest, Reject, ShardRecord
 from lfm.data.masks import MASKS
 from lfm.data.raw_shards import IMAGE_ENCODINGS, raw_members
 from lfm.data.sources.layouts import LAYOUTS, read
-from lfm.data.sources.source import Source
+from lfm.data.sources.names import storable
+from lfm.data.sources.source import About, Choices, Source
 from lfm.data.tar import sample_key
 from lfm.data.transforms import Rejected, binary, crop, crop_ids
 from lfm.errors import ConfigError, DataError
@@ -28,14 +29,16 @@ from lfm.world import World
 from pipelines.common.processes import map_processes, part_of
 from pipelines.common.progress import Progress
 from pipelines.data.data_options import ShardConfig
+from pipelines.data.shard_plan import describe, interpret_maps, save_sheet, survey
 from pipelines.data.shard_set import complete_records, write_shard
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The plan in words and the complete data set; no manifest after a dry run, or while other parts are not done."""
+    """The plan and the complete data set; no manifest after a dry run, or while other parts are not done."""
 
-    plan: str
+    plan: str  # one line
+    description: str  # what was understood of the source, in lines
     manifest: Manifest | None
 
 
@@ -59,15 +62,18 @@ class ShardJob:
         return len(self.source.items)
 
 
-def run(config: ShardConfig) -> ShardResult:
+def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardResult:
     """Write the shards of this part that are not done, and the manifest when all parts are done.
+
+    Args:
+        announce: called with the plan before anything is written.
 
     Raises:
         ConfigError, DataError, StorageError: no shard is visible that is not whole; the same command resumes.
     """
     part = _check(config)
     storage.require_apart(config.source, config.dest)
-    source = read(config.source, config.layout, config.split)
+    source = interpret_maps(_read(config), config)
     if config.masks and "mask" in source.fields:
         raise ConfigError(f"`masks` {config.masks}: {source.root} has masks of its own; leave the option out")
     jobs = plan(config, source)
@@ -79,11 +85,26 @@ def run(config: ShardConfig) -> ShardResult:
     )
     if part.size > 1:
         summary += f", {len(own_jobs)} of them by part {config.part}"
+    sample = survey(source, config.crop)
+    description = f"{summary}\n{describe(source, sample)}"
+    if config.sheet:
+        save_sheet(source, sample, config.sheet)
     if config.dry_run:
-        return ShardResult(summary, None)
+        return ShardResult(summary, description, None)
+    announce(description)
     manifests.claim(config.dest, recipe, overwrite=config.overwrite)
     _write_jobs(config, jobs, own_jobs, Rejections(config.max_rejected, len(source.items)))
-    return ShardResult(summary, _publish_if_complete(config, source, recipe, jobs))
+    return ShardResult(summary, description, _publish_if_complete(config, source, recipe, jobs))
+
+
+def _read(config: ShardConfig) -> Source:
+    choices = Choices(
+        config.classes, config.class_order, config.labels, config.label_column, config.mask_files, config.map_files
+    )
+    source = read(config.source, config.layout, config.split, choices)
+    if config.mask_value != "white" and "mask" not in source.fields:
+        raise ConfigError(f"`mask_value` {config.mask_value}: {source.root} has no masks; leave it out")
+    return replace(source, mask_value=config.mask_value)
 
 
 def _check(config: ShardConfig) -> World:
@@ -102,7 +123,7 @@ def plan(config: ShardConfig, source: Source) -> list[ShardJob]:
     jobs = []
     for number, start in enumerate(range(0, len(order), config.samples_per_shard)):
         items = tuple(source.items[index] for index in order[start : start + config.samples_per_shard])
-        jobs.append(ShardJob(config, number, replace(source, items=items), frozenset(source.fields)))
+        jobs.append(ShardJob(config, number, replace(source, items=items, about=About()), frozenset(source.fields)))
     return jobs
 
 
@@ -161,7 +182,7 @@ def write_job(job: ShardJob) -> ShardRecord:
             try:
                 sample = _sample(job, item, sample_key(job.number, row))
             except Rejected as error:
-                rejects.append(Reject(source=item.image, reason=error.reason, detail=str(error)))
+                rejects.append(Reject(source=storable(item.image), reason=error.reason, detail=storable(str(error))))
                 continue
             if sample.class_index is not None:
                 class_counts[sample.class_index] += 1
@@ -194,9 +215,11 @@ def _sample(job: ShardJob, item: SourceItem, key: str) -> RawSample:
         ids = crop_ids(decoded.segmentation, (width, height), size, rule, job.source.unlabelled)
     if decoded.mask is not None:
         mask = binary(crop(decoded.mask, size, rule))
+        if mask.min() == mask.max():
+            raise Rejected("mask full" if mask.max() else "mask empty", "after the crop, it hides all pixels or none")
     elif job.config.masks:
         mask = MASKS[job.config.masks](job.config.seed, key, size)
-    metadata = {"source": item.image, "width": width, "height": height, "crop": rule}
+    metadata = {"source": storable(item.image), "width": width, "height": height, "crop": rule}
     return RawSample(key, image, item.class_index, mask, ids, metadata)
 
 
@@ -215,7 +238,7 @@ def _publish_if_complete(
         kind="raw",
         image_size=config.image_size,
         classes=tuple(
-            ClassRecord(index=index, name=name, count=int(counts[index]))
+            ClassRecord(index=index, name=storable(name), count=int(counts[index]))
             for index, name in enumerate(source.class_names)
         ),
         fields=tuple(sorted({*source.fields, "mask"} if config.masks else source.fields)),
@@ -236,6 +259,11 @@ def _labels(source: Source) -> dict[int, str]:
 
 def _recipe(config: ShardConfig, source: Source) -> dict[str, Any]:
     """Everything that decides the shards' bytes. The keys are part of the file format."""
+    optional = {
+        "mask_value": config.mask_value if config.mask_value != "white" else None,
+        "colours": {f"{colour:06x}": label for colour, label in source.maps.colours.items()},
+        "is_binary": source.maps.is_binary,
+    }
     return {
         "kind": "raw",
         "layout": source.layout,
@@ -250,4 +278,5 @@ def _recipe(config: ShardConfig, source: Source) -> dict[str, Any]:
         "seed": config.seed,
         "pictures": len(source.items),
         "source": manifests.digest(asdict(item) for item in source.items),
+        **{key: value for key, value in optional.items() if value},  # keys that older recipes do not have
     }

@@ -1,16 +1,17 @@
-"""Layouts whose images lie in a few large files: LMDB, LSUN, tars of webdataset, tables of Hugging Face."""
+"""Layouts whose images lie in a few large files: LMDB, LSUN, tables of Hugging Face."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lfm import storage
 from lfm.data.sources import readers
-from lfm.data.sources.source import SUFFIXES, Layout, Source, Tree, files_of_split
+from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, label_column
+from lfm.data.sources.source import About, Choices, Layout, Source, Tree, files_of_split
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
 
@@ -21,7 +22,7 @@ _COLUMNS = {
     "image": ("image", "img", "jpg", "png"),
     "segmentation": ("annotation", "segmentation", "seg", "map", "label"),
     "mask": ("mask",),
-    "label": ("label", "labels", "class", "cls", "fine_label"),
+    "label": LABEL_KEYS,
 }
 
 
@@ -48,7 +49,7 @@ def read_lmdb(tree: Tree, split: str | None, key_pattern: str) -> Source:
     strange = next((key for key in keys if not re.fullmatch(key_pattern, key)), None)
     if strange is not None:
         raise DataError(f"{root}: its key {strange!r} is not of this layout")
-    return Source(root, tuple(map(SourceItem, keys)), read=readers.lmdb_value)
+    return Source(root, tuple(map(SourceItem, keys)), read=readers.lmdb_value, about=tree.about)
 
 
 def _has_keys(tree: Tree, key_pattern: str) -> bool:
@@ -59,71 +60,84 @@ def _has_keys(tree: Tree, key_pattern: str) -> bool:
     return re.fullmatch(key_pattern, next(readers.lmdb_keys(root), "")) is not None
 
 
-def read_webdataset(tree: Tree, split: str | None) -> Source:
-    """Read tars of webdataset: a sample's image, its .cls, .seg.png and .mask.png."""
-    items = []
-    for tar in files_of_split(tree, [name for name in tree.names if name.endswith(".tar")], split):
-        for sample in readers.tar_samples(tree.root, tar):
-            missing = f"{tar}#{readers.NOWHERE}#{sample['__key__']}"
-            image = next((sample[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in sample), missing)
-            label = sample.get("cls", "")
-            if "cls" in sample and not label.isdecimal():
-                raise DataError(f"{tree.root}/{tar}: sample {sample['__key__']}: class {label[:20]!r} is no number")
-            index = int(label) if label else None
-            items.append(SourceItem(image, index, sample.get("seg.png"), sample.get("mask.png")))
-    return _source(tree, items, readers.tar_member)
-
-
 def read_hugging_face(tree: Tree, split: str | None) -> Source:
-    """Read a Hugging Face data set: parquet files, or the folder of `save_to_disk`."""
+    """Read a Hugging Face data set: parquet files, or the folder of `save_to_disk`.
+
+    Raises:
+        ConfigError: a split must be chosen, or the chosen label column does not exist.
+        DataError: a table cannot be read, has no images, or labels that are no classes.
+    """
     items: list[SourceItem] = []
+    labels: list[Label] = []
     class_names: tuple[str, ...] = ()
     tables = [name for name in tree.names if re.search(r"(^|/)(?!cache-)[^/]*\.(parquet|arrow)$", name)]
-    for name in files_of_split(tree, tables, split):
+    label: str | None = None
+    for number, name in enumerate(files_of_split(tree, tables, split)):
         path = storage.join(tree.root, name)
         schema, groups = readers.table_schema(path)
-        columns = _columns(path, schema)
-        label = columns.pop("label", None)
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        class_names = tuple(features.get(label, {}).get("names") or ())
+        about = tree.about if number == 0 else About()  # one note for all tables
+        label = _label_column(schema, tree.choices, about, path)
+        columns = _columns(path, schema, label, about)
+        features = _features(schema).get(label, {}) if label else {}
+        class_names = tuple(features.get("names") or ())
         for group, rows in enumerate(groups):
-            classes = readers.table_column(path, group, label).to_pylist() if label else [None] * rows
-            for row, class_index in enumerate(classes):
+            values = readers.table_column(path, group, label).to_pylist() if label else [None] * rows
+            for row, value in enumerate(values):
                 cell = {part: f"{name}#{group}#{row}#{column}" for part, column in columns.items()}
-                if class_index is not None and class_index < 0:
-                    class_index = None  # Hugging Face marks a sample without a label by -1
-                items.append(SourceItem(cell["image"], class_index, cell.get("segmentation"), cell.get("mask")))
-    return _source(tree, items, readers.table_cell, class_names)
+                labels.append(as_label(value, f"{path}: row {row}"))
+                items.append(SourceItem(cell["image"], None, cell.get("segmentation"), cell.get("mask")))
+    if not items:
+        raise DataError(f"{tree.root}: no images in it; name the folder that holds them")
+    where = f"{tree.root}: column {label}"
+    indices, names = classes(labels, tree.choices, where, names=class_names, keep_indices=True)
+    tree.about.labels_from = f"column {label}" if names else ""
+    items = [replace(item, class_index=index) for item, index in zip(items, indices, strict=True)]
+    return Source(tree.root, tuple(items), names, read=readers.table_cell, about=tree.about)
 
 
-def _columns(path: str, schema: Any) -> dict[str, str]:
-    """Return the columns of the image, its map, its mask and its label: by name, if the type fits."""
-    types = {entry.name: str(entry.type) for entry in schema}
-    columns: dict[str, str] = {}
-    for part, names in _COLUMNS.items():
-        fitting = [name for name in names if name in types and ("int" in types[name]) == (part == "label")]
+def _features(schema: Any) -> dict[str, Any]:
+    """Return Hugging Face's description of the columns, where the names of classes are."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return features if isinstance(features, dict) and all(isinstance(v, dict) for v in features.values()) else {}
+
+
+def _holds_images(kind: str) -> bool:
+    return "binary" in kind
+
+
+def _label_column(schema: Any, choices: Choices, about: About, path: str) -> str | None:
+    names = [entry.name for entry in schema if not _holds_images(str(entry.type))]
+    if choices.label_column:
+        return label_column(names, choices, about, path)
+    fitting = [entry.name for entry in schema if re.match("u?int|bool|string|large_string|dictionary", str(entry.type))]
+    lists = [name for name in names if name in _COLUMNS["label"] and name not in fitting]
+    if lists:
+        about.notes.append(f"{path}: column {lists[0]} is not used: it holds several values for an image, or fractions")
+    return label_column(fitting, choices, about, path)
+
+
+def _columns(path: str, schema: Any, label: str | None, about: About) -> dict[str, str]:
+    """Return the columns of the image, its map and its mask: by name, or the only column that holds images."""
+    images = [entry.name for entry in schema if _holds_images(str(entry.type))]
+    columns = {}
+    for part in ("image", "segmentation", "mask"):
+        fitting = [name for name in _COLUMNS[part] if name in images]
         if fitting:
             columns[part] = fitting[0]
     if "image" not in columns:
-        raise DataError(f"{path}: no column is called image, only {', '.join(types)}; rename the one with the images")
+        if len(images) != 1:
+            names = ", ".join(entry.name for entry in schema)
+            raise DataError(f"{path}: no column is called image, only {names}; rename the one with the images")
+        columns = {"image": images[0]}
+    unused = [entry.name for entry in schema if entry.name not in (*columns.values(), label)]
+    if unused:
+        about.notes.append(f"columns not used: {', '.join(unused)}; `label_column` chooses one as label")
     return columns
-
-
-def _source(
-    tree: Tree,
-    items: list[SourceItem],
-    read: Callable[[str, str], Any],
-    class_names: tuple[str, ...] = (),
-) -> Source:
-    """Return the source of these items; classes without a name are called by their number."""
-    if not items:
-        raise DataError(f"{tree.root}: no images in it; name the folder that holds them")
-    largest = max((item.class_index for item in items if item.class_index is not None), default=-1)
-    names = (*class_names, *map(str, range(len(class_names), largest + 1)))
-    return Source(tree.root, tuple(items), names, read=read)
 
 
 LMDB = Layout(partial(read_lmdb, key_pattern=_NUMBER_KEY), lambda tree: _has_keys(tree, rf"(?!{_HASH_KEY}).*"))
 LSUN = Layout(partial(read_lmdb, key_pattern=_HASH_KEY), lambda tree: _has_keys(tree, _HASH_KEY))
 HUGGING_FACE = Layout(read_hugging_face, lambda tree: tree.has_name(r"\.(parquet|arrow)$"))
-WEBDATASET = Layout(read_webdataset, lambda tree: tree.has_name(r"\.tar$"))

@@ -7,7 +7,8 @@ import io
 import re
 
 from lfm import storage
-from lfm.data.sources.source import SPLIT, Layout, Source, Tree, choose_split, read_text, stem
+from lfm.data.sources.names import SPLIT, stem
+from lfm.data.sources.source import Layout, Source, Tree, choose_split, read_text
 from lfm.errors import DataError
 from lfm.types import SourceItem
 
@@ -43,7 +44,9 @@ def read_imagenet(tree: Tree, split: str | None) -> Source:
         if wordnet_id not in index:
             raise DataError(f"{storage.join(chosen.root, name)}: its class is not known; remove it or name its class")
         items.append(SourceItem(name, index[wordnet_id]))
-    return Source(chosen.root, tuple(items), tuple(names.get(wordnet_id, wordnet_id) for wordnet_id in wordnet_ids))
+    class_names = tuple(names.get(wordnet_id, wordnet_id) for wordnet_id in wordnet_ids)
+    tree.about.labels_from = "names of folders" if solution is None else "LOC_val_solution.csv"
+    return Source(chosen.root, tuple(items), class_names, read=tree.read, about=tree.about)
 
 
 def _validation_classes(tree: Tree, chosen: Tree) -> dict[str, str]:

@@ -6,12 +6,23 @@ names it, and add one line to LAYOUTS.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from lfm import storage
-from lfm.data.sources import class_folders, databases, imagenet, segmentation_layouts
-from lfm.data.sources.source import Layout, Source, Tree
-from lfm.errors import ConfigError
+from lfm.data.sources import (
+    annotated,
+    archives,
+    class_folders,
+    databases,
+    imagenet,
+    metadata_folders,
+    segmentation_layouts,
+)
+from lfm.data.sources.labels import with_labels
+from lfm.data.sources.names import ARCHIVES, SPLIT, is_junk
+from lfm.data.sources.source import Choices, Layout, Source, Tree
+from lfm.errors import ConfigError, DataError
 
 LAYOUTS: dict[str, Layout] = {
     "folder": class_folders.FOLDER,
@@ -24,35 +35,117 @@ LAYOUTS: dict[str, Layout] = {
     "coco-stuff": segmentation_layouts.COCO_STUFF,
     "paired": segmentation_layouts.PAIRED,
     "inpainting": segmentation_layouts.INPAINTING,
+    "annotated": annotated.ANNOTATED,
+    "edm": metadata_folders.EDM,
+    "imagefolder": metadata_folders.IMAGE_FOLDER,
     "hf": databases.HUGGING_FACE,
-    "webdataset": databases.WEBDATASET,
+    "webdataset": archives.WEBDATASET,
+    "zip": archives.ZIP,
 }
 
+READ_FROM_ARCHIVES = set(LAYOUTS) - {"lmdb", "lsun", "hf", "webdataset", "zip"}
+GENERAL = ("annotated", "folder")  # layouts that a tree has only if it has no other, the first one first
 
-def read(root: str, layout: str = "auto", split: str | None = None) -> Source:
-    """Return the source in a folder.
+
+def read(root: str, layout: str = "auto", split: str | None = None, choices: Choices | None = None) -> Source:
+    """Return the source in a folder or in one file: a tar, a zip, or a table.
 
     Args:
         layout: a name of LAYOUTS, or `auto` to recognize it by the names of the files.
         split: such as `train`, if the layout has splits.
+        choices: decisions of the user that the layouts leave open.
 
     Raises:
-        ConfigError: the layout is ambiguous or unknown, or a split must be chosen.
+        ConfigError: the layout is ambiguous or unknown, or something in it is and must be chosen.
         DataError: the folder does not have the layout, or it is of a kind that cannot be read.
         StorageError: the folder does not exist.
     """
-    tree = Tree(root, tuple(storage.find(root)))
-    if layout == "auto":
-        layout = _recognized(tree)
-    if layout not in LAYOUTS:
+    choices = choices or Choices()
+    if layout not in ("auto", *LAYOUTS):
         raise ConfigError(f"`layout` {layout}: unknown; one of auto, {', '.join(LAYOUTS)}")
-    return replace(LAYOUTS[layout].read(tree, split), layout=layout)
+    tree = _open(root, replace(choices, classes="none", label_column=None) if choices.labels else choices)
+    inner, layout, read_layout = recognize(tree, layout)
+    source = replace(read_layout(inner, split), layout=layout, about=tree.about)
+    if choices.labels:
+        source = with_labels(source, choices)
+    tree.about.unused += tree.unused(source)
+    return source
+
+
+def _read_archive(tree: Tree, split: str | None) -> Source:
+    """Return the source in the tree of an archive.
+
+    Raises:
+        DataError: it holds no images, or a layout whose files must lie on a disk.
+    """
+    if not tree.images:
+        raise DataError(f"{tree.root}: no images in it; unpack it if it holds archives or databases")
+    inner, layout, read_layout = recognize(tree)
+    if layout not in READ_FROM_ARCHIVES:
+        raise DataError(f"{tree.root}: holds the layout {layout}, which is read from a folder only; unpack it")
+    tree.about.notes.append(f"the archive holds the layout {layout}")
+    source = read_layout(inner, split)
+    tree.about.unused += tree.unused(source)
+    return source
+
+
+def _open(root: str, choices: Choices) -> Tree:
+    """Return the files of a folder, or of one archive or table, without junk."""
+    if root.lower().endswith((".tar", ".parquet", ".arrow", *ARCHIVES)) and _is_file(root):
+        folder, name = storage.parent(root), root.rpartition("/")[2]
+        _refuse_archives(root, [name])
+        return Tree(folder, (name,), choices, read_inner=_read_archive)
+    names = storage.find(root)
+    used = tuple(name for name in names if not is_junk(name))
+    tree = Tree(root, used, choices, read_inner=_read_archive)
+    if len(used) < len(names):
+        tree.about.notes.append(f"{len(names) - len(used)} files of operating systems and small copies are skipped")
+    if not tree.images:
+        _refuse_archives(root, used)
+    return tree
+
+
+def _is_file(path: str) -> bool:
+    return path.rpartition("/")[2] in storage.sizes(storage.parent(path))
+
+
+def _refuse_archives(root: str, names: Iterable[str]) -> None:
+    packed = [name for name in names if name.lower().endswith(ARCHIVES) and not name.lower().endswith(".zip")]
+    if packed:
+        raise DataError(
+            f"{root}: {packed[0]} is compressed and cannot be read in parts; unpack it, or name a tar or zip"
+        )
+
+
+def recognize(tree: Tree, layout: str = "auto") -> tuple[Tree, str, Callable[[Tree, str | None], Source]]:
+    """Return a tree without the folders that wrap it, the name of its layout, and the layout's function.
+
+    Raises:
+        ConfigError: it may have several layouts.
+    """
+    while True:
+        name = _recognized(tree) if layout == "auto" else layout
+        wrapper = _wrapper(tree)
+        if wrapper is None or (name != "folder" and LAYOUTS[name].recognizes(tree)):
+            return tree, name, LAYOUTS[name].read
+        tree.about.notes.append(f"looked through the folder {wrapper}, which holds everything")
+        tree = tree.subtree(wrapper)
+
+
+def _wrapper(tree: Tree) -> str | None:
+    """Return the folder that holds all images, unless it is a split or the tree's own choice is to read folders."""
+    if len(tree.top_folders) != 1 or any("/" not in name for name in tree.images):
+        return None
+    name = next(iter(tree.top_folders))
+    is_class = tree.choices.classes == "folders" and not tree.subtree(name).top_folders
+    return None if is_class or SPLIT.fullmatch(name) else name
 
 
 def _recognized(tree: Tree) -> str:
     names = [name for name, layout in LAYOUTS.items() if layout.recognizes(tree)]
     more_general = {general for name in names for general in LAYOUTS[name].instead_of}
-    candidates = [name for name in names if name not in more_general] or ["folder"]
+    candidates = [name for name in names if name not in more_general and name not in GENERAL]
+    candidates = candidates or [name for name in GENERAL if name in names][:1] or ["folder"]
     if len(candidates) > 1:
         raise ConfigError(
             f"{tree.root}: may be {' or '.join(candidates)}; choose one with `layout`, for example {candidates[0]}"

@@ -3,6 +3,7 @@
 read_file     root is a folder                    name is a path in it
 lmdb_value    root is an LMDB environment         name is a key
 tar_member    root is a folder of tars            name is `TAR#OFFSET+SIZE#MEMBER`
+zip_member    root is a folder of zips            name is `ZIP#MEMBER`
 table_cell    root is a folder of tables          name is `TABLE#GROUP#ROW#COLUMN`; a row group of parquet, or 0
 """
 
@@ -13,20 +14,28 @@ import io
 import math
 import re
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lfm import storage
+from lfm.data.sources.names import is_junk
 from lfm.data.tar import BLOCK
 from lfm.data.transforms import PILLOW_FORMATS
-from lfm.errors import ConfigError, DataError, StorageError
+from lfm.errors import ConfigError, DataError, StorageError, on_one_line
 
 NOWHERE = "-"  # the place of a member that a sample does not have
 # The tar's name may hold any character, but its suffix and the place end it.
+_ZIP_MEMBER = re.compile(r"(.*?\.zip)#", re.DOTALL | re.IGNORECASE)
+MOST_TEXT_BYTES = 1 << 16  # of the text or JSON of a sample
+MOST_MEMBER_BYTES = 1 << 30
 _TAR_MEMBER = re.compile(r"(.*?\.tar)#(-|\d+\+\d+)#", re.DOTALL)
 
 
@@ -87,33 +96,61 @@ def _is_encoded(value: bytes) -> bool:
 # --- tars --------------------------------------------------------------------------------------------------------
 
 
-def tar_samples(root: str, tar: str) -> Iterator[dict[str, str]]:
-    """Yield the samples of a tar as webdataset groups them: by suffix, the name for `tar_member`, or the text of .cls.
+@dataclass(frozen=True)
+class TarMember:
+    """A file in a tar.
+
+    Attributes:
+        name: path in the tar.
+        item: name for `tar_member`.
+        content: of a small file whose suffix was asked for; else None.
+    """
+
+    name: str
+    item: str
+    content: bytes | None
+
+
+def tar_members(root: str, tar: str, read_suffixes: tuple[str, ...] = ()) -> Iterator[TarMember]:
+    """Yield the files of a tar in order, without junk.
 
     Raises:
-        DataError: the tar is damaged or ends early, or a sample has a suffix twice.
+        DataError: the tar is damaged or ends early.
     """
     path = storage.join(root, tar)
-
-    def listed(archive: tarfile.TarFile) -> Iterator[dict[str, str]]:
-        for member in archive:
-            if member.isreg() and not member.name.startswith("__"):
-                name = f"{tar}#{member.offset_data}+{member.size}#{member.name}"
-                label = archive.extractfile(member) if member.name.lower().endswith(".cls") else None
-                data = label.read(100).decode("ascii", "replace").strip() if label else name
-                yield {"fname": member.name, "__url__": path, "data": data}
-
-    from webdataset.tariterators import group_by_keys  # here, since it imports torch
-
     try:
         with storage.open_read(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            yield from group_by_keys(listed(archive))
+            for member in archive:
+                if member.isreg() and not member.name.startswith("__") and not is_junk(member.name):
+                    is_wanted = member.name.lower().endswith(read_suffixes) if read_suffixes else False
+                    content = archive.extractfile(member) if is_wanted else None
+                    yield TarMember(
+                        member.name,
+                        f"{tar}#{member.offset_data}+{member.size}#{member.name}",
+                        content.read(MOST_TEXT_BYTES) if content else None,
+                    )
             stream.seek(archive.offset)
             if stream.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
                 raise DataError(f"{path}: damaged or cut off at byte {archive.offset}; download it again")
     except (tarfile.TarError, ValueError, EOFError) as error:
         reason = error.args[0] if error.args else "it ends early"
         raise DataError(f"{path}: cannot be read as an uncompressed tar ({reason})") from error
+
+
+def tar_samples(root: str, tar: str, text_suffixes: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a tar as webdataset groups them: by suffix, a `TarMember`; those of `text_suffixes` with content.
+
+    Raises:
+        DataError: the tar is damaged or ends early, or a sample has a suffix twice.
+    """
+    from webdataset.tariterators import group_by_keys  # here, since it imports torch
+
+    path = storage.join(root, tar)
+    members = tar_members(root, tar, text_suffixes)
+    try:
+        yield from group_by_keys({"fname": member.name, "__url__": path, "data": member} for member in members)
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read as an uncompressed tar ({error.args[0]})") from error
 
 
 def tar_member(root: str, name: str) -> bytes:
@@ -129,6 +166,67 @@ def tar_member(root: str, name: str) -> bytes:
     if len(content) != size:
         raise StorageError(f"{storage.join(root, name)}: ends after {len(content)} of {size} bytes")
     return content
+
+
+def inner_name(item: str) -> str:
+    """Return the part of an item's name that a person gave: the path in an archive, or the name itself."""
+    match = _TAR_MEMBER.match(item) or _ZIP_MEMBER.match(item)
+    return item[match.end() :] if match else item
+
+
+# --- zips --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _zip(path: str, size_and_time: tuple[int, ...]) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(storage.open_read(path))
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read as a zip ({error}); download it again") from error
+
+
+def _opened_zip(path: str) -> zipfile.ZipFile:
+    """Return an open zip, opened again if the file has changed."""
+    if not storage.is_local(path):
+        return _zip(path, ())
+    with storage.storage_errors(path):
+        status = Path(path).stat()
+    return _zip(path, (status.st_size, status.st_mtime_ns))
+
+
+def zip_names(path: str) -> list[str]:
+    """Return the names of the files of a zip, sorted.
+
+    Raises:
+        DataError: it is no zip, or has a name twice.
+    """
+    names = [entry.filename for entry in _opened_zip(path).infolist() if not entry.is_dir()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}: has {twice} twice; pack it again")
+    return sorted(names)
+
+
+def zip_member(root: str, name: str) -> bytes:
+    """Return a member's content, verified by its checksum."""
+    match = _ZIP_MEMBER.match(name)
+    if match is None:
+        raise StorageError(f"{storage.join(root, name)}: is not the name of a zip's member")
+    return zip_content(storage.join(root, match[1]), name[match.end() :])
+
+
+def zip_content(path: str, member: str) -> bytes:
+    """Return the content of a member of the zip at `path`."""
+    archive = _opened_zip(path)
+    try:
+        entry = archive.getinfo(member)
+        if entry.file_size > MOST_MEMBER_BYTES:
+            raise StorageError(f"{path}#{member}: {entry.file_size:,} bytes; larger files are taken for zip bombs")
+        return archive.read(entry)
+    except KeyError as error:
+        raise StorageError(f"{path}#{member}: no such file in the zip") from error
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+        raise StorageError(f"{path}#{member}: cannot be unpacked ({on_one_line(error)})") from error
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -172,6 +270,18 @@ def table_column(path: str, group: int, column: str) -> Any:
     """Return one column of a group as pyarrow's ChunkedArray."""
     with _opened(path) as table:
         return (table if path.endswith(".arrow") else table.read_row_group(group, [column]))[column]
+
+
+def table_rows(content: bytes, path: str) -> list[dict[str, Any]]:
+    """Return the rows of a parquet file that is small enough for the memory."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{path}: is a table, which needs `pip install lfm[hf]`") from error
+    try:
+        return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as a table ({on_one_line(error)}); download it again") from error
 
 
 def table_cell(root: str, name: str) -> bytes:

@@ -7,7 +7,9 @@ from functools import partial
 
 from lfm import storage
 from lfm.data.sources.class_folders import read_folder
-from lfm.data.sources.source import UNLABELLED, Layout, Source, Tree, choose_split, read_text, stem
+from lfm.data.sources.map_rules import parse_palette
+from lfm.data.sources.names import stem
+from lfm.data.sources.source import UNLABELLED, Layout, Source, Tree, choose_split, read_text
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
 
@@ -64,8 +66,18 @@ FACE_PARTS_OFFICIAL = (
 )
 
 
-def _labels(tree: Tree, default: dict[int, str]) -> dict[int, str]:
-    """Return the class ids of labels.txt, a line each: `3<tab>name`, `3: name`, or the name alone."""
+PALETTE_FILES = ("class_dict.csv", "label_colors.txt", "labelmap.txt", "palette.txt")
+
+
+def labels_of(tree: Tree, default: dict[int, str]) -> dict[int, str]:
+    """Return the class ids of labels.txt, a line each: `3<tab>name`, `3: name`, or the name alone.
+
+    The colours of a palette file are noted in `tree.about`.
+    """
+    for name in PALETTE_FILES:
+        if text := read_text(tree, name):
+            tree.about.colours = parse_palette(text, storage.join(tree.root, name))
+            break
     lines = [line.strip() for line in (read_text(tree, "labels.txt") or "").splitlines() if line.strip()]
     if not lines:
         return default
@@ -125,13 +137,25 @@ def read_paired(tree: Tree, split: str | None, default_labels: dict[int, str] | 
             maps_and_masks.get(f"{folder}/{name}", f"{folder}/{name}.png") for folder in (maps, "masks")
         )
         items.append(SourceItem(f"{images}/{path}", class_index, segmentation, mask if has_masks else None))
-    return Source(tree.root, tuple(items), base.class_names, _labels(tree, default_labels or {}))
+    return Source(
+        tree.root,
+        tuple(items),
+        base.class_names,
+        labels_of(tree, default_labels or {}),
+        read=tree.read,
+        about=tree.about,
+    )
 
 
 def _recognizes_pairs(tree: Tree) -> bool:
     return tree.has_name("^[a-z]+annot/") or any(
-        tree.has_images(images) and tree.has_images(maps) for images, maps in PAIRS if "{" not in images
+        _stems(tree, images) & _stems(tree, maps) for images, maps in PAIRS if "{" not in images
     )
+
+
+def _stems(tree: Tree, folder: str) -> set[str]:
+    """Return the paths in a folder of images, without suffix."""
+    return {stem(name)[len(folder) + 1 :] for name in tree.images if name.startswith(f"{folder}/")}
 
 
 def read_ade20k(tree: Tree, split: str | None) -> Source:
@@ -174,7 +198,9 @@ def read_celebamask_hq(tree: Tree, split: str | None, face_parts: tuple[str, ...
             (class_id, masks_of_face[part]) for class_id, part in enumerate(face_parts, 1) if part in masks_of_face
         )
         items.append(SourceItem(f"CelebA-HQ-img/{name}", segmentation=parts))
-    return Source(tree.root, tuple(items), labels=dict(enumerate(["background", *face_parts])))
+    return Source(
+        tree.root, tuple(items), labels=dict(enumerate(["background", *face_parts])), read=tree.read, about=tree.about
+    )
 
 
 def _recognizes_celebamask_hq(tree: Tree) -> bool:
@@ -189,11 +215,15 @@ def read_inpainting(tree: Tree, split: str | None) -> Source:
     if not names:
         raise DataError(f"{tree.root}: no images beside the masks; name.png belongs to name_mask.png")
     mask_of = {name: masks.get(f"{stem(name)}_mask", f"{stem(name)}_mask.png") for name in names}
-    return Source(tree.root, tuple(SourceItem(name, mask=mask) for name, mask in mask_of.items()))
+    if len(tree.top_folders) > 1:
+        tree.about.notes.append(f"folders ({', '.join(sorted(tree.top_folders)[:3])}) are not taken for classes")
+    items = tuple(SourceItem(name, mask=mask) for name, mask in mask_of.items())
+    return Source(tree.root, items, read=tree.read, about=tree.about)
 
 
 def _recognizes_inpainting(tree: Tree) -> bool:
-    return tree.has_name(r"_mask\.png$")
+    stems = {stem(name) for name in tree.images}
+    return any(name.endswith("_mask.png") and stem(name)[:-5] in stems for name in tree.images)
 
 
 PAIRED = Layout(read_paired, _recognizes_pairs, instead_of=("folder",))

@@ -8,24 +8,65 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from lfm import storage
+from lfm.data.palettes import Colours
 from lfm.data.sources import readers
-from lfm.data.transforms import Rejected, decode, decode_ids, decode_mask, paint
-from lfm.errors import ConfigError, StorageError
+from lfm.data.sources.map_rules import MapRule
+from lfm.data.sources.names import SPLIT, is_image
+from lfm.data.transforms import MaskValue, Rejected, decode, decode_mask, paint
+from lfm.errors import ConfigError, DataError, StorageError
 from lfm.types import SourceItem
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-SPLIT = re.compile(r"(train|training|val|valid|validation|test)(20\d\d)?", re.IGNORECASE)
 UNLABELLED = "unlabelled"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user has decided about a collection; the defaults leave it to the rules of the layouts.
+
+    Attributes:
+        classes: `folders` takes folders for classes, whatever their names; `none` leaves classes out.
+        class_order: indices of classes follow their names as text, or as numbers.
+        labels: path of a table of file names and labels.
+        label_column: its column with labels, or that of a source's own table or JSON.
+        mask_files, map_files: folder or end of the names of the masks and segmentations; `none` leaves them out.
+    """
+
+    classes: Literal["auto", "folders", "none"] = "auto"
+    class_order: Literal["name", "number"] = "name"
+    labels: str | None = None
+    label_column: str | None = None
+    mask_files: str | None = None
+    map_files: str | None = None
+
+
+@dataclass
+class About:
+    """How a collection was understood, for the plan.
+
+    Attributes:
+        labels_from: where the classes come from.
+        splits: the splits of the collection.
+        notes: further decisions, a sentence each.
+        used: paths of files that were read beside images.
+        unused: names of files that were left aside.
+        colours: classes of the colours of segmentations, by a file of the collection.
+    """
+
+    labels_from: str = ""
+    splits: str = ""
+    notes: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    unused: list[str] = field(default_factory=list)
+    colours: Colours | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +88,9 @@ class Source:
     labels: dict[int, str] = field(default_factory=dict)  # names of the class ids that maps may hold; empty: any id
     layout: str = "folder"
     read: Callable[[str, str], bytes | np.ndarray] = readers.read_file
+    maps: MapRule = field(default_factory=MapRule)
+    mask_value: MaskValue = "white"
+    about: About = field(default_factory=About, compare=False)
 
     def decode_item(self, item: SourceItem) -> DecodedItem:
         """Read and decode one item.
@@ -63,14 +107,15 @@ class Source:
                 if ids.shape[1] * image.height != ids.shape[0] * image.width:
                     raise Rejected("of another shape", _sizes(ids.shape[::-1], image.size))
             elif item.segmentation is not None:
-                ids = decode_ids(self._bytes(item.segmentation))
+                ids = self.maps.decode(self._bytes(item.segmentation))
                 if ids.shape[::-1] != image.size:
                     raise Rejected("of another size", _sizes(ids.shape[::-1], image.size))
-            if ids is not None and self.labels and (unknown := sorted(set(np.unique(ids).tolist()) - set(self.labels))):
+            known = self.labels or range(256)
+            if ids is not None and (unknown := [label for label in np.unique(ids).tolist() if label not in known]):
                 raise Rejected("with unknown ids", ", ".join(map(str, unknown[:5])))
         with _about("mask "):
             if item.mask is not None:
-                mask = decode_mask(self._bytes(item.mask))
+                mask = decode_mask(self._bytes(item.mask), self.mask_value)
                 if mask.size != image.size:
                     raise Rejected("of another size", _sizes(mask.size, image.size))
         return DecodedItem(image, ids, mask)
@@ -113,17 +158,55 @@ def _sizes(part: tuple[int, ...], image: tuple[int, int]) -> str:
     return f"{part[0]} x {part[1]} pixels, the image {image[0]} x {image[1]}"
 
 
+_CONTAINERS = (".tar", ".zip", ".parquet", ".arrow", ".mdb")
+
+
+def _parts(item: SourceItem) -> Iterator[str]:
+    """Yield the names of the files of an item."""
+    yield item.image
+    if item.mask is not None:
+        yield item.mask
+    if isinstance(item.segmentation, str):
+        yield item.segmentation
+    else:
+        yield from (name for _, name in item.segmentation or ())
+
+
+def _unreadable(tree: Tree, split: str | None) -> Source:
+    raise DataError(f"{tree.root}: an archive in an archive; unpack it")
+
+
 @dataclass(frozen=True)
 class Tree:
-    """The files of a folder, listed once: names relative to `root`, sorted."""
+    """The files of a folder or archive, listed once: names relative to `root`, sorted, without junk.
+
+    Attributes:
+        read: returns the content of a file, given the root and its name.
+        archive: path of the archive that holds the files; None for a folder.
+        read_inner: reads the tree of an archive in this one.
+    """
 
     root: str
     names: tuple[str, ...]
+    choices: Choices = Choices()
+    read: Callable[[str, str], bytes] = readers.read_file
+    archive: str | None = None
+    read_inner: Callable[[Tree, str | None], Source] = _unreadable
+    about: About = field(default_factory=About, compare=False)
 
     @cached_property
     def images(self) -> list[str]:
         """The names of the images."""
-        return [name for name in self.names if name.lower().endswith(SUFFIXES)]
+        return [name for name in self.names if is_image(name)]
+
+    @cached_property
+    def top_folders(self) -> set[str]:
+        """The folders directly in the root that hold images."""
+        return {name.partition("/")[0] for name in self.images if "/" in name}
+
+    def only(self, names: Iterable[str]) -> Tree:
+        """Return the tree of some of the files."""
+        return replace(self, names=tuple(names))
 
     def subtree(self, folder: str) -> Tree:
         """Return the tree of a folder; the tree itself for "".
@@ -136,7 +219,16 @@ class Tree:
         names = tuple(name[len(folder) + 1 :] for name in self.names if name.startswith(f"{folder}/"))
         if not names:
             raise StorageError(f"{storage.join(self.root, folder)}: no such folder")
-        return Tree(storage.join(self.root, folder), names)
+        return replace(self, root=storage.join(self.root, folder), names=names)
+
+    def unused(self, source: Source) -> list[str]:
+        """Return the files that a source does not use; archives and databases count as used."""
+        parts = {storage.join(source.root, name) for item in source.items for name in _parts(item)} | self.about.used
+        return [
+            name
+            for name in self.names
+            if not name.lower().endswith(_CONTAINERS) and storage.join(self.root, name) not in parts
+        ]
 
     def has_name(self, pattern: str) -> bool:
         """Return whether a regular expression occurs in a name."""
@@ -162,19 +254,26 @@ class Layout:
     instead_of: tuple[str, ...] = ()
 
 
-def stem(name: str) -> str:
-    """Return a name without its suffix."""
-    return name[: -len(PurePosixPath(name).suffix)]
-
-
 def read_text(tree: Tree, name: str, *, parents: int = 0) -> str | None:
     """Return the content of a text file in the tree's root or in one of its next parents; None if there is none."""
+    if tree.archive:
+        content = tree.read(tree.root, name) if name in tree.names else None
+    else:
+        content = None
+        for root in _ancestors(tree.root, parents):
+            if storage.exists(path := storage.join(root, name)):
+                content = storage.read_bytes(path)
+                break
+    if content is None:
+        return None
+    tree.about.used.add(storage.join(tree.root, name))
+    return content.decode("utf-8-sig", "replace")
+
+
+def _ancestors(root: str, parents: int) -> Iterator[str]:
     for _ in range(parents + 1):
-        path = storage.join(tree.root, name)
-        if storage.exists(path):
-            return storage.read_bytes(path).decode("utf-8", "replace")
-        tree = replace(tree, root=storage.parent(tree.root))
-    return None
+        yield root
+        root = storage.parent(root)
 
 
 def choose_split(root: str, splits: set[str], split: str | None) -> str:
@@ -183,8 +282,9 @@ def choose_split(root: str, splits: set[str], split: str | None) -> str:
     Raises:
         ConfigError: there are several and none was chosen, or the chosen one does not exist.
     """
-    if split in splits or (split is None and len(splits) == 1):
-        return split or min(splits)
+    same = [name for name in splits if split and name.lower() == split.lower()]
+    if split in splits or len(same) == 1 or (split is None and len(splits) == 1):
+        return split if split in splits else same[0] if same else min(splits)
     raise ConfigError(
         f"{root}: holds the splits {', '.join(sorted(splits))}; choose one with `split`, for example {min(splits)}"
     )

@@ -42,37 +42,41 @@ def bomb(side: int) -> bytes:
 
 PIXELS = random_pixels(40, 30, 3)
 JPEG, PNG, IDS = image_bytes(PIXELS, format="JPEG"), image_bytes(PIXELS), image_bytes(random_pixels(40, 30, high=5))
+MASK = image_bytes(np.kron(random_pixels(4, 3, high=2) * np.uint8(255), np.ones((10, 10), np.uint8)))
 # the image, its map, its mask, and the reason for the reject
 BAD: dict[str, tuple[bytes | None, bytes | None, bytes | None, str]] = {
-    "empty": (b"", IDS, IDS, "empty file"),
-    "cut": (JPEG[:300], IDS, IDS, "cannot be decoded"),
-    "header-only": (JPEG[:2], IDS, IDS, "not an image"),
-    "cut-png": (PNG[:-500], IDS, IDS, "cannot be decoded"),
-    "bad-crc": (PNG[:60] + b"\0\0\0\0" + PNG[64:], IDS, IDS, "cannot be decoded"),
-    "cut-webp": (image_bytes(PIXELS, format="WEBP")[:200], IDS, IDS, "cannot be decoded"),
-    "cut-tiff": (image_bytes(PIXELS, format="TIFF")[:900], IDS, IDS, "cannot be decoded"),
-    "cut-bmp": (image_bytes(PIXELS, format="BMP")[:900], IDS, IDS, "cannot be decoded"),
-    "text": (b"this is no image", IDS, IDS, "not an image"),
-    "page": (b"<html><body>404</body></html>", IDS, IDS, "not an image"),
-    "pdf": (b"%PDF-1.7\n" + bytes(100), IDS, IDS, "not an image"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", IDS, IDS, "not an image"),
-    "zip": (b"PK\3\4" + bytes(100), IDS, IDS, "not an image"),
-    "zeros": (bytes(5000), IDS, IDS, "not an image"),
-    "bomb": (bomb(30_000), IDS, IDS, "too large"),
+    "empty": (b"", IDS, MASK, "empty file"),
+    "cut": (JPEG[:300], IDS, MASK, "cannot be decoded"),
+    "header-only": (JPEG[:2], IDS, MASK, "not an image"),
+    "cut-png": (PNG[:-500], IDS, MASK, "cannot be decoded"),
+    "bad-crc": (PNG[:60] + b"\0\0\0\0" + PNG[64:], IDS, MASK, "cannot be decoded"),
+    "cut-webp": (image_bytes(PIXELS, format="WEBP")[:200], IDS, MASK, "cannot be decoded"),
+    "cut-tiff": (image_bytes(PIXELS, format="TIFF")[:900], IDS, MASK, "cannot be decoded"),
+    "cut-bmp": (image_bytes(PIXELS, format="BMP")[:900], IDS, MASK, "cannot be decoded"),
+    "text": (b"this is no image", IDS, MASK, "not an image"),
+    "page": (b"<html><body>404</body></html>", IDS, MASK, "not an image"),
+    "pdf": (b"%PDF-1.7\n" + bytes(100), IDS, MASK, "not an image"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", IDS, MASK, "not an image"),
+    "zip": (b"PK\3\4" + bytes(100), IDS, MASK, "not an image"),
+    "zeros": (bytes(5000), IDS, MASK, "not an image"),
+    "bomb": (bomb(30_000), IDS, MASK, "too large"),
     "narrow": (image_bytes(np.zeros((60_000, 1, 3), np.uint8)), image_bytes(np.zeros((60_000, 1), np.uint8)),
                image_bytes(np.zeros((60_000, 1), np.uint8)), "too narrow"),
-    "link": (None, IDS, IDS, "unreadable"),
-    "no-map": (JPEG, None, IDS, "map unreadable"),
-    "empty-map": (JPEG, b"", IDS, "map empty file"),
-    "cut-map": (JPEG, IDS[:-300], IDS, "map cannot be decoded"),
-    "text-map": (JPEG, b"0 0 1", IDS, "map not an image"),
-    "colour-map": (JPEG, PNG, IDS, "map not a map"),
-    "jpeg-map": (JPEG, image_bytes(random_pixels(40, 30), format="JPEG"), IDS, "map not a map"),
-    "small-map": (JPEG, image_bytes(random_pixels(20, 15, high=5)), IDS, "map of another size"),
-    "turned-map": (JPEG, image_bytes(random_pixels(30, 40, high=5)), IDS, "map of another size"),
-    "id-beyond": (JPEG, image_bytes(random_pixels(40, 30, high=9)), IDS, "map with unknown ids"),
+    "link": (None, IDS, MASK, "unreadable"),
+    "no-map": (JPEG, None, MASK, "map unreadable"),
+    "empty-map": (JPEG, b"", MASK, "map empty file"),
+    "cut-map": (JPEG, IDS[:-300], MASK, "map cannot be decoded"),
+    "text-map": (JPEG, b"0 0 1", MASK, "map not an image"),
+    "colour-map": (JPEG, PNG, MASK, "map not a map"),
+    "jpeg-map": (JPEG, image_bytes(random_pixels(40, 30), format="JPEG"), MASK, "map not a map"),
+    "small-map": (JPEG, image_bytes(random_pixels(20, 15, high=5)), MASK, "map of another size"),
+    "turned-map": (JPEG, image_bytes(random_pixels(30, 40, high=5)), MASK, "map of another size"),
+    "id-beyond": (JPEG, image_bytes(random_pixels(40, 30, high=9)), MASK, "map with unknown ids"),
     "no-mask": (JPEG, IDS, None, "mask unreadable"),
     "small-mask": (JPEG, IDS, image_bytes(random_pixels(9, 9)), "mask of another size"),
+    "empty-mask": (JPEG, IDS, image_bytes(np.zeros((40, 30), np.uint8)), "mask empty"),
+    "full-mask": (JPEG, IDS, image_bytes(np.ones((40, 30), np.uint8)), "mask full"),
+    "ids-mask": (JPEG, IDS, IDS, "mask not binary"),
     "text-mask": (JPEG, IDS, b"hole", "mask not an image"),
 }  # fmt: skip
 
@@ -80,7 +84,7 @@ BAD: dict[str, tuple[bytes | None, bytes | None, bytes | None, str]] = {
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bad")
-    good = {f"good-{n}": (JPEG, IDS, IDS, "") for n in range(3)}
+    good = {f"good-{n}": (JPEG, IDS, MASK, "") for n in range(3)}
     for folder in ("images", "labels", "masks"):
         (root / folder).mkdir()
     for name, (*files, _) in (BAD | good).items():
@@ -239,7 +243,7 @@ def test_jpeg_on_request_is_of_quality_95_without_chroma_subsampling(tmp_path: P
 
 def test_a_sample_without_the_mask_that_others_have_is_a_reject(tmp_path: Path) -> None:
     for name in ("a", "b", "b_mask"):
-        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+        Image.fromarray(np.eye(9, dtype=np.uint8) * 255).save(tmp_path / f"{name}.png")
     source = Source(str(tmp_path), (SourceItem("a.png"), SourceItem("b.png", mask="b_mask.png")))
     (tmp_path / manifests.RECIPE).write_text("{}")
     records = [

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lfm import storage
 from lfm.data.sources.layouts import read
-from lfm.data.sources.source import SUFFIXES, Source
+from lfm.data.sources.names import SUFFIXES
+from lfm.data.sources.source import Choices, Source
 from lfm.errors import ConfigError, DataError, LfmError
 from lfm.types import SourceItem
 from tests.support.real_data import unpack
@@ -75,7 +76,7 @@ def test_the_only_split_is_the_default_and_an_image_beside_it_is_an_error(root: 
     make(root, "train/cat/1.png", "train/dog/1.png")
     assert folder(root) == folder(root, "train")
     make(root, "2.png")
-    with pytest.raises(DataError, match=r"2.png: lies beside the class folders"):
+    with pytest.raises((ConfigError, DataError), match=r"train may be a split or a class beside 2.png"):
         folder(root)
 
 
@@ -87,9 +88,11 @@ def test_splits_are_recognised_in_any_case(tmp_path: Path, splits: tuple[str, st
         folder(str(tmp_path))
 
 
-def test_a_class_may_be_called_like_a_split_beside_others(root: str) -> None:
+def test_a_class_may_be_called_like_a_split_if_the_user_says_so(root: str) -> None:
     make(root, "test/1.png", "exam/1.png")
-    assert folder(root).class_names == ("exam", "test")
+    with pytest.raises(ConfigError, match="may be a split or a class .* `split` test .* `classes` folders"):
+        folder(root)
+    assert read(root, "folder", choices=Choices(classes="folders")).class_names == ("exam", "test")
 
 
 def test_images_beside_class_folders_are_an_error_that_names_them(root: str) -> None:
@@ -116,7 +119,7 @@ def test_a_missing_folder_or_split_is_named(root: str) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(classes=st.dictionaries(NAMES, st.sets(NAMES, min_size=1, max_size=3), min_size=1, max_size=4))
+@given(classes=st.dictionaries(NAMES, st.sets(NAMES, min_size=1, max_size=3), min_size=2, max_size=4))
 def test_every_image_occurs_once_under_its_class(classes: dict[str, set[str]]) -> None:
     root = f"memory://{uuid.uuid4()}"
     paths = [f"{name}/{image}.png" for name, images in classes.items() for image in images]

@@ -1,0 +1,266 @@
+"""The layout `annotated`: images with masks or segmentations, told apart by the names of folders or the ends of file names.
+
+    images/0.jpg                       masks/0.png
+    train/0.jpg                        train_masks/0_mask.gif
+    leftImg8bit/val/city/x_leftImg8bit.png   gtFine/val/city/x_gtFine_labelIds.png
+    0.png                              0_mask001.png
+
+Where it is not clear which file annotates which image, or how, the readings are named and none is chosen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lfm.data.sources.class_folders import read_folder
+from lfm.data.sources.names import (
+    ANNOTATION_FOLDER,
+    ANNOTATION_SUFFIX,
+    IMAGE_FOLDER,
+    IMAGE_SUFFIX,
+    SPLIT,
+    is_image,
+    stem,
+)
+from lfm.data.sources.segmentation_layouts import labels_of
+from lfm.data.sources.source import Layout, Source, Tree, choose_split
+from lfm.data.transforms import Rejected, decode_mask
+from lfm.errors import ConfigError, StorageError
+from lfm.types import SourceItem
+
+SAMPLES = 8  # masks whose content is checked
+# Annotations that are neither holes nor class ids.
+_OTHER_KINDS = ("color", "instanceids", "matte")
+Key = tuple[str, ...]
+
+
+def annotation_family(name: str, stems: set[str]) -> str | None:
+    """Return the kind of an annotation, by the end of its name or else by its folder; None for an image.
+
+    Args:
+        stems: paths without suffix of all images.
+    """
+    *folders, file = name.split("/")
+    folder = next((part for part in reversed(folders) if ANNOTATION_FOLDER.fullmatch(part)), None)
+    match = ANNOTATION_SUFFIX.search(stem(file))
+    if match and (folder or f"{'/'.join(folders)}/{stem(file)[: match.start()]}".lstrip("/") in stems):
+        return match["end"].lstrip("_-. ").rstrip("0123456789").rstrip("_-").lower()
+    return folder
+
+
+def _families(tree: Tree) -> dict[str, list[str]]:
+    """Return the annotations of each kind."""
+    stems = {stem(name) for name in tree.images}
+    families: dict[str, list[str]] = defaultdict(list)
+    for name in tree.images:
+        if family := annotation_family(name, stems):
+            families[family].append(name)
+    return families
+
+
+def read_annotated(tree: Tree, split: str | None) -> Source:
+    """Read images with masks or segmentations.
+
+    Raises:
+        ConfigError: a split must be chosen, or it is not clear which files annotate the images, or how.
+    """
+    families = _families(tree)
+    annotations = {name for names in families.values() for name in names}
+    images = [name for name in tree.images if name not in annotations]
+    images, families, split = _of_split(tree, images, families, split)
+    if not images:
+        raise ConfigError(
+            f"{tree.root}: all images lie in folders of annotations ({', '.join(sorted(families)[:3])}); choose `classes` "
+            "folders with `layout` folder if these are classes, or name the folder of the images"
+        )
+    masks, maps = _chosen(tree, families)
+    parts = {part: _pairs(tree, images, families, part) for part in (masks, maps) if part}
+    if masks and not tree.choices.mask_files:
+        _check_masks(tree, masks, list(parts[masks].values()))
+    if not parts and (choices := tree.choices).mask_files != "none" and choices.map_files != "none":
+        raise ConfigError(
+            f"{tree.root}: {', '.join(sorted(families)[:4])} hold neither holes nor class ids by their names; choose "
+            "`mask_files` NAME, `map_files` NAME, or `mask_files` none to read the images alone"
+        )
+    aside = sorted(set(families) - {masks, maps})
+    if aside:
+        tree.about.notes.append(f"annotations left aside: {', '.join(aside)}; `mask_files` and `map_files` choose them")
+    base = _base(tree, images)
+    items = tuple(
+        replace(
+            item,
+            mask=parts.get(masks or "", {}).get(item.image),
+            segmentation=parts.get(maps or "", {}).get(item.image),
+        )
+        for item in base.items
+    )
+    labels = labels_of(tree, {}) if maps else {}
+    return Source(tree.root, items, base.class_names, labels, read=tree.read, about=tree.about)
+
+
+def _of_split(
+    tree: Tree, images: list[str], families: dict[str, list[str]], split: str | None
+) -> tuple[list[str], dict[str, list[str]], str | None]:
+    """Return the images and annotations of one split; those that belong to no split are of each."""
+    split_of = {name: _split_of(name) for name in images}
+    splits = {name for name in split_of.values() if name}
+    if not splits:
+        if split:
+            raise ConfigError(f"{tree.root}: `split` {split}: no such split; leave it out")
+        return images, families, None
+    split = choose_split(tree.root, splits, split)
+    tree.about.splits = f"{split} of {', '.join(sorted(splits))}"
+    chosen = {
+        family: [name for name in names if (_split_of(name) or split).lower() == split.lower()]
+        for family, names in families.items()
+    }
+    return [name for name in images if split_of[name] == split], {k: v for k, v in chosen.items() if v}, split
+
+
+def _split_of(name: str) -> str | None:
+    return next((part for part in map(_plain, name.split("/")[:-1]) if SPLIT.fullmatch(part)), None)
+
+
+def _plain(folder: str) -> str:
+    """Return a folder's name without the words that say images or annotations: `train` for `train_masks`."""
+    if SPLIT.fullmatch(folder):
+        return folder
+    if IMAGE_FOLDER.fullmatch(folder):
+        return ""
+    if not ANNOTATION_FOLDER.fullmatch(folder):
+        return folder
+    words = [word for word in folder.replace("-", "_").split("_") if SPLIT.fullmatch(word)]
+    head = folder[: -len("annot")] if folder.endswith("annot") else ""
+    return words[0] if words else head if SPLIT.fullmatch(head) else ""
+
+
+def _chosen(tree: Tree, families: dict[str, list[str]]) -> tuple[str | None, str | None]:
+    """Return the families of the masks and of the maps, by the user's choice or their names.
+
+    Raises:
+        ConfigError: there are several of one kind, or the chosen one does not exist.
+    """
+    choices = tree.choices
+    candidates = [
+        name for name in families if name.lower() not in _OTHER_KINDS and not name.lower().endswith(_OTHER_KINDS)
+    ]
+    masks = [name for name in candidates if "mask" in name.lower() or "hole" in name.lower()]
+    maps = [name for name in candidates if name not in masks]
+    result: list[str | None] = []
+    for field, choice, names, other in (
+        ("mask_files", choices.mask_files, masks, choices.map_files),
+        ("map_files", choices.map_files, maps, choices.mask_files),
+    ):
+        names = [name for name in names if other is None or name.lower() != other.lower()]
+        if choice and choice != "none":
+            same = [name for name in families if name.lower() == choice.lower()]
+            if not same:
+                raise ConfigError(f"{tree.root}: `{field}` {choice}: no such annotations; {', '.join(families)}")
+            result.append(same[0])
+        elif choice == "none" or not names:
+            result.append(None)
+        elif len(names) == 1:
+            result.append(names[0])
+        else:
+            raise ConfigError(
+                f"{tree.root}: {' and '.join(sorted(names)[:4])} may each be the annotations; choose "
+                f"{' or '.join(f'`{field}` {name}' for name in sorted(names)[:4])}"
+            )
+    return result[0], result[1]
+
+
+def _keys(name: str, *, is_annotation: bool) -> list[Key]:
+    """Return the path of an image by which its annotation is known: as it is, and without the end of its stem."""
+    *folders, file = name.split("/")
+    inner = stem(file)
+    inner = stem(inner) if is_image(inner) else inner
+    suffix = ANNOTATION_SUFFIX if is_annotation else IMAGE_SUFFIX
+    folder = tuple(part for part in map(_plain, folders) if part)
+    return [(*folder, inner), (*folder, suffix.sub("", inner))]
+
+
+def _pairs(tree: Tree, images: list[str], families: dict[str, list[str]], family: str) -> dict[str, str]:
+    """Return the annotation of each image that has one.
+
+    Raises:
+        ConfigError: no annotation belongs to an image, or several belong to one.
+    """
+    image_of: dict[Key, str] = {}
+    for place in (1, 0):  # exact names last, since they win
+        image_of |= {_keys(name, is_annotation=False)[place]: name for name in images}
+    counts = Counter(key[-1] for key in {_keys(name, is_annotation=False)[1] for name in images})
+    by_file = {key[-1]: name for key, name in image_of.items() if counts[key[-1]] <= 1}
+    pairs: dict[str, str] = {}
+    alone = []
+    for name in families[family]:
+        keys = _keys(name, is_annotation=True)
+        image = next((image_of[key] for key in keys if key in image_of), None)
+        image = image or next((by_file[key[-1]] for key in keys if key[-1] in by_file), None)
+        if image is None:
+            alone.append(name)
+        elif image in pairs:
+            raise ConfigError(
+                f"{tree.root}: {pairs[image]} and {name} both annotate {image}; leave one per image, or leave them out "
+                "with `mask_files` none and `map_files` none"
+            )
+        else:
+            pairs[image] = name
+    if not pairs:
+        raise ConfigError(
+            f"{tree.root}: no name in {family} ({alone[0]}) belongs to an image ({images[0]}); rename the files, or leave "
+            f"them out with `mask_files` none and `map_files` none, or choose `layout` folder with `classes` folders"
+        )
+    if alone:
+        tree.about.notes.append(f"{len(alone)} of {family} belong to no image, such as {alone[0]}")
+    if len(pairs) < len(images):
+        tree.about.notes.append(f"{len(images) - len(pairs)} images have no file of {family}, and are rejected")
+    return pairs
+
+
+def _check_masks(tree: Tree, family: str, names: list[str]) -> None:
+    """Refuse files whose name says mask and whose pixels are class ids."""
+    for name in names[:: max(1, len(names) // SAMPLES)]:
+        try:
+            decode_mask(tree.read(tree.root, name))
+        except StorageError:
+            continue
+        except Rejected as error:
+            if error.reason in ("not binary", "of several colours"):
+                raise ConfigError(
+                    f"{tree.root}/{name}: may be a mask of holes ({error}), or a segmentation; choose `map_files` {family} "
+                    f"or `mask_files` {family}"
+                ) from error
+
+
+def _base(tree: Tree, images: Iterable[str]) -> Source:
+    """Return the images alone. Folders, such as the cities of Cityscapes, are classes only if the user says so."""
+    images = sorted(images)
+    plain = {name: "/".join([*filter(None, map(_plain, name.split("/")[:-1])), name.split("/")[-1]]) for name in images}
+    folders = {path.split("/")[0] for path in plain.values() if "/" in path and not SPLIT.fullmatch(path.split("/")[0])}
+    if tree.choices.classes == "folders":
+        first = {name: _first_folder(path) for name, path in plain.items()}
+        of_class = replace(tree, root="", names=tuple(f"{folder}/{name}" for name, folder in first.items()))
+        base = read_folder(of_class, None)
+        items = tuple(replace(item, image=item.image.partition("/")[2]) for item in base.items)
+        return replace(base, items=tuple(sorted(items, key=lambda item: item.image)))
+    if len(folders) > 1:
+        tree.about.notes.append(
+            f"folders of images ({', '.join(sorted(folders)[:3])}) are not taken for classes; `classes` folders does"
+        )
+    return Source(tree.root, tuple(map(SourceItem, images)))
+
+
+def _first_folder(path: str) -> str:
+    parts = [part for part in path.split("/")[:-1] if not SPLIT.fullmatch(part)]
+    return parts[0] if parts else "."
+
+
+def _recognizes(tree: Tree) -> bool:
+    families = _families(tree)
+    annotations = sum(map(len, families.values()))
+    return bool(families) and (annotations < len(tree.images) or tree.choices.classes != "folders")
+
+
+ANNOTATED = Layout(read_annotated, _recognizes)

@@ -1,0 +1,199 @@
+"""Tars and zips: samples of webdataset, and archives of folders, which are read as the folders would be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lfm import storage
+from lfm.data.sources import readers
+from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, column_of, parse_text
+from lfm.data.sources.names import SUFFIXES, is_image, is_junk
+from lfm.data.sources.readers import TarMember
+from lfm.data.sources.source import Layout, Source, Tree, files_of_split
+from lfm.errors import ConfigError, DataError, StorageError
+from lfm.types import SourceItem
+
+# Endings of the members of a sample, the preferred one first.
+_TEXTS = ("cls", "cls.txt", "class", "class.txt", "label", "label.txt", "cls.name", "class_name")
+_MAPS = ("seg.png", "segmentation.png", "label.png", "annotation.png")
+_MASKS = ("mask.png", "mask.jpg", "mask.webp")
+_READ = (*(f".{ending}" for ending in _TEXTS), ".json")
+
+
+def read_webdataset(tree: Tree, split: str | None) -> Source:
+    """Read tars: samples of webdataset, or one tar of folders.
+
+    A sample has an image, and may have a class (.cls, .cls.txt, or in .json), a segmentation (.seg.png) and a mask (.mask.png).
+
+    Raises:
+        ConfigError: a split must be chosen, or files of equal names lie in folders of several tars.
+        DataError: a tar is damaged.
+    """
+    tars = files_of_split(tree, [name for name in tree.names if name.endswith(".tar")], split)
+    samples = [(tar, sample) for tar in tars for sample in readers.tar_samples(tree.root, tar, _READ)]
+    if not samples:
+        raise DataError(f"{tree.root}: no images in it; name the folder that holds them")
+    if _is_folder([sample for _, sample in samples]):
+        return _read_folders(tree, tars, split)
+    items, labels = [], []
+    for tar, sample in samples:
+        missing = f"{tar}#{readers.NOWHERE}#{sample['__key__']}"
+        image = next((sample[suffix[1:]].item for suffix in SUFFIXES if suffix[1:] in sample), missing)
+        seg, mask = (next((sample[end].item for end in ends if end in sample), None) for ends in (_MAPS, _MASKS))
+        items.append(SourceItem(image, None, seg, mask))
+        labels.append(_label(tree, f"{tree.root}/{tar}: sample {sample['__key__']}", sample))
+    by_text = all(label is None or kind != ".json" for kind, label in labels)
+    where = f"{tree.root}/{tars[0]}"
+    indices, names = classes([label for _, label in labels], tree.choices, where, keep_indices=by_text)
+    if names:
+        tree.about.labels_from = (
+            f"{', '.join(sorted({source for source, label in labels if label is not None}))} of the samples"
+        )
+    _note_unused(tree, [sample for _, sample in samples])
+    items = [replace(item, class_index=index) for item, index in zip(items, indices, strict=True)]
+    return Source(tree.root, tuple(items), names, read=readers.tar_member, about=tree.about)
+
+
+def _label(tree: Tree, where: str, sample: dict[str, Any]) -> tuple[str, Label]:
+    """Return where a sample's label comes from, and the label."""
+    for ending in () if tree.choices.label_column else _TEXTS:
+        if ending in sample:
+            return f".{ending}", parse_text((sample[ending].content or b"").decode("utf-8", "replace"))
+    if "json" not in sample or tree.choices.classes == "none":
+        return "", None
+    try:
+        content = json.loads(sample["json"].content or b"")
+    except (ValueError, RecursionError) as error:
+        if tree.choices.label_column:
+            raise DataError(f"{where}: its JSON cannot be read; repair it, or leave out `label_column`") from error
+        return "", None
+    if not isinstance(content, dict):
+        return "", None
+    if column := tree.choices.label_column:
+        if column not in content:
+            raise ConfigError(f"{where}: `label_column` {column}: its JSON has no such key, only {', '.join(content)}")
+        return ".json", as_label(content[column], where)
+    key = column_of(content, LABEL_KEYS)
+    if key is None or isinstance(content[key], list | dict):
+        return "", None
+    return ".json", as_label(content[key], where)
+
+
+def _note_unused(tree: Tree, samples: list[dict[str, Any]]) -> None:
+    """Note the endings and JSON keys that are not read and may hold labels or annotations."""
+    known = {*_TEXTS, *_MAPS[:1], *_MASKS[:1], "json", *(suffix[1:] for suffix in SUFFIXES)}
+    endings = {ending for sample in samples for ending in sample if not ending.startswith("__")}
+    if others := sorted(endings - known - {*_MAPS, *_MASKS}):
+        tree.about.notes.append(f"members of samples left aside: {', '.join(f'.{ending}' for ending in others[:8])}")
+    if not tree.about.labels_from and "json" in endings and tree.choices.classes != "none":
+        keys: set[str] = set()
+        for sample in samples[:100]:
+            try:
+                content = json.loads(sample["json"].content or b"")
+            except (ValueError, RecursionError, KeyError, AttributeError):
+                continue
+            keys |= set(content) if isinstance(content, dict) else set()
+        tree.about.notes.append(
+            f"the JSON of samples is not used; its keys are {', '.join(sorted(keys)[:8])}; `label_column` chooses one as label"
+        )
+
+
+# --- archives of folders -----------------------------------------------------------------------------------------
+
+
+def _is_folder(samples: list[dict[str, Any]]) -> bool:
+    """Whether a tar holds folders that mean something, instead of samples: classes, annotations, or a table."""
+    plain = all(
+        ending.startswith("__") or is_image(f".{ending}") or ending in ("csv", "txt", "json", "jsonl")
+        for sample in samples
+        for ending in sample
+    )
+    has_own_labels = any(ending in sample for sample in samples for ending in (*_TEXTS, *_MAPS, *_MASKS))
+    pairs = sum("json" in sample and len(sample) > 3 for sample in samples)
+    if not plain or has_own_labels or pairs:
+        return False
+    keys = [sample["__key__"] for sample in samples if any(f"{suffix[1:]}" in sample for suffix in SUFFIXES)]
+    folders = {key.rpartition("/")[0] for key in keys}
+    names = {key.rpartition("/")[2] for key in [sample["__key__"] for sample in samples]}
+    return len(folders) > 1 or bool(names & {"dataset", "metadata"}) or any(key.endswith("_mask") for key in keys)
+
+
+def _read_folders(tree: Tree, tars: list[str], split: str | None) -> Source:
+    members: dict[str, TarMember] = {}
+    for tar in tars:
+        for member in readers.tar_members(tree.root, tar):
+            if members.setdefault(member.name.removeprefix("./"), member) is not member:
+                raise ConfigError(
+                    f"{tree.root}: {member.name} is in several tars, whose folders cannot be told from one another; name "
+                    "one tar, or unpack them"
+                )
+    archive = storage.join(tree.root, tars[0])
+
+    def read(root: str, name: str) -> bytes:
+        inner = storage.join(root, name)[len(archive) + 1 :]
+        if inner not in members:
+            raise StorageError(f"{archive}#{inner}: no such file in the tar")
+        return readers.tar_member(tree.root, members[inner].item)
+
+    inner_tree = replace(tree, root=archive, names=tuple(sorted(members)), read=read, archive=archive)
+    source = tree.read_inner(inner_tree, split)
+    missing = f"{tars[0]}#{readers.NOWHERE}#"
+    return _outer(
+        source,
+        archive,
+        tree.root,
+        readers.tar_member,
+        lambda name: members[name].item if name in members else missing + name,
+    )
+
+
+def read_zip(tree: Tree, split: str | None) -> Source:
+    """Read a zip as the folder that it holds, without unpacking it.
+
+    Raises:
+        ConfigError: there are several zips.
+        DataError: the zip is damaged.
+    """
+    zips = [name for name in tree.names if name.lower().endswith(".zip")]
+    if len(zips) != 1:
+        raise ConfigError(f"{tree.root}: holds {len(zips)} zips ({', '.join(zips[:3])}, ...); name one of them")
+    archive = storage.join(tree.root, zips[0])
+    names = readers.zip_names(archive)
+    used = tuple(name for name in names if not is_junk(name))
+    if len(used) < len(names):
+        tree.about.notes.append(f"{len(names) - len(used)} files of operating systems are skipped, such as __MACOSX")
+    inner = replace(tree, root=archive, names=used, read=partial(_zip_file, archive), archive=archive)
+    source = tree.read_inner(inner, split)
+    return _outer(source, archive, tree.root, readers.zip_member, lambda name: f"{zips[0]}#{name}")
+
+
+def _zip_file(archive: str, root: str, name: str) -> bytes:
+    return readers.zip_content(archive, storage.join(root, name)[len(archive) + 1 :])
+
+
+def _outer(
+    source: Source, archive: str, root: str, read: Callable[[str, str], bytes], item_of: Callable[[str], str]
+) -> Source:
+    """Return the source of an archive with the names of its items as the archive's readers take them."""
+    prefix = source.root[len(archive) + 1 :]
+
+    def moved(part: Any) -> Any:
+        if part is None:
+            return None
+        if isinstance(part, tuple):
+            return tuple((class_id, moved(name)) for class_id, name in part)
+        return item_of(f"{prefix}/{part}" if prefix else part)
+
+    items = tuple(
+        SourceItem(moved(item.image), item.class_index, moved(item.segmentation), moved(item.mask))
+        for item in source.items
+    )
+    return replace(source, root=root, items=items, read=read)
+
+
+WEBDATASET = Layout(read_webdataset, lambda tree: tree.has_name(r"\.tar$"))
+ZIP = Layout(read_zip, lambda tree: tree.has_name(r"(?i)\.zip$") and not tree.images)

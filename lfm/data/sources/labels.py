@@ -1,0 +1,233 @@
+"""Labels of any kind, such as 3, "3", "cat" or 3.0, as class indices, and tables that hold them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from lfm import storage
+from lfm.data.sources import readers
+from lfm.data.sources.names import stem
+from lfm.data.sources.source import About, Choices, Source
+from lfm.errors import ConfigError, DataError
+
+Label = int | str | None
+Row = dict[str, Any]
+
+# Names of columns and JSON keys, the preferred one first.
+LABEL_KEYS: tuple[str, ...] = (
+    "label",
+    "labels",
+    "class",
+    "cls",
+    "fine_label",
+    "class_name",
+    "label_name",
+    "category",
+    "target",
+)
+LABEL_KEYS += ("class_id", "label_id", "category_id")
+FILE_KEYS = ("file_name", "filename", "file", "image", "image_name", "image_id", "path", "name", "id", "img", "key")
+MASK_KEYS = ("mask", "mask_file_name", "mask_file", "mask_path")
+MAP_KEYS = ("segmentation", "segmentation_file_name", "seg", "annotation", "annotation_file_name", "map", "label_map")
+MOST_TEXTS = 0.5  # of the images; labels that differ more are texts
+FEW_IMAGES = 20
+MOST_GAPS = 1000  # number of classes above which unused indices are removed
+
+
+def as_label(value: Any, where: str) -> Label:
+    """Return a value of a table or JSON as an index, a name, or None if it is missing.
+
+    Raises:
+        DataError: it is a list, a mapping or a fraction.
+    """
+    if value is None or value == "" or value == -1 or value != value:
+        return None
+    if isinstance(value, bool | int | str):
+        return int(value) if isinstance(value, bool) else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    kind = "several labels" if isinstance(value, list | dict | tuple) else "a number that is no class"
+    raise DataError(f"{where}: {str(value)[:40]} is {kind}; choose another column with `label_column`")
+
+
+def parse_text(text: str) -> Label:
+    """Return the label of a text file: an index if it is a number, else a name."""
+    text = text.strip()
+    return int(text) if text.isdecimal() and len(text) < 19 else text or None
+
+
+def classes(
+    labels: Sequence[Label], choices: Choices, where: str, *, names: Sequence[str] = (), keep_indices: bool = False
+) -> tuple[list[int | None], tuple[str, ...]]:
+    """Return the class index of every label, and the names of the classes.
+
+    Args:
+        labels: indices or names; if there are names among them, all are names.
+        choices: of the user: whether there are classes, and the order of names that are numbers.
+        where: place of the labels, for messages.
+        names: names of the indices, if the source has a list of them.
+        keep_indices: let indices stand although some are not used, as long as they are few.
+
+    Raises:
+        ConfigError: the labels are texts that differ from image to image.
+        DataError: an index is not in the list.
+    """
+    if choices.classes == "none":
+        return [None] * len(labels), ()
+    known = {label for label in labels if label is not None}
+    # "07" and "7" are different names, so texts become indices only if none is padded.
+    if all(isinstance(label, int) or (label.isdecimal() and str(int(label)) == label) for label in known):
+        return _by_index([None if label is None else int(label) for label in labels], names, where, keep_indices)
+    texts = sorted({str(label) for label in known})
+    if len(texts) > MOST_TEXTS * len(labels) and len(labels) >= FEW_IMAGES and not choices.label_column:
+        raise ConfigError(
+            f"{where}: {len(texts)} different labels for {len(labels)} images look like captions; choose `classes` none, "
+            "or name the column with `label_column` if each is a class"
+        )
+    texts = in_order(texts, choices)
+    index = {text: number for number, text in enumerate(texts)}
+    return [None if label is None else index[str(label)] for label in labels], tuple(texts)
+
+
+def _by_index(
+    labels: list[int | None], names: Sequence[str], where: str, keep_indices: bool
+) -> tuple[list[int | None], tuple[str, ...]]:
+    known = sorted({label for label in labels if label is not None})
+    if known and (known[0] < 0 or (names and known[-1] >= len(names))):
+        wrong = known[0] if known[0] < 0 else known[-1]
+        raise DataError(f"{where}: class {wrong} is not one of the {len(names)} names; repair the label")
+    if names:
+        return labels, tuple(names)
+    largest = known[-1] if known else -1
+    if keep_indices and largest < max(MOST_GAPS, 2 * len(known)):
+        return labels, tuple(map(str, range(largest + 1)))
+    index = {label: number for number, label in enumerate(known)}
+    return [None if label is None else index[label] for label in labels], tuple(map(str, known))
+
+
+def in_order(names: Iterable[str], choices: Choices) -> list[str]:
+    """Return names of classes sorted as text, or as numbers if the user chose that.
+
+    Raises:
+        ConfigError: they are to be sorted as numbers and one is none.
+    """
+    if choices.class_order == "name":
+        return sorted(names)
+    names = list(names)
+    if wrong := [name for name in names if not name.isdecimal()]:
+        raise ConfigError(f"`class_order` number: class {wrong[0]} is no number; use name")
+    return sorted(names, key=lambda name: (int(name), name))
+
+
+def read_table(content: bytes, path: str) -> list[Row]:
+    """Return the rows of a table: CSV or TSV with a head, JSON lines, or parquet.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    suffix = PurePosixPath(path).suffix.lower()
+    if suffix == ".parquet":
+        return readers.table_rows(content, path)
+    try:
+        text = content.decode("utf-8-sig")
+        if suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        elif suffix == ".json":
+            rows = json.loads(text)
+        else:
+            head = text.partition("\n")[0]
+            delimiter = max(",;\t", key=head.count)
+            rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as a table ({str(error)[:80]}); write it as CSV in UTF-8") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(
+            f"{path}: has no rows with names of columns; write it as CSV with a head such as file_name,label"
+        )
+    return rows
+
+
+def column_of(columns: Iterable[str], keys: Sequence[str]) -> str | None:
+    """Return the first of `keys` that is a column, whatever its case."""
+    by_lower = {str(column).strip().lower(): column for column in reversed(list(columns))}
+    return next((by_lower[key] for key in keys if key in by_lower), None)
+
+
+def label_column(columns: Sequence[str], choices: Choices, about: About, where: str) -> str | None:
+    """Return the column with labels, chosen by the user or by its name; notes other columns that may hold labels.
+
+    Raises:
+        ConfigError: the chosen column does not exist.
+    """
+    if choices.classes == "none" and not choices.label_column:
+        return None
+    if choices.label_column:
+        if choices.label_column not in columns:
+            raise ConfigError(
+                f"{where}: `label_column` {choices.label_column}: no such column; one of {', '.join(columns)}"
+            )
+        return choices.label_column
+    known = [key for key in (column_of(columns, (key,)) for key in LABEL_KEYS) if key is not None]
+    if known[1:]:
+        about.notes.append(
+            f"{where}: labels are those of column {known[0]}; not used: {', '.join(known[1:])} (`label_column` chooses)"
+        )
+    return known[0] if known else None
+
+
+def with_labels(source: Source, choices: Choices) -> Source:
+    """Return a source with the classes of the table `choices.labels`, whose rows name its files.
+
+    A row's file is the name of an image, without its folders or suffix if that is unique.
+
+    Raises:
+        ConfigError, DataError: the table has no such columns, or an image is not in it or twice.
+    """
+    path = str(choices.labels)
+    rows = read_table(storage.read_bytes(path), path)
+    columns = list(rows[0]) if rows else []
+    column = label_column(columns, choices, source.about, path)
+    file_column = column_of([name for name in columns if name != column], FILE_KEYS)
+    if column is None or file_column is None:
+        missing = "file names (file_name)" if file_column is None else "labels (label)"
+        raise ConfigError(
+            f"{path}: has no column of {missing}, only {', '.join(map(str, columns))}; see `label_column`"
+        )
+    table: dict[str, Label] = {}
+    for row in rows:
+        name, label = str(row[file_column]), as_label(row[column], f"{path}: {row[file_column]}")
+        if table.setdefault(name, label) != label:
+            raise DataError(f"{path}: {name} has the labels {table[name]} and {label}; remove one of the rows")
+    labels = _matched(source, table, path)
+    indices, names = classes(labels, choices, path)
+    items = tuple(replace(item, class_index=index) for item, index in zip(source.items, indices, strict=True))
+    source.about.labels_from = f"column {column} of {path}"
+    return replace(source, items=items, class_names=names)
+
+
+def _matched(source: Source, table: Mapping[str, Label], path: str) -> list[Label]:
+    """Return the label of every item: its row names the whole path, or its end as far as that is unique."""
+    names = [readers.inner_name(item.image) for item in source.items]
+    keys = (lambda name: name, stem, lambda name: name.rpartition("/")[2], lambda name: stem(name.rpartition("/")[2]))
+    for key in keys:
+        by_key = [key(name) for name in names]
+        if any(name in table for name in by_key):
+            break
+    if len(set(by_key)) < len(by_key):
+        twice = next(name for name in by_key if by_key.count(name) > 1)
+        raise DataError(f"{path}: {twice} may be any of several images; write their paths with folders")
+    if missing := [name for name, entry in zip(names, by_key, strict=True) if entry not in table]:
+        raise DataError(
+            f"{path}: {len(missing)} of {len(names)} images have no label, the first: {missing[0]}; add a row for each"
+        )
+    if extra := set(table) - set(by_key):
+        source.about.notes.append(f"{path}: {len(extra)} rows belong to no image, such as {min(extra)}")
+    return [table[entry] for entry in by_key]

@@ -1,0 +1,79 @@
+"""What the names of files and folders say: junk, splits, annotations, and how names are printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+# The first four stand in messages.
+SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+SUFFIXES += (".jfif", ".jpe", ".j2k", ".jpx", ".pbm", ".avif", ".heic", ".heif", ".jxl")
+ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".zip")
+
+SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|extra|unlabell?ed)(20\d\d)?", re.IGNORECASE)
+# Folders in which programs keep files of their own, and small copies of images.
+_JUNK_FOLDER = re.compile(r"__MACOSX|@eaDir|\..*|\$RECYCLE\.BIN|thumb(nail)?s?(\d+x\d+)?", re.IGNORECASE)
+_JUNK_FILE = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+
+# A folder whose images are annotations of others, and one whose images they belong to.
+_MASK_WORDS = r"masks?|holes?|inpaint(ing)?_?masks?"
+_MAP_WORDS = (
+    r"annotations?|anno?s?|labels?|labelids|labelled\w*|labeled\w*|labelimages?|seg|segs|segments?|segmentations?"
+    r"|segmentationclass\w*|semantic\w*|gt|gts|gtfine|gtcoarse|groundtruths?|ground_?truths?|stuffthingmaps|mask_?labels?"
+)
+ANNOTATION_FOLDER = re.compile(rf"(.*[_\- .])?({_MASK_WORDS}|{_MAP_WORDS})([_\- .].*)?|.*annot|.*masks?", re.IGNORECASE)
+IMAGE_FOLDER = re.compile(r"images?|imgs?|jpegimages|pngimages|leftimg8bit|inputs?|photos?|pics?|rgbs?", re.IGNORECASE)
+# The end of a stem that says that a file annotates the file of the stem before it.
+ANNOTATION_SUFFIX = re.compile(
+    r"(?P<end>[_\-. ]+(?:gt(?:Fine|Coarse)_)?(?:(?:inpaint(?:ing)?[_\-])?masks?|segs?|segmentations?|labels?|labelids?"
+    r"|labeltrainids|trainids|annotations?|annot|gt|groundtruth|color|instanceids|matte|L)(?:[_\-]?\d{1,4})?)$",
+    re.IGNORECASE,
+)
+IMAGE_SUFFIX = re.compile(r"[_\-](leftImg8bit|image|img|rgb|photo|orig(inal)?|sat|input)$", re.IGNORECASE)
+_LABEL_FILE = re.compile(
+    r"(label|class|categor|annot|meta|target|attr|identity|dataset|list|caption|train|val|test|gt|solution)",
+    re.IGNORECASE,
+)
+_TABLE_SUFFIXES = (
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".xml",
+    ".mat",
+    ".npy",
+    ".npz",
+    ".pkl",
+    ".yaml",
+    ".yml",
+)
+
+
+def is_junk(name: str) -> bool:
+    """Return whether a path is a file of an operating system or an editor, or a small copy of an image."""
+    *folders, file = name.split("/")
+    return _JUNK_FILE.fullmatch(file) is not None or any(map(_JUNK_FOLDER.fullmatch, folders))
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is an image by its suffix."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def looks_like_labels(name: str) -> bool:
+    """Return whether a file that is no image may hold labels."""
+    path = PurePosixPath(name)
+    if path.suffix.lower() in _TABLE_SUFFIXES:
+        return True
+    return path.suffix.lower() in ("", ".txt") and _LABEL_FILE.search(name) is not None
+
+
+def stem(name: str) -> str:
+    """Return a name without its suffix."""
+    return name[: -len(PurePosixPath(name).suffix)] if PurePosixPath(name).suffix else name
+
+
+def storable(name: str) -> str:
+    """Return a name as valid Unicode: bytes of a file name that are not UTF-8 become escapes such as \\xe9."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
