@@ -90,7 +90,7 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
     if len(folders) > 1 and _are_buckets(tree, folders):
         first = min(folders)
         raise ConfigError(
-            f"{tree.root}: {first}, ... may be parts of one list of images, since the numbers of the images go on from "
+            f"{tree.root}: {first}, ... may be parts of one list of images, since the numbers of the images continue from "
             "folder to folder, or classes; choose `classes` none or `classes` folders"
         )
 

@@ -90,7 +90,7 @@ def test_splits_are_recognised_in_any_case(tmp_path: Path, splits: tuple[str, st
 
 def test_a_class_may_be_called_like_a_split_if_the_user_says_so(root: str) -> None:
     make(root, "test/1.png", "exam/1.png")
-    with pytest.raises(ConfigError, match="may be a split or a class .* `split` test .* `classes` folders"):
+    with pytest.raises(ConfigError, match=r"may be a split or a class .* `split` test .* `classes` folders"):
         folder(root)
     assert read(root, "folder", choices=Choices(classes="folders")).class_names == ("exam", "test")
 
