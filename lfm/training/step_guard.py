@@ -2,45 +2,85 @@
 
     a step is taken if    norm <= ratio * mean        mean: running mean of the norms of taken steps, over about 100
 
-The norm is that of the whole gradient before clipping. It is the same on every rank, so all ranks decide alike.
+The norm is that of the whole gradient before clipping. It is the same on every rank, so all ranks decide alike. The decision
+is made on the device that computes the norm, so that the host need not wait for it in every step.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 MEMORY = 100  # steps
+MOST_SKIPPED_IN_A_ROW = 5  # more mean that training has diverged
 
 
-@dataclass
 class StepGuard:
     """Refuses steps whose gradient norm is not finite or far above the running mean.
+
+    After `MOST_SKIPPED_IN_A_ROW` refusals in a row training has diverged, and every further step is refused. Reading a
+    property waits for the device.
 
     Args:
         ratio: largest norm in multiples of the running mean; 0 accepts every finite norm.
     """
 
-    ratio: float = 0.0
-    mean: float = 0.0  # of the norms of accepted steps
-    num_accepted: int = 0
-    num_skipped: int = 0
-    num_skipped_in_a_row: int = 0  # since the last accepted step
+    def __init__(self, ratio: float = 0.0) -> None:
+        self.ratio = ratio
+        self._state = torch.zeros(4, dtype=torch.float64)  # mean, accepted, skipped, skipped in a row
 
-    def refuses(self, norm: float) -> bool:
-        """Return whether to skip a step of this norm; the first 100 may have any finite norm."""
-        return not math.isfinite(norm) or (self.num_accepted >= MEMORY and 0 < self.ratio * self.mean < norm)
+    def refuse(self, norm: Tensor) -> Tensor:
+        """Decide on a step and record it.
 
-    def count(self, norm: float) -> None:
-        """Record the norm of a step, accepted or skipped."""
-        if self.refuses(norm):
-            self.num_skipped += 1
-            self.num_skipped_in_a_row += 1
-        else:
-            self.num_accepted += 1
-            self.num_skipped_in_a_row = 0
-            self.mean += (norm - self.mean) / min(self.num_accepted, MEMORY)
+        Args:
+            norm: norm of its gradient, a scalar; the first 100 accepted ones may have any finite value.
+
+        Returns:
+            1 to skip the step, else 0: a float32 scalar on the device of `norm`.
+        """
+        norm = norm.double()
+        mean, num_accepted, num_skipped, in_a_row = self._state.to(norm.device).unbind()
+        limit = self.ratio * mean
+        refused = (~norm.isfinite()) | (in_a_row > MOST_SKIPPED_IN_A_ROW)
+        refused = refused | ((num_accepted >= MEMORY) & (limit > 0) & (norm > limit))
+        count = refused.double()
+        moved = mean + (norm - mean) / (num_accepted + 1).clamp(max=MEMORY)
+        self._state = torch.stack(
+            [
+                torch.where(refused, mean, moved),
+                num_accepted + (1 - count),
+                num_skipped + count,
+                (in_a_row + 1) * count,
+            ]
+        )
+        return refused.float()
+
+    @property
+    def mean(self) -> float:
+        """Running mean of the norms of accepted steps."""
+        return float(self._state[0])
+
+    @property
+    def num_accepted(self) -> int:
+        """Number of accepted steps."""
+        return int(self._state[1])
+
+    @property
+    def num_skipped(self) -> int:
+        """Number of skipped steps."""
+        return int(self._state[2])
+
+    @property
+    def skipped_in_a_row(self) -> Tensor:
+        """Number of steps skipped since the last accepted one, float64 scalar on the device."""
+        return self._state[3]
+
+    @property
+    def num_skipped_in_a_row(self) -> int:
+        """Number of steps skipped since the last accepted one."""
+        return int(self._state[3])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -54,5 +94,5 @@ class StepGuard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state of `state_dict`, except for the ratio, which is a setting."""
-        self.mean, self.num_accepted = state["mean"], state["taken"]
-        self.num_skipped, self.num_skipped_in_a_row = state["skipped"], state["in_a_row"]
+        values = [state[name] for name in ("mean", "taken", "skipped", "in_a_row")]
+        self._state = torch.tensor(values, dtype=torch.float64)

@@ -184,5 +184,6 @@ def deepspeed_settings(config: ExperimentConfig, world: World) -> dict[str, Any]
                 "weight_decay": train.weight_decay,
             },
         },
-        "bf16": {"enabled": train.precision == "bf16"},
+        # The step guard checks the norm of the whole gradient, in place of every tensor of it.
+        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": False},
     }

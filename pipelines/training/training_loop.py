@@ -7,7 +7,7 @@ interrupted: bit for bit on as many ranks at the same ZeRO stage, and up to roun
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
 from lfm.training.ema import decay_after, power_decay_after
 from lfm.training.engine import Engine
 from lfm.training.run_folder import RunFolder, RunState
+from lfm.training.step_guard import MOST_SKIPPED_IN_A_ROW
 from lfm.types import LatentBatch
 from lfm.weights_file import WeightsHeader
 from pipelines.common import factory
@@ -35,7 +36,23 @@ from pipelines.training.stop_signals import StopRequest
 from pipelines.training.training_log import TrainingLog
 from pipelines.training.validation import Validation, split_shards
 
-MOST_SKIPPED_IN_A_ROW = 5  # more mean that training has diverged
+
+class HostCopy:
+    """A small tensor on its way from the device to the host, which need not wait for the device in the meantime."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._ready = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def values(self) -> list[float]:
+        """Return the values, when the device has computed them."""
+        if self._ready:
+            self._ready.synchronize()
+        return self._tensor.tolist()
 
 
 class TrainingLoop:
@@ -81,6 +98,8 @@ class TrainingLoop:
         self.samples_seen, self.total_samples = 0, self.train.num_steps * self.train.global_batch
         self.losses: dict[str, float] = {}  # of the last step, over all ranks: "loss", and each term as "loss_NAME"
         self.stop_requested = False  # set on all ranks once any rank received SIGTERM or SIGINT
+        self.skipped_in_a_row = 0  # steps that the guard skipped since the last accepted one
+        self._in_flight: deque[tuple[tuple[str, ...], HostCopy]] = deque()  # results that the host has not read yet
 
     @property
     def num_steps(self) -> int:
@@ -139,9 +158,22 @@ class TrainingLoop:
             self.engine.averages[_power_average(width)].update(power_decay_after(self.num_steps, width))
         means = [torch.stack(values).mean() for values in losses.values()]
         stop = torch.full_like(means[0], stop_request.received)
-        *sums, num_stops = self.engine.sum_over_ranks(torch.stack([*means, stop])).tolist()
-        self.losses = {name: total / self.world.size for name, total in zip(losses, sums, strict=True)}
-        self.stop_requested = num_stops > 0
+        sums = self.engine.sum_over_ranks(torch.stack([*means, stop]))
+        skipped_in_a_row = self.engine.guard.skipped_in_a_row.to(sums)
+        self._in_flight.append((tuple(losses), HostCopy(torch.cat([sums, skipped_in_a_row[None]]))))
+
+    def _receive_results(self, log: TrainingLog, *, wait: bool) -> None:
+        """Take over the results of steps that are finished; those of the newest step only with `wait`.
+
+        The host is then at most one step ahead of the device, which has always work to do.
+        """
+        while len(self._in_flight) > (0 if wait else 1):
+            names, copy = self._in_flight.popleft()
+            *sums, num_stops, skipped_in_a_row = copy.values()
+            self.losses = {name: total / self.world.size for name, total in zip(names, sums, strict=True)}
+            self.stop_requested = self.stop_requested or num_stops > 0
+            self.skipped_in_a_row = int(skipped_in_a_row)
+            log.losses.append(self.losses)
 
     def _finish_step(self, log: TrainingLog) -> dict[str, str]:
         """Do what is due after a step: measure, log, save. Return new figures for the progress bar.
@@ -149,18 +181,21 @@ class TrainingLoop:
         Raises:
             DataError: training diverged.
         """
-        train, step, guard = self.train, self.num_steps, self.engine.guard
+        train, step = self.train, self.num_steps
         is_last = self.samples_seen == self.total_samples
-        is_due = is_last or self.stop_requested or step % train.checkpoint_every == 0
+        is_due = is_last or step % train.checkpoint_every == 0
+        evaluators = [evaluator for evaluator in self.evaluators if step % evaluator.every == 0]
+        self._receive_results(log, wait=bool(is_due or evaluators or step % train.log_every == 0))
+        if self.stop_requested:
+            is_due = True
+            self._receive_results(log, wait=True)
         # Weights that led to skipped steps may be ruined already, and are no checkpoint to resume from.
-        saves = is_due and (is_last or not guard.num_skipped_in_a_row)
-        if guard.num_skipped_in_a_row > MOST_SKIPPED_IN_A_ROW or (saves and not self.engine.has_learned):
+        saves = is_due and (is_last or not self.skipped_in_a_row)
+        if self.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW or (saves and not self.engine.has_learned):
             raise self._divergence()
-        log.losses.append(self.losses)
         measurements: dict[str, float] = {}
-        for evaluator in self.evaluators:
-            if step % evaluator.every == 0:
-                measurements |= evaluator.measure(self._current_header())
+        for evaluator in evaluators:
+            measurements |= evaluator.measure(self._current_header())
         figures: dict[str, str] = {}
         if measurements or saves or step % train.log_every == 0:
             learning_rate = learning_rate_at(self.samples_seen - train.global_batch, train)

@@ -6,6 +6,8 @@ Each run of `engine_worker.py` takes more than 200 steps; the tests share the ru
 from __future__ import annotations
 
 import json
+import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 
 from lfm.training.engine import parameter_groups, start_processes
-from lfm.training.step_guard import MEMORY, StepGuard
+from lfm.training.step_guard import MEMORY, MOST_SKIPPED_IN_A_ROW, StepGuard
 from lfm.world import World
 from tests.support import engine_worker
 from tests.support.commands import REPOSITORY, finish, start_ranks
@@ -197,27 +199,53 @@ def test_memory_per_rank_follows_the_formula(name: str, measurements: dict[str, 
     assert per_rank <= measurements[name]["bytes"] < 1.15 * per_rank
 
 
+def refuses(guard: StepGuard, norm: float) -> bool:
+    return bool(guard.refuse(torch.tensor(norm)))
+
+
 def test_the_guard_refuses_norms_far_above_the_running_mean() -> None:
     guard = StepGuard(ratio=10.0)
-    for norm in (1e9, float("nan"), 1e-3):  # at first anything that is finite
-        guard.count(norm)
+    # At first any finite norm is accepted.
+    assert [refuses(guard, norm) for norm in (1e9, float("nan"), 1e-3)] == [False, True, False]
     assert (guard.num_accepted, guard.num_skipped, guard.num_skipped_in_a_row) == (2, 1, 0)
-    for _ in range(1500):
-        guard.count(1.0)
-    assert guard.num_accepted > MEMORY and not guard.refuses(9.0 * guard.mean) and guard.refuses(11.0 * guard.mean)
-    for number in range(1, 4):
-        guard.count(1e6 * guard.mean)
-        assert guard.num_skipped_in_a_row == number
-    assert guard.refuses(float("inf")) and not StepGuard(ratio=0.0, num_accepted=10**6, mean=1.0).refuses(1e30)
+    assert not any(refuses(guard, 1.0) for _ in range(1500))
+    assert guard.num_accepted > MEMORY and not refuses(guard, 9.0 * guard.mean) and refuses(guard, 11.0 * guard.mean)
+    mean = guard.mean
+    for number in range(2, 5):
+        assert refuses(guard, 1e6 * guard.mean) and guard.num_skipped_in_a_row == number
+    assert refuses(guard, float("inf")) and guard.mean == mean
+    without_limit = StepGuard(ratio=0.0)
+    assert not any(refuses(without_limit, 10.0**power) for power in range(30)) and refuses(without_limit, -math.inf)
+
+
+def test_after_too_many_refusals_in_a_row_the_guard_refuses_every_step() -> None:
+    """So the host may read the count later, and no step is taken in between."""
+    guard = StepGuard(ratio=10.0)
+    for _ in range(MOST_SKIPPED_IN_A_ROW):
+        assert refuses(guard, math.nan)
+    accepted = StepGuard(ratio=10.0)
+    accepted.load_state_dict(guard.state_dict())
+    assert not refuses(accepted, 1.0) and accepted.num_skipped_in_a_row == 0
+    assert refuses(guard, math.nan) and refuses(guard, 1.0)
+    assert guard.num_skipped_in_a_row == MOST_SKIPPED_IN_A_ROW + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (3, "bf16"), (1, "fp32"), (3, "fp32")])
+def test_a_step_launches_few_operations_for_each_parameter_tensor(stage: int, precision: str) -> None:
+    """DeepSpeed's copies into its buffers; with its own norm and overflow check there were 17 at stage 1."""
+    command = [sys.executable, "-m", "tests.support.count_operations", str(stage), precision]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert 0 < float(result.stdout.splitlines()[-1]) <= 3
 
 
 def test_the_state_of_the_guard_is_restored_except_for_its_ratio() -> None:
     guard = StepGuard(ratio=10.0)
     for norm in (1.0, 3.0, float("nan")):
-        guard.count(norm)
+        guard.refuse(torch.tensor(norm))
     resumed = StepGuard(ratio=5.0)
     resumed.load_state_dict(guard.state_dict())
-    assert resumed == StepGuard(5.0, 2.0, 2, 1, 1)
+    assert resumed.state_dict() == {"ratio": 5.0, "mean": 2.0, "taken": 2, "skipped": 1, "in_a_row": 1}
     # As checkpoints of the first version hold it.
     resumed.load_state_dict({"ratio": 20.0, "mean": 0.5, "taken": 7, "skipped": 2, "in_a_row": 0})
-    assert resumed == StepGuard(5.0, 0.5, 7, 2, 0)
+    assert resumed.state_dict() == {"ratio": 5.0, "mean": 0.5, "taken": 7, "skipped": 2, "in_a_row": 0}
