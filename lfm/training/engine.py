@@ -44,10 +44,7 @@ def start_processes(world: World, store: Any = None) -> Any:
     # The deprecated calls are DeepSpeed's.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-    # It would wait for the device in every step. `StepGuard` skips steps whose norm is not finite, without waiting.
-    stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         # Its shared-memory collectives take 50 s to compile, and leak 69 MB of shared memory per rank and run.
@@ -82,6 +79,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
         (with_decay if is_matrix else without).append(parameter)
     return [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
+
+
+def _leave_skipping_to_the_guard() -> None:
+    """Let DeepSpeed take no gradient norm for invalid, for which it would wait for the device in every step.
+
+    `StepGuard` skips the steps whose norm is not finite, without waiting.
+    """
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
 
 
 class Engine:
@@ -122,6 +129,7 @@ class Engine:
             zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         )
         self.averages = {name: Ema(self.masters) for name in averages}
+        _leave_skipping_to_the_guard()
         zero.get_grad_norm_direct = self._gradient_norm_of_partitions
         self._refused: Tensor | None = None  # the guard's decision on the current step
         # The hook runs when the norm of the whole gradient is known.
