@@ -14,6 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lfm.errors import CheckpointError, ConfigError, StorageError, on_one_line
+from lfm.errors import CheckpointError, ConfigError, on_one_line
 from lfm.training.ema import Ema, temporarily_set
 from lfm.training.step_guard import StepGuard
 from lfm.world import World
@@ -89,6 +90,30 @@ def _leave_skipping_to_the_guard() -> None:
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     stage3.is_invalid_grad_norm = stage_1_and_2.is_invalid_grad_norm = lambda norm: False
+
+
+class HostBuffers:
+    """Host memory for copies of tensors, pinned for those of a GPU, that is kept from one copy to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, key: str, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the buffer of `key`, and return it; the copy of a GPU's tensor may still be under way."""
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[key] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class StateCopy:
+    """The state of training in host memory."""
+
+    parts: dict[str, dict[str, Tensor]]  # this rank's whole tensors by kind and parameter name, for `write_parts`
+    weights: dict[str, Tensor]  # an average by parameter name; empty on all ranks but the main one
+    numbers: dict[str, Any]  # the rest of the state, for `Engine.load`; JSON can represent it
 
 
 class Engine:
@@ -248,37 +273,38 @@ class Engine:
         for average in self.averages.values():
             average.restart()
 
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write the state of training into `folder`; all ranks must call it.
+    def copy_state(self, buffers: HostBuffers, average: str) -> StateCopy:
+        """Copy the state of training to host memory, so that it can be written while training goes on.
 
-        Each rank writes a part of the parameters, as whole tensors, which any number of ranks at any ZeRO stage can read. The
-        files of all ranks are complete when it returns.
+        All ranks must call it. Each rank copies a part of the parameters, as whole tensors, which any number of ranks at any
+        ZeRO stage can read; the main rank also copies all of `average`.
 
-        Returns:
-            The rest of the state, for `load`; JSON can represent it.
-
-        Raises:
-            StorageError: a file cannot be written.
+        Args:
+            buffers: memory of the copies, which are valid until it is used again.
+            average: name of the average whose weights are part of the copy.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         rank, size = self.world.rank, self.world.size
+        parts: dict[str, dict[str, Tensor]] = {}
+        weights: dict[str, Tensor] = {}
         for kind, partitions in self._state().items():
-            own = {
-                name: whole.cpu().clone()
-                for number, (name, whole) in enumerate(self.whole_tensors(partitions))
-                if number % size == rank
-            }
-            try:
-                save_file(own, folder / f"{kind}-{rank:05d}.safetensors")
-            except (SafetensorError, OSError) as error:
-                raise StorageError(
-                    f"{folder}: cannot be written ({on_one_line(error)}); is there no space left?"
-                ) from error
-        self.barrier()
-        return {"adam_steps": self._adam_steps, "guard": self.guard.state_dict()}
+            parts[kind] = {}
+            for number, (name, whole) in enumerate(self.whole_tensors(partitions)):
+                is_own, is_weight = number % size == rank, kind == average and self.world.is_main
+                if not (is_own or is_weight):
+                    continue
+                copy = buffers.copy(f"{kind}/{name}", whole)
+                if is_own:
+                    parts[kind][name] = copy
+                if is_weight:
+                    weights[name] = copy
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return StateCopy(parts, weights, {"adam_steps": self._adam_steps, "guard": self.guard.state_dict()})
 
     def load(self, folder: Path, state: dict[str, Any], samples_seen: int) -> None:
-        """Load what `save` wrote and returned, under any number of ranks and any ZeRO stage; all ranks must call it.
+        """Load a state of `copy_state` that `write_parts` wrote, under any number of ranks and any ZeRO stage.
+
+        All ranks must call it.
 
         Raises:
             CheckpointError: the files are of another model, or cannot be read.
@@ -351,6 +377,19 @@ class Engine:
                 start_alignment_factor=zero.nccl_start_alignment_factor,
                 allgather_bucket_size=zero.allgather_bucket_size,
             )
+
+
+def write_parts(folder: Path, rank: int, parts: dict[str, dict[str, Tensor]]) -> list[Path]:
+    """Write one rank's part of a state into `folder`, and return the paths of its files.
+
+    Raises:
+        SafetensorError, OSError: a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {kind: folder / f"{kind}-{rank:05d}.safetensors" for kind in parts}
+    for kind, tensors in parts.items():
+        save_file(tensors, paths[kind])
+    return list(paths.values())
 
 
 def _read(folder: Path, kind: str) -> dict[str, Tensor]:

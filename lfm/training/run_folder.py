@@ -216,7 +216,7 @@ class RunFolder:
         temporary, final = (self.checkpoints / name(samples_seen) for name in (self.temporary_tag, tag))
         paths = [path for path in temporary.rglob("*") if path.is_file()]
         for path in paths:
-            _flush(path)
+            flush(path)
         files = {str(path.relative_to(temporary)): storage.checksums(path).crc32 for path in paths}
         storage.write_json(str(temporary / STATE), state.model_copy(update={"files": files}).model_dump(mode="json"))
         with storage.writing(
@@ -225,13 +225,14 @@ class RunFolder:
             shutil.copyfile(temporary / WEIGHTS, weights)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush(self.checkpoints)
+        flush(self.checkpoints)
         for path in self.complete()[:-keep]:
             shutil.rmtree(path)
         return final
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

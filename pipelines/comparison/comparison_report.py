@@ -88,7 +88,8 @@ def _curves(metric: str, log: list[dict[str, Any]]) -> tuple[Points, Points]:
     by_samples, by_seconds = [], []
     seen, seconds = 0, 0.0
     for line in log:
-        seconds += (line["samples_seen"] - seen) / line["samples_per_second"]
+        # Logs of before have one rate, which counts everything.
+        seconds += (line["samples_seen"] - seen) / line.get("goodput", line["samples_per_second"])
         seen = line["samples_seen"]
         if line.get(metric) is not None:
             by_samples.append((float(seen), float(line[metric])))

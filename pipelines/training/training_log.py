@@ -6,6 +6,8 @@ import json
 import math
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +93,27 @@ class TrainingLog:
         if self.writes:
             self.file.close()
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count the time within the block in `goodput`, and not in `samples_per_second`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused_seconds += time.perf_counter() - start
+
     def _restart_interval(self, samples_seen: int) -> None:
         """Measure rate and waiting time from now on."""
         self.start_time, self.start_samples = time.perf_counter(), samples_seen
         self.start_wait = self.stream.wait_seconds
+        self.paused_seconds = 0.0
 
     def _line(
         self, samples_seen: int, step: int, learning_rate: float, measurements: dict[str, float]
     ) -> dict[str, Any]:
         elapsed = time.perf_counter() - self.start_time
-        rate = (samples_seen - self.start_samples) / elapsed
+        trained = elapsed - self.paused_seconds
+        rate = (samples_seen - self.start_samples) / trained
         norm = self.engine.gradient_norm
         line: dict[str, Any] = {
             "samples_seen": samples_seen,
@@ -109,7 +122,8 @@ class TrainingLog:
             "gradient_norm": norm if math.isfinite(norm) else None,
             "skipped_steps": self.engine.guard.num_skipped,
             "samples_per_second": rate,
-            "data_wait": (self.stream.wait_seconds - self.start_wait) / elapsed,
+            "goodput": (samples_seen - self.start_samples) / elapsed,
+            "data_wait": (self.stream.wait_seconds - self.start_wait) / trained,
         }
         if self.flops_per_sample:
             limit = self.engine.world.size * self.matmul_rate

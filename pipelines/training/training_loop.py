@@ -20,9 +20,10 @@ from lfm.data.manifest import Manifest
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.errors import DataError
 from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
+from lfm.training.checkpoint_writer import CheckpointWriter
 from lfm.training.ema import decay_after, power_decay_after
 from lfm.training.engine import Engine
-from lfm.training.run_folder import RunFolder, RunState
+from lfm.training.run_folder import RunFolder
 from lfm.training.step_guard import MOST_SKIPPED_IN_A_ROW
 from lfm.types import LatentBatch
 from lfm.weights_file import WeightsHeader
@@ -78,6 +79,7 @@ class TrainingLoop:
     ) -> None:
         self.config, self.train, self.header = config, config.train, header
         self.engine, self.world, self.folder = engine, engine.world, folder
+        self.checkpoints = CheckpointWriter(engine, folder, config.train.keep_checkpoints)
         self.micro_batch = factory.micro_batch(config, self.world)
         self.training_loss = factory.training_loss(config)
         training_shards, held_back = split_shards(manifest, config.data.held_back)
@@ -115,6 +117,7 @@ class TrainingLoop:
 
         Raises:
             DataError: training diverged.
+            StorageError: a checkpoint cannot be written.
         """
         if checkpoint:
             state = self.folder.read_state(checkpoint, verify=False)
@@ -131,11 +134,13 @@ class TrainingLoop:
             StopRequest() as stop_request,
             bar,
             closing(log),
+            closing(self.checkpoints),
             closing(self.stream.batches(self.samples_seen)) as batches,
         ):
             while self.samples_seen < self.total_samples and not self.stop_requested:
                 self.take_step(next(batches), stop_request)
                 bar.advance(self.train.global_batch, **self._finish_step(log))
+            self.checkpoints.finish()
 
     def take_step(self, batch: LatentBatch, stop_request: StopRequest) -> None:
         """Take one optimizer step, and let all ranks know its losses and whether a rank is to stop."""
@@ -157,8 +162,8 @@ class TrainingLoop:
         for width in self.train.ema_sigma_rel:
             self.engine.averages[_power_average(width)].update(power_decay_after(self.num_steps, width))
         means = [torch.stack(values).mean() for values in losses.values()]
-        stop = torch.full_like(means[0], stop_request.received)
-        sums = self.engine.sum_over_ranks(torch.stack([*means, stop]))
+        flags = [torch.full_like(means[0], flag) for flag in (stop_request.received, *self.checkpoints.flags())]
+        sums = self.engine.sum_over_ranks(torch.stack([*means, *flags]))
         skipped_in_a_row = self.engine.guard.skipped_in_a_row.to(sums)
         self._in_flight.append((tuple(losses), HostCopy(torch.cat([sums, skipped_in_a_row[None]]))))
 
@@ -169,17 +174,19 @@ class TrainingLoop:
         """
         while len(self._in_flight) > (0 if wait else 1):
             names, copy = self._in_flight.popleft()
-            *sums, num_stops, skipped_in_a_row = copy.values()
+            *sums, num_stops, num_complete, num_failed, skipped_in_a_row = copy.values()
             self.losses = {name: total / self.world.size for name, total in zip(names, sums, strict=True)}
             self.stop_requested = self.stop_requested or num_stops > 0
             self.skipped_in_a_row = int(skipped_in_a_row)
             log.losses.append(self.losses)
+            self.checkpoints.advance(int(num_complete), int(num_failed))
 
     def _finish_step(self, log: TrainingLog) -> dict[str, str]:
         """Do what is due after a step: measure, log, save. Return new figures for the progress bar.
 
         Raises:
             DataError: training diverged.
+            StorageError: a checkpoint cannot be written.
         """
         train, step = self.train, self.num_steps
         is_last = self.samples_seen == self.total_samples
@@ -192,19 +199,23 @@ class TrainingLoop:
         # Weights that led to skipped steps may be ruined already, and are no checkpoint to resume from.
         saves = is_due and (is_last or not self.skipped_in_a_row)
         if self.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW or (saves and not self.engine.has_learned):
+            self.checkpoints.finish()
             raise self._divergence()
         measurements: dict[str, float] = {}
-        for evaluator in evaluators:
-            measurements |= evaluator.measure(self._current_header())
+        with log.pause():
+            for evaluator in evaluators:
+                measurements |= evaluator.measure(self._current_header())
         figures: dict[str, str] = {}
         if measurements or saves or step % train.log_every == 0:
             learning_rate = learning_rate_at(self.samples_seen - train.global_batch, train)
             figures = log.write(self.samples_seen, step, learning_rate, measurements)
         if step * train.ema_snapshots // train.num_steps > (step - 1) * train.ema_snapshots // train.num_steps:
-            self._save_snapshots()
+            with log.pause():
+                self._save_snapshots()
         if saves:
-            self._save_checkpoint()
-            log.plot(*self.distances)
+            with log.pause():
+                self.checkpoints.start(self._current_header())
+                log.plot(*self.distances)
         return figures
 
     def _divergence(self) -> DataError:
@@ -228,24 +239,6 @@ class TrainingLoop:
                 halves = {name: tensor.half() for name, tensor in weights.items()}
                 path = self.folder.snapshot(self.samples_seen, width)
                 weights_file.save_weights(str(path), halves, self._current_header())
-
-    def _save_checkpoint(self) -> None:
-        weights = self.engine.average_weights("ema")
-        temporary = self.folder.checkpoints / self.folder.temporary_tag(self.samples_seen)
-        engine_state = self.engine.save(temporary)
-        if self.world.is_main:
-            header = self._current_header()
-            weights_file.save_weights(str(temporary / weights_file.WEIGHTS), weights, header)
-            state = RunState(
-                samples_seen=self.samples_seen,
-                world_size=self.world.size,
-                manifest_digest=header.manifest_digest,
-                code_version=header.code_version,
-                config=header.config,
-                engine=engine_state,
-            )
-            self.folder.publish(self.samples_seen, state, self.train.keep_checkpoints)
-        self.engine.barrier()
 
 
 def averages(train: TrainConfig) -> tuple[str, ...]:

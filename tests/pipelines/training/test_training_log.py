@@ -58,6 +58,20 @@ def test_data_wait_is_the_share_of_the_interval_since_the_last_line(tmp_path: Pa
     log.close()
 
 
+def test_pauses_count_in_goodput_and_not_in_the_rate_of_training(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for step, pause in ((1, 0.15), (2, 0.0)):
+        time.sleep(0.05)
+        with log.pause():
+            time.sleep(pause)
+        log.losses.append({"loss": 1.0})
+        log.write(8 * step, step, 1e-3, {})
+    log.close()
+    first, second = lines(tmp_path)
+    assert 8 / first["goodput"] - 8 / first["samples_per_second"] == pytest.approx(0.15, rel=0.2)
+    assert second["goodput"] == pytest.approx(second["samples_per_second"], rel=0.01)
+
+
 def test_losses_are_means_over_the_steps_at_which_they_were_finite(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.losses += [
