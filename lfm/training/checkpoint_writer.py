@@ -9,6 +9,7 @@ The threads make no collective calls. What the ranks must know of one another go
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -105,7 +106,13 @@ class CheckpointWriter:
         self._job, self._state = None, None
 
     def close(self) -> None:
-        """Wait for the thread, and end it; a checkpoint that is not complete on all ranks is not published."""
+        """Wait for the thread, and end it.
+
+        After an error of training, a checkpoint that is not yet known to be complete on all ranks is not published.
+        """
+        if self.engine.world.size == 1:
+            with contextlib.suppress(StorageError):  # it must not hide the error of training
+                self.finish()
         self._thread.shutdown()
 
     def _wait(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.comparison import comparison_report
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm
 from tests.support.training_runs import YAML
 
@@ -72,3 +73,13 @@ def test_a_training_that_fails_is_named_with_its_message(configs: tuple[Path, Pa
     configs[1].write_text("extends: first.yaml\ndata: {shards: nowhere}\n")
     result = lfm("compare", *configs, "--out", tmp_path / "out", "--seeds", 1, "--num-gpus", 1, *MEASURED)
     assert_one_line(result, "second, seed 0: nowhere", "output.txt", "run the same command to resume")
+
+
+def test_seconds_count_all_time() -> None:
+    """In logs of before, the only rate counted all time."""
+    log = [
+        {"samples_seen": 8, "samples_per_second": 4.0, "validation_loss": 2.0},
+        {"samples_seen": 16, "samples_per_second": 8.0, "goodput": 2.0, "validation_loss": 1.0},
+    ]
+    by_samples, by_seconds = comparison_report._curves("validation_loss", log)
+    assert by_samples == [(8.0, 2.0), (16.0, 1.0)] and by_seconds == [(2.0, 2.0), (6.0, 1.0)]
