@@ -9,7 +9,9 @@ from typing import Any
 
 from lfm import storage, weights_file
 from lfm.errors import ConfigError
-from pipelines.common import config_schema
+from lfm.precision import trained_precision
+from lfm.world import World
+from pipelines.common import config_schema, factory
 from pipelines.common.config_schema import ExperimentConfig, differences
 from pipelines.comparison.comparison_options import CompareConfig
 
@@ -116,6 +118,9 @@ def check_same_run(training: Training) -> None:
     path = training.folder / CONFIG
     if not path.exists():
         return
-    before = config_schema.validate(storage.read_json(str(path)), str(path)).model_dump(mode="json")
-    for key, old, new in differences(before, training.config.model_dump(mode="json")):
+    recorded = storage.read_json(str(path))
+    before = config_schema.validate(recorded, str(path)).model_dump(mode="json")
+    # A run whose configuration sets no precision resumes in the recorded one.
+    now = factory.with_precision(training.config, factory.device(World()), trained_precision(recorded))
+    for key, old, new in differences(before, now.model_dump(mode="json")):
         raise ConfigError(f"{training.folder}: was trained with {key} {old}, now {new}; choose another `out`")
