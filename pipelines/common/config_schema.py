@@ -149,6 +149,8 @@ class EvaluationConfig(_Section):
     """Number of generated images."""
     guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 means none."""
+    task_score: Literal["scenes"] | None = None
+    """Whether the images show their condition, logged as `recognised`; scenes: classes of `lfm scenes`. By default none."""
 
 
 class ExperimentConfig(_Section):
@@ -336,6 +338,8 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
         )
     if config.condition_dropout and config.condition == "none":
         raise ConfigError(f"{name}: condition_dropout: needs a condition, as in condition: class")
+    if config.evaluation and config.evaluation.task_score and "class" not in config.conditions:
+        raise ConfigError(f"{name}: evaluation.task_score: needs classes, as in condition: class")
     if config.data.held_back and not train.validate_every:
         raise ConfigError(f"{name}: data.held_back: needs train.validate_every, the steps between validation losses")
     if len(set(train.ema_sigma_rel)) != len(train.ema_sigma_rel):

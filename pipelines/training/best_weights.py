@@ -24,6 +24,7 @@ from pipelines.common import factory
 from pipelines.common.config_schema import EvaluationConfig, ExperimentConfig
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.ema_sampler import EmaSampler
+from pipelines.training.task_scores import RECOGNISED, TASK_SCORES
 
 BEST, RECORD = "best.safetensors", "best.json"
 
@@ -56,7 +57,7 @@ class BestRecord:
 
     def __init__(self, path: str, name: str, evaluation: EvaluationConfig) -> None:
         self.path, self.name = path, name
-        self.measurement = evaluation.model_dump(exclude={"every"})
+        self.measurement = evaluation.model_dump(exclude={"every", "task_score"})
         content = storage.read_json(path) if storage.exists(path) else {}
         self.content: dict[str, Any] = content if isinstance(content, dict) and "samples_seen" in content else {}
 
@@ -94,7 +95,7 @@ class BestWeights:
         self.record = BestRecord(str(self.folder / RECORD), self.name, config.evaluation)
 
     def measure(self, header: WeightsHeader) -> dict[str, float]:
-        """Return the distance by its name; save the weights with `header` if it is the smallest so far."""
+        """Return the distance and the task score by name; save the weights with `header` if the distance is the smallest."""
         sums = self._feature_sums()
         decision = torch.zeros(2, dtype=torch.float64, device=self.engine.device)  # of the main rank, for all
         if self.engine.world.is_main:
@@ -106,18 +107,21 @@ class BestWeights:
             if self.engine.world.is_main:
                 weights_file.save_weights(str(self.folder / BEST), weights, header)
                 self.record.save()
-        return {self.name: distance}
+        if not self.evaluation.task_score:
+            return {self.name: distance}
+        return {self.name: distance, RECOGNISED: float(self.num_recognised) / self.evaluation.num}
 
     def _feature_sums(self) -> FeatureSums:
-        """Return the sums of the features of all images, over all ranks, on the CPU."""
+        """Return the sums of the features of all images, over all ranks, on the CPU; count those that are recognised."""
         dimensions, device = len(self.reference_set.reference.gaussians["pooled"].mean), self.engine.device
         total = torch.zeros(dimensions, dtype=torch.float64, device=device)
         sums = FeatureSums(0, total, torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device))
+        self.num_recognised = torch.zeros((), dtype=torch.float64, device=device)
         with self.engine.averaged("ema"):
             for first in range(0, self.evaluation.num, self.stream.options.global_batch):
                 sums += FeatureSums.of(self._features(first))
         self.stream.close()  # so that no shards stay mapped until the next evaluation
-        for part in (sums.total, sums.products):
+        for part in (sums.total, sums.products, self.num_recognised):
             self.engine.sum_over_ranks(part)
         return FeatureSums(self.evaluation.num, sums.total.cpu(), sums.products.cpu())
 
@@ -125,5 +129,9 @@ class BestWeights:
         """Return the features (N, D) of this rank's images of the batch that begins at image `first`; N may be 0."""
         batch = self.stream.batch(first)
         seeds, scale = batch.sample_numbers.tolist(), self.evaluation.guidance_scale
+        is_counted = batch.sample_numbers < self.evaluation.num
         images = self.sampler.autoencoder.decode(self.sampler.latents(seeds, batch.condition, scale))
-        return self.reference_set.network(images).pooled[batch.sample_numbers < self.evaluation.num]
+        if self.evaluation.task_score:
+            is_recognised = TASK_SCORES[self.evaluation.task_score](images, batch.condition)
+            self.num_recognised += (is_recognised.to(is_counted.device) & is_counted).sum()
+        return self.reference_set.network(images).pooled[is_counted]

@@ -52,7 +52,7 @@ def test_the_precision_of_training_is_the_key_then_that_of_the_checkpoint_then_t
     for device, expected in (("cpu", on_cpu), ("cuda", on_cuda)):
         resolved = factory.with_precision(config, torch.device(device), recorded)
         assert resolved.train.precision == expected
-        assert factory.deepspeed_settings(resolved, World())["bf16"] == {"enabled": expected == "bf16"}
+        assert factory.deepspeed_settings(resolved, World())["bf16"]["enabled"] == (expected == "bf16")
 
 
 def test_every_loss_term_has_a_weight_in_the_configuration() -> None:

@@ -193,7 +193,7 @@ def test_measurements_change_no_weights(experiment: Path, tmp_path: Path) -> Non
 def test_the_best_weights_are_the_same_on_any_ranks(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
     """One rank, two ranks at stage 3, and one rank that resumes in the middle, with a record of later weights."""
     reference = make_small_reference(small_set, export_network(PooledPixels(), tmp_path / "small.pt2"), tmp_path)
-    evaluation = f"evaluation={{reference: {reference}, every: 5, num: 20, guidance_scale: 2}}"
+    evaluation = f"evaluation={{reference: {reference}, every: 5, num: 20, guidance_scale: 2, task_score: scenes}}"
     runs = [tmp_path / name for name in ("alone", "two", "plain", "resumed")]
     shared = ("train.checkpoint_every=10", "train.learning_rate=2.0e-2")
     assert train(experiment, f"run={runs[0]}", evaluation, *shared).returncode == 0
@@ -207,6 +207,7 @@ def test_the_best_weights_are_the_same_on_any_ranks(experiment: Path, small_set:
     for run in (runs[0], runs[1], runs[3]):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         distances_of_runs.append([(line["fd-small"], line["samples_seen"]) for line in lines if "fd-small" in line])
+        assert all(0 <= line["recognised"] <= 1 for line in lines if "fd-small" in line)
         best = json.loads((run / "best.json").read_text())
         assert [seen for _, seen in distances_of_runs[-1]] == [40, 80, 120, 160]
         assert (best["fd-small"], best["samples_seen"]) == min(distances_of_runs[-1]) and best["reference"] == str(
