@@ -289,8 +289,11 @@ def _read_record(folder: str, shard: str, size: int | None) -> ShardRecord:
 
 
 def discard_damaged(folder: str) -> None:
-    """Remove the records that are damaged or do not fit their tars, so that these shards are made again."""
-    sizes = storage.sizes(folder)
+    """Remove the records that are damaged or do not fit their tars, so that these shards are made again.
+
+    Other files of the folder are left alone.
+    """
+    sizes = {name: size for name, size in storage.sizes(folder).items() if re.fullmatch(SHARD_FILES, name)}
 
     def discard(shard: str) -> None:
         try:
