@@ -1,13 +1,14 @@
 """What each option beyond the paper does to the loss: trained on the same latents for the same samples, by the command.
 
     python benchmarks/ablation.py OUT [--num-steps 300] [--latents FOLDER --held-back FOLDER] [--only NAME ...]
-                                      [--reference FILE --num 500]
+                                      [--reference FILE --num 500] [--dry-run]
 
 Without latents of one's own, drawn scenes are made in OUT by the demo's stages. Every option of OPTIONS, or those named,
 is trained by launch/train.py over the same order of samples, and resumes. Then its EMA meets latents that it never saw,
 with the same noise and the same uniform times for all: the mean squared error of the velocity, whatever was trained on.
 "another seed" is the paper's network with other initial weights and draws: differences that are not larger mean nothing.
 With a reference (of `lfm reference`), `lfm evaluate` measures the kernel distance of as many images of each run too.
+--dry-run trains one option for two steps.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from lfm.storage.cache import Cache
 from lfm.types import LatentBatch
 from lfm.weights_file import load_weights
 from lfm.world import World
+from pipelines.data import encode, shard
+from pipelines.demo import draw_scenes
 
 CHECKOUT = Path(__file__).parents[1]
-BATCH = 32
+BATCH, WARMUP_STEPS = 32, 20
 SMALL = ["condition=none", "condition_dropout=0", "model.size=null", "model.hidden_size=128", "model.depth=4"]
 SMALL += ["model.num_heads=2", "model.patch_size=2", "flow.time=uniform", f"train.global_batch={BATCH}"]
 SMALL += ["train.learning_rate=1.0e-3", "train.checkpoint_every=1000000"]
@@ -61,15 +64,16 @@ def lfm(*arguments: object) -> None:
 def scenes(folder: Path, num: int, seed: int) -> Path:
     """Latents of drawn scenes, made once."""
     images, raw, latents = folder / "scenes", folder / "raw", folder / "latents"
-    lfm("scenes", images, "--num", num, "--seed", seed)
-    lfm("shard", images / "images", raw, "--image-size", 64)
-    lfm("encode", raw, latents)
+    draw_scenes.run(draw_scenes.ScenesConfig(str(images), num=num, seed=seed))
+    shard.run(shard.ShardConfig(str(images / "images"), str(raw), image_size=64))
+    encode.run(encode.EncodeConfig(str(raw), str(latents)), World())
     return latents
 
 
 def train(run: Path, latents: Path, num_steps: int, changes: list[str]) -> VelocityNetwork:
     """The model whose weights are the run's EMA."""
-    changes = [f"run={run}", f"data.shards={latents}", f"train.num_steps={num_steps}", *SMALL, *changes]
+    length = [f"train.num_steps={num_steps}", f"train.warmup_steps={min(num_steps, WARMUP_STEPS)}"]
+    changes = [f"run={run}", f"data.shards={latents}", *length, *SMALL, *changes]
     settings = [part for change in changes for part in ("--set", change)]
     script, config = CHECKOUT / "launch" / "train.py", CHECKOUT / "configs" / "demo.yaml"
     subprocess.run([sys.executable, script, "--config", config, *settings], check=True, stdout=subprocess.DEVNULL)
@@ -105,12 +109,17 @@ def main() -> None:
     parser.add_argument("--held-back", type=Path)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--num", type=int, default=500, help="images of each run, against the reference")
+    parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
+    num_scenes, num_held_back = 4096, 512
+    if options.dry_run:
+        options.only, options.num_steps, num_scenes, num_held_back = ["the paper's"], 2, BATCH, BATCH
     if set(options.only or ()) - set(OPTIONS) or (options.latents is None) != (options.held_back is None):
         parser.error(f"names are {', '.join(OPTIONS)}; --latents and --held-back belong together")
     out = options.out.absolute()
-    latents = options.latents or scenes(out / "train", num=4096, seed=0)
-    batches = fixed_batches(options.held_back or scenes(out / "held-back", num=512, seed=1), num=512)
+    latents = options.latents or scenes(out / "train", num=num_scenes, seed=0)
+    held_back = options.held_back or scenes(out / "held-back", num=num_held_back, seed=1)
+    batches = fixed_batches(held_back, num=num_held_back)
     names = ["the paper's", *(name for name in options.only or OPTIONS if name != "the paper's")]
     losses: dict[str, float] = {}
     folders = {name: out / "runs" / f"{name.replace(' ', '-')}-{options.num_steps}" for name in names}

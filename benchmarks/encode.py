@@ -1,11 +1,13 @@
 """What the stage `lfm encode` adds to the bare network, and what a loop over single images costs.
 
     python benchmarks/encode.py RAW [--autoencoder NAME | --sd] [--num 256] [--batch-size 16] [--precision fp32] [--repeats 3]
+                                [--dry-run]
 
 Each repeat runs, in turn, in this process and on the same images: (a) the autoencoder's encoder on batches that are ready
 in memory; (b) the stage, from raw shards to latent shards; (c) a loop at batch size 1 that writes a .npy per image, as
 scripts for this do. --sd takes the architecture of Stable Diffusion's autoencoder (f8c4, 84 million weights) with random
-weights. All times are wall time; ratios are within a repeat, and their median and spread is printed.
+weights. All times are wall time; ratios are within a repeat, and their median and spread is printed. --dry-run takes each
+way once, with two images.
 """
 
 from __future__ import annotations
@@ -89,7 +91,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
+    if options.dry_run:
+        options.num, options.batch_size, options.repeats = 2, 2, 1
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if options.sd:

@@ -1,11 +1,12 @@
 """Compare the feature pass with the bare network, and the Frechet distance with scipy's sqrtm.
 
-    python benchmarks/evaluate.py [--images 96] [--dimensions 2048] [--repeats 3]
+    python benchmarks/evaluate.py [--images 96] [--dimensions 2048] [--repeats 3] [--dry-run]
 
 Each repeat times, in this process, (a) fd-lite on batches in memory, which is the limit, and (b) `lfm reference` on the same
 images as files, which also reads, decodes, hashes and writes; then the Frechet distance of two covariances by symmetric
 eigenvalues and by scipy.linalg.sqrtm of their product. Ratios are within a repeat. Finally, a separate process measures the
-peak memory of the statistics of 50,000 features of 2,048 dimensions.
+peak memory of the statistics of 50,000 features of 2,048 dimensions. --dry-run takes each measurement once, in the smallest
+size.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from safetensors.torch import save_file
+from lfm import tensor_file
 from pipelines.evaluation.feature_files import FeatureFiles
 torch.manual_seed(0)
-folder, counts = sys.argv[1], (1000,) * 50
+folder, num_blocks = sys.argv[1], int(sys.argv[2])
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent's too
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
 before = peak()
-for block in range(50):
-    save_file({"0.pooled": torch.randn(1000, 2048)}, f"{folder}/{block:06d}.safetensors")
-FeatureFiles(folder, counts).statistics(0)
+for block in range(num_blocks):
+    tensor_file.save(f"{folder}/{block:06d}.safetensors", {"0.pooled": torch.randn(1000, 2048)}, {})
+FeatureFiles(folder, (1000,) * num_blocks).statistics(0)
 print(f"{before:.0f} {peak():.0f}")
 """
 
@@ -97,15 +98,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--dimensions", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     arguments = parser.parse_args()
+    num_blocks = 50
+    if arguments.dry_run:
+        arguments.images, arguments.dimensions, arguments.repeats, num_blocks = 2, 16, 1, 1
     with tempfile.TemporaryDirectory() as folder:
         ratios = feature_pass(Path(folder), arguments.images, arguments.repeats)
         show("time of `lfm reference` / the bare network", ratios)
     show("time of the Frechet distance / sqrtm", distance(arguments.dimensions, arguments.repeats))
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", MEMORY, folder]
+        command = [sys.executable, "-c", MEMORY, folder, str(num_blocks)]
         before, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        print(f"peak memory of 50,000 x 2,048 features: {peak} MB, {before} MB of them before the first")
+        print(f"peak memory of {num_blocks * 1000:,} x 2,048 features: {peak} MB, {before} MB of them before the first")
 
 
 if __name__ == "__main__":

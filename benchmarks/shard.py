@@ -1,11 +1,11 @@
 """What packing costs on top of decoding and resizing, and what a second worker brings.
 
-    python benchmarks/shard.py FOLDER_OF_JPEGS [--repeats 5]
+    python benchmarks/shard.py FOLDER_OF_JPEGS [--repeats 5] [--dry-run]
 
 Each repeat runs, in turn, in this process and on the same files: (a) decode and resize alone, the limit; (b) that and the
 encoding of the stored images, in WebP or JPEG; (c) `lfm shard` with one worker; (d) webdataset's ShardWriter doing the
 same work; then `lfm shard` with 1 and 2 workers in processes of their own. All times are wall time; ratios are within a
-repeat, and the median and the spread of them is printed.
+repeat, and the median and the spread of them is printed. --dry-run takes each way once, with two images.
 """
 
 from __future__ import annotations
@@ -112,8 +112,11 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--times", type=int, default=8, help="how often the commands get every image")
+    parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
     paths = sorted(path for path in options.source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if options.dry_run:
+        paths, options.repeats, options.times = paths[:2], 1, 1
     rates: list[dict[str, float]] = []
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,13 @@
 """What a sample of the training stream costs, against copying the same bytes and against other ways of storing them.
 
-    python benchmarks/stream.py [--repeats 5] [--folder SCRATCH] [--url s3://BUCKET/FOLDER]
+    python benchmarks/stream.py [--repeats 5] [--folder SCRATCH] [--url s3://BUCKET/FOLDER] [--dry-run]
 
 50,000 latents of Stable Diffusion's shape, posterior and class: 8 x 32 x 32 float16. Each repeat reads all of them once in
 batches of 256, in a process of its own per way, with the page cache warm; CPU time is that of the whole process from the
 first opened file on, all threads. `stream` is the host's part of training on a GPU: `LatentStream.batches` up to where a
 batch leaves for the device. On a CPU the noise is drawn there as well: that is the last row. With a URL, the shards are
 copied there, and the time to the first batch, into an empty cache, is set against a bare download of the same window.
+--dry-run reads 1,024 latents once, all ways in this process.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ def sample(number: int) -> LatentSample:
     return LatentSample(sample_key(*divmod(number, PER_SHARD)), posterior, class_index=number % 1000)
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, total: int) -> None:
     """The same samples as shards, as one file of their bytes, and as a .npy file each."""
     records = []
     (folder / "shards").mkdir()
     (folder / "npy").mkdir()
     with (folder / RAW).open("wb") as raw:
-        for shard, first in enumerate(range(0, SAMPLES, PER_SHARD)):
-            samples = [sample(number) for number in range(first, min(first + PER_SHARD, SAMPLES))]
+        for shard, first in enumerate(range(0, total, PER_SHARD)):
+            samples = [sample(number) for number in range(first, min(first + PER_SHARD, total))]
             path = folder / "shards" / f"{shard:06d}.tar"
             write_tar(path, map(latent_members, samples))
             records.append(ShardRecord(name=path.name, samples=len(samples), **vars(storage.checksums(path))))
@@ -72,7 +73,7 @@ def write(folder: Path) -> None:
     autoencoder = AutoencoderRecord(
         name="none", content_hash="0", downsample_factor=8, latent_channels=4, scale_factor=0.18215, shift=0
     )
-    classes = tuple(ClassRecord(index=index, name=str(index), count=SAMPLES // 1000) for index in range(1000))
+    classes = tuple(ClassRecord(index=index, name=str(index), count=total // 1000) for index in range(1000))
     publish(
         str(folder / "shards"),
         Manifest(kind="latents", image_size=256, classes=classes, recipe={}, autoencoder=autoencoder,
@@ -93,8 +94,8 @@ def sequential_copy(folder: Path) -> Iterator[int]:
 
 def random_gather(folder: Path) -> Iterator[int]:
     """The bytes in random order, out of one mapped file."""
-    latents = torch.from_numpy(np.memmap(folder / RAW, np.float16, mode="c", shape=(SAMPLES, *SHAPE)))
-    for rows in torch.randperm(SAMPLES).split(BATCH):
+    latents = torch.from_numpy(np.memmap(folder / RAW, np.float16, mode="c").reshape(-1, *SHAPE))
+    for rows in torch.randperm(len(latents)).split(BATCH):
         yield len(torch.index_select(latents, 0, rows))
 
 
@@ -116,8 +117,9 @@ class HostPart(LatentStream):
 def stream(folder: Path, kind: type[LatentStream] = HostPart) -> Iterator[int]:
     shards = str(folder / "shards")
     options = StreamOptions(global_batch=BATCH, conditions=frozenset({"class"}), condition_dropout=0.1)
-    with closing(kind(shards, load(shards), options, World(), Cache()).batches(0)) as batches:
-        for batch in islice(batches, SAMPLES // BATCH):
+    manifest = load(shards)
+    with closing(kind(shards, manifest, options, World(), Cache()).batches(0)) as batches:
+        for batch in islice(batches, manifest.num_samples // BATCH):
             yield len(batch.latents)
 
 
@@ -127,7 +129,8 @@ def stream_on_cpu(folder: Path) -> Iterator[int]:
 
 def npy(folder: Path) -> Iterator[int]:
     """A file for each sample, in random order."""
-    for numbers in torch.randperm(SAMPLES).split(BATCH):
+    total = len(list((folder / "npy").iterdir()))
+    for numbers in torch.randperm(total).split(BATCH):
         yield len(np.stack([np.load(folder / "npy" / f"{number}.npy") for number in numbers.tolist()]))
 
 
@@ -190,6 +193,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="scratch space of 3 GB; what is there already is read again")
     parser.add_argument("--url", help="a folder of an object store")
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
     if options.measure:
         return print(json.dumps(measured(options.measure, options.folder)))
@@ -197,14 +201,20 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         if not (folder / "shards" / "manifest.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write(folder)
+            write(folder, 4 * BATCH if options.dry_run else SAMPLES)
         if options.url:
             return first_from_store(folder, options.url, options.repeats)
-        command = [sys.executable, __file__, "--folder", str(folder), "--measure"]
-        repeats = [
-            {way: json.loads(subprocess.run([*command, way], check=True, capture_output=True).stdout) for way in WAYS}
-            for _ in range(options.repeats + 1)
-        ][1:]  # the first one warms the page cache
+        if options.dry_run:
+            repeats = [{way: measured(way, folder) for way in WAYS}]
+        else:
+            command = [sys.executable, __file__, "--folder", str(folder), "--measure"]
+            repeats = [
+                {
+                    way: json.loads(subprocess.run([*command, way], check=True, capture_output=True).stdout)
+                    for way in WAYS
+                }
+                for _ in range(options.repeats + 1)
+            ][1:]  # the first one warms the page cache
     for way in WAYS:
         found = {name: statistics.median(repeat[way][name] for repeat in repeats) for name in repeats[0][way]}
         print(f"{way:20} {found['cpu']:7.2f} us  {found['rate']:9,.0f}/s  first batch {found['first']:.3f} s")

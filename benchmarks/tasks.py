@@ -1,11 +1,12 @@
 """Measure how well images agree with their conditions, on drawn scenes whose shapes a recogniser identifies.
 
-    python benchmarks/tasks.py OUT [--num-steps 1000] [--num-scenes 3072] [--ranks 2]
+    python benchmarks/tasks.py OUT [--num-steps 1000] [--num-scenes 3072] [--ranks 2] [--dry-run]
 
 Two models are trained by launch/train.py on scenes of 64 pixels with the demo's configuration: one on segmentations, one on
 classes and masks. Running the command again resumes. Each model then generates an image for each of 64 held-out scenes: under
 the scene's own segmentation, compared with it and, as a control, with that of another scene; and in a hole that hides the
 whole shape, under the shape's class and under another one. Networks with initial weights give the values of no training.
+--dry-run trains on a few scenes for two steps.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from lfm.inference.trained_model import TrainedModel
 from lfm.models import registry
 from lfm.synthetic.scenes import CLASS_NAMES, recognise, segment
 from lfm.types import RawSample
+from lfm.world import World
+from pipelines.data import encode, shard
+from pipelines.demo import draw_scenes
 
 CHECKOUT = Path(__file__).parents[1]
 NUM_TEST_SCENES = 64
+DRY_RUN: dict[str, Any] = {"num_steps": 2, "num_scenes": 8, "num_test_scenes": 2, "ranks": 1}
 SOLVING: dict[str, Any] = {"num_steps": 20, "solver": "heun"}
 SCALE = 2.5  # guidance scale of the trained models
-WARMUP_STEPS = 20  # as in the demo's configuration
+WARMUP_STEPS, GLOBAL_BATCH = 20, 64  # as in the demo's configuration
 
 
 def command(*arguments: object) -> None:
@@ -38,13 +43,12 @@ def command(*arguments: object) -> None:
     subprocess.run(list(map(str, arguments)), check=True, cwd=CHECKOUT)
 
 
-def train_models(out: Path, num_steps: int, num_scenes: int, ranks: int) -> list[RawSample]:
+def train_models(out: Path, num_steps: int, num_scenes: int, num_test_scenes: int, ranks: int) -> list[RawSample]:
     """Draw and encode the scenes and train both models; return the test scenes."""
-    lfm = (sys.executable, "-m", "pipelines.cli.main")
-    for name, count, seed in (("train", num_scenes, 0), ("test", NUM_TEST_SCENES, 7)):
-        command(*lfm, "scenes", out / name, "--num", count, "--image-size", 64, "--seed", seed)
-        command(*lfm, "shard", out / name, out / f"{name}-raw", "--layout", "paired", "--image-size", 64)
-    command(*lfm, "encode", out / "train-raw", out / "latents")
+    for name, count, seed in (("train", num_scenes, 0), ("test", num_test_scenes, 7)):
+        draw_scenes.run(draw_scenes.ScenesConfig(str(out / name), num=count, image_size=64, seed=seed))
+        shard.run(shard.ShardConfig(str(out / name), str(out / f"{name}-raw"), layout="paired", image_size=64))
+    encode.run(encode.EncodeConfig(str(out / "train-raw"), str(out / "latents")), World())
     for task in ("semantic", "class+inpaint"):
         settings = {
             "run": out / task,
@@ -52,10 +56,12 @@ def train_models(out: Path, num_steps: int, num_scenes: int, ranks: int) -> list
             "data.shards": out / "latents",
             "train.num_steps": num_steps,
             "train.warmup_steps": min(num_steps, WARMUP_STEPS),
+            "train.global_batch": min(num_scenes, GLOBAL_BATCH),
         }
         changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-        launcher = (Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "launch/train.py")
-        command(*launcher, "--config", "configs/demo.yaml", *changes)
+        deepspeed = (Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks)
+        launcher = (sys.executable,) if ranks == 1 else deepspeed
+        command(*launcher, "launch/train.py", "--config", "configs/demo.yaml", *changes)
     with (out / "test-raw" / "000000.tar").open("rb") as file:
         return list(read_raw(file, str(out)))
 
@@ -84,9 +90,15 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=1000)
     parser.add_argument("--num-scenes", type=int, default=3072)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
     out = options.out.resolve()
-    scenes = train_models(out, options.num_steps, options.num_scenes, options.ranks)
+    sizes = {"num_steps": options.num_steps, "num_scenes": options.num_scenes, "ranks": options.ranks}
+    sizes["num_test_scenes"] = NUM_TEST_SCENES
+    if options.dry_run:
+        sizes = DRY_RUN
+        SOLVING["num_steps"] = 2
+    scenes = train_models(out, **sizes)
     measure_segmentations(out / "semantic", scenes)
     measure_masks(out / "class+inpaint", scenes)
 

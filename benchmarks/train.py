@@ -1,12 +1,13 @@
 """What training costs beside its matrix products, against the same work without DeepSpeed and without cached latents.
 
-    python benchmarks/train.py [--size S] [--rounds 5] [--batch 8] [--stages]
+    python benchmarks/train.py [--size S] [--rounds 5] [--batch 8] [--stages] [--dry-run]
 
 Drawn scenes of 128 pixels are encoded to latents of 32 x 32, as of 256-pixel images. First our steps run alone, for the
 data wait; then every round takes one step of each way in turn, in this process: (a) the matrix products alone, at the
 rate of a large product; (b) images encoded in the loop, as without cached latents; (c) a plain PyTorch loop on the same
 latents. CPU time, so that other jobs matter little; ratios are within a round. On a GPU wall time is taken. --stages: the
-peak memory of each of 2 ranks under each ZeRO stage, by `launch/train.py`.
+peak memory of each of 2 ranks under each ZeRO stage, by `launch/train.py`. --dry-run takes each way once, in
+the smallest size.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ ALONE = World()
 STEPS_ALONE = 6
 
 
-def make_latents(folder: Path) -> Path:
+def make_latents(folder: Path, image_size: int) -> Path:
     """Latents of drawn scenes, with flips, by the embedded autoencoder."""
-    draw_scenes.run(draw_scenes.ScenesConfig(str(folder / "scenes"), num=64, image_size=128))
-    shard.run(shard.ShardConfig(str(folder / "scenes" / "images"), str(folder / "raw"), image_size=128))
+    draw_scenes.run(draw_scenes.ScenesConfig(str(folder / "scenes"), num=64, image_size=image_size))
+    shard.run(shard.ShardConfig(str(folder / "scenes" / "images"), str(folder / "raw"), image_size=image_size))
     encode.run(encode.EncodeConfig(str(folder / "raw"), str(folder / "latents"), flips=True), ALONE)
     return folder / "latents"
 
 
-def experiment(folder: Path, size: str, batch: int) -> Path:
+def experiment(folder: Path, model: str, batch: int) -> Path:
     path = folder / "benchmark.yaml"
     path.write_text(
-        f"run: {folder / 'run'}\ncondition: class\ndata: {{shards: {folder / 'latents'}}}\nmodel: {{size: {size}}}\n"
+        f"run: {folder / 'run'}\ncondition: class\ndata: {{shards: {folder / 'latents'}}}\nmodel: {model}\n"
         f"train: {{num_steps: 4, global_batch: {batch}, gradient_clipping: 1.0, log_every: 1}}\n"
         f"deepspeed: {HERE / 'configs' / 'deepspeed' / 'zero1.json'}\n"
     )
@@ -67,8 +68,8 @@ def experiment(folder: Path, size: str, batch: int) -> Path:
 class Ways:
     """The ways of taking one step."""
 
-    def __init__(self, folder: Path, size: str, batch: int) -> None:
-        self.config = configs.load(str(experiment(folder, size, batch)))
+    def __init__(self, folder: Path, model: str, batch: int, pixels: int) -> None:
+        self.config = configs.load(str(experiment(folder, model, batch)))
         manifest = manifests.load(self.config.data.shards, "latents")
         self.model = factory.model_config(self.config, manifest)
         settings = factory.deepspeed_settings(self.config, ALONE)
@@ -90,7 +91,7 @@ class Ways:
             layers_per_block=2, latent_channels=4,
         )  # fmt: skip
         self.encoder = kl.to(self.device).encode
-        self.images = torch.rand(batch, 3, 256, 256, device=self.device) * 2 - 1
+        self.images = torch.rand(batch, 3, pixels, pixels, device=self.device) * 2 - 1
 
         self.factor = torch.ones(*[8192 if self.device.type == "cuda" else 1024] * 2, device=self.device)
         self.limit_flops = 10 * 2 * len(self.factor) ** 3
@@ -159,20 +160,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--stages", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
+    image_size, pixels, steps_alone, model = 128, 256, STEPS_ALONE, f"{{size: {options.size}}}"
+    if options.dry_run:
+        image_size, pixels, steps_alone, model = 16, 32, 1, "{hidden_size: 32, depth: 1, num_heads: 2}"
+        options.batch, options.rounds = 2, 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_latents(folder)
+        make_latents(folder, image_size)
         if options.stages:
-            experiment(folder, options.size, options.batch)
+            experiment(folder, model, options.batch)
             for stage in (1, 2, 3):
                 print(f"ZeRO {stage}, 2 ranks: peak {max(peaks(folder, stage)):.2f} GB")
             return
-        ways = Ways(folder, options.size, options.batch)
+        ways = Ways(folder, model, options.batch, pixels)
         ways.ours()
         ways.plain()
         waited, began = ways.training.stream.wait_seconds, time.perf_counter()
-        for _ in range(STEPS_ALONE):
+        for _ in range(steps_alone):
             ways.ours()
         wait = (ways.training.stream.wait_seconds - waited) / (time.perf_counter() - began)
         rounds = []

@@ -17,6 +17,8 @@ from pipelines.common.processes import map_processes
 from pipelines.common.progress import Progress
 from pipelines.demo.demo_options import ScenesConfig
 
+IMAGES_WORTH_A_PROCESS = 200  # drawing so many takes as long as starting a process
+
 
 @dataclass(frozen=True)
 class ScenesResult:
@@ -26,12 +28,13 @@ class ScenesResult:
 
 
 def run(config: ScenesConfig) -> ScenesResult:
-    """Draw the images on all cores; `dest`/images is then a source for `lfm shard`."""
+    """Draw the images, many of them on all cores; `dest`/images is then a source for `lfm shard`."""
     plan = f"{config.num:,} {config.kind} of {config.image_size} x {config.image_size} pixels -> {config.dest}/images"
     if config.dry_run:
         return ScenesResult(plan)
     with Progress("scenes", config.num, "images") as progress:
-        for _ in map_processes(partial(_draw, config), range(config.num), os.cpu_count() or 1):
+        num_processes = min(os.cpu_count() or 1, 1 + config.num // IMAGES_WORTH_A_PROCESS)
+        for _ in map_processes(partial(_draw, config), range(config.num), num_processes):
             progress.advance(1)
     if config.kind == "scenes":
         storage.write_bytes(storage.join(config.dest, "labels.txt"), "\n".join(SEGMENT_NAMES).encode())

@@ -1,0 +1,78 @@
+"""Every benchmark in its smallest size: it runs to the end and prints its table."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support.commands import REPOSITORY, SmallSet
+
+pytestmark = pytest.mark.slow
+BENCHMARKS = REPOSITORY / "benchmarks"
+
+
+def run_here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """Run a benchmark in this process, which saves the seconds of a start."""
+    path = BENCHMARKS / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments), "--dry-run"])
+    module.main()
+
+
+def run_apart(name: str, *arguments: object) -> str:
+    """Run a benchmark that trains in a process of its own, and return its output."""
+    command = [sys.executable, BENCHMARKS / f"{name}.py", *arguments, "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_each_benchmark_is_tested() -> None:
+    tested = Path(__file__).read_text()
+    for path in BENCHMARKS.glob("*.py"):
+        assert f'("{path.stem}"' in tested, path
+
+
+def test_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        Image.new("RGB", (300, 280), (80 * number, 20, 200)).save(tmp_path / f"{number}.jpg")
+    run_here("shard", monkeypatch, tmp_path)
+    assert "lfm shard / ShardWriter" in capsys.readouterr().out
+
+
+def test_encode(small_set: SmallSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here("encode", monkeypatch, small_set.raw)
+    assert "rate of the stage / bare network" in capsys.readouterr().out
+
+
+def test_stream(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here("stream", monkeypatch)
+    assert "CPU of webdataset / stream" in capsys.readouterr().out
+
+
+def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    run_here("evaluate", monkeypatch)
+    assert "peak memory of 1,000 x 2,048 features" in capsys.readouterr().out
+
+
+def test_train() -> None:
+    assert "(c) ours / plain PyTorch" in run_apart("train")
+
+
+def test_ablation(tmp_path: Path) -> None:
+    assert "FLOPs/sample" in run_apart("ablation", tmp_path)
+
+
+def test_tasks(tmp_path: Path) -> None:
+    assert "with another scene's segmentation" in run_apart("tasks", tmp_path)
