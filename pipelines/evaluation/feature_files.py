@@ -74,9 +74,8 @@ class FeatureFiles:
     def _load(self, block: int) -> Block:
         path = storage.join(self.folder, _name(block))
         tensors, header = tensor_file.load(path)
-        if header is None or any(
-            len(tensor) != self.counts[block] for name, tensor in tensors.items() if name != "shown"
-        ):
+        lengths = {len(tensor) for name, tensor in tensors.items() if name.endswith(".pooled")}
+        if header is None or lengths != {self.counts[block]}:
             raise DataError(
                 f"{path}: not a block of {self.counts[block]} images; run the same command to make it again"
             )
