@@ -140,5 +140,5 @@ EDM = Layout(read_edm, lambda tree: DATASET in tree.names and bool(tree.images))
 IMAGE_FOLDER = Layout(
     read_image_folder,
     lambda tree: bool(tree.images) and tree.has_name(_METADATA.pattern),
-    instead_of=("paired", "inpainting"),
+    instead_of=("paired", "inpainting", "hf"),
 )

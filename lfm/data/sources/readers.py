@@ -138,7 +138,9 @@ def tar_members(root: str, tar: str, read_suffixes: tuple[str, ...] = ()) -> Ite
 
 
 def tar_samples(root: str, tar: str, text_suffixes: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a tar as webdataset groups them: by suffix, a `TarMember`; those of `text_suffixes` with content.
+    """Yield the samples of a tar: by suffix, a `TarMember`; those of `text_suffixes` with content.
+
+    Members are grouped by name as webdataset does it, but those of a sample need not be neighbours.
 
     Raises:
         DataError: the tar is damaged or ends early, or a sample has a suffix twice.
@@ -147,8 +149,15 @@ def tar_samples(root: str, tar: str, text_suffixes: tuple[str, ...] = ()) -> Ite
 
     path = storage.join(root, tar)
     members = tar_members(root, tar, text_suffixes)
+    samples: dict[str, dict[str, Any]] = {}
     try:
-        yield from group_by_keys({"fname": member.name, "__url__": path, "data": member} for member in members)
+        for group in group_by_keys({"fname": member.name, "__url__": path, "data": member} for member in members):
+            sample = samples.setdefault(group["__key__"], group)
+            twice = [suffix for suffix in sample.keys() & group.keys() if not suffix.startswith("__")]
+            if sample is not group and twice:
+                raise ValueError(f"{group['__key__']}.{twice[0]} is in it twice")
+            sample |= group
+        yield from samples.values()
     except ValueError as error:
         raise DataError(f"{path}: cannot be read as an uncompressed tar ({error.args[0]})") from error
 
