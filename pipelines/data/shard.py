@@ -214,9 +214,10 @@ def _sample(job: ShardJob, item: SourceItem, key: str) -> RawSample:
     if decoded.segmentation is not None:
         ids = crop_ids(decoded.segmentation, (width, height), size, rule, job.source.unlabelled)
     if decoded.mask is not None:
-        mask = binary(crop(decoded.mask, size, rule))
-        if mask.min() == mask.max():
-            raise Rejected("mask full" if mask.max() else "mask empty", "after the crop, it hides all pixels or none")
+        whole = binary(np.asarray(decoded.mask))
+        if whole.min() == whole.max():
+            raise Rejected("mask full" if whole.max() else "mask empty", "it hides all pixels or none")
+        mask = binary(crop(decoded.mask, size, rule))  # may be empty: the hole of a valid mask can lie outside the crop
     elif job.config.masks:
         mask = MASKS[job.config.masks](job.config.seed, key, size)
     metadata = {"source": storable(item.image), "width": width, "height": height, "crop": rule}

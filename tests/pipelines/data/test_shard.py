@@ -107,6 +107,18 @@ def test_every_bad_file_is_a_named_reject(bad_files: Path, tmp_path: Path) -> No
     assert {Path(source).stem for source in raw_samples(tmp_path / "raw")} == {"good-0", "good-1", "good-2"}
 
 
+def test_a_mask_whose_hole_lies_outside_the_crop_is_kept(tmp_path: Path) -> None:
+    mask = np.zeros((40, 80), np.uint8)
+    mask[:, :10] = 255
+    for folder, content in (("images", image_bytes(random_pixels(40, 80, 3))), ("masks", image_bytes(mask))):
+        (tmp_path / "tree" / folder).mkdir(parents=True)
+        (tmp_path / "tree" / folder / "wide.png").write_bytes(content)
+    result = lfm("shard", tmp_path / "tree", tmp_path / "raw", "--image-size", 32)
+    assert result.exit_code == 0, result.stderr
+    (sample,) = raw_samples(tmp_path / "raw").values()
+    assert sample.mask is not None and not sample.mask.any()
+
+
 def test_too_many_bad_files_end_the_stage_with_their_reasons(bad_files: Path, tmp_path: Path) -> None:
     result = lfm("shard", bad_files, tmp_path / "raw", "--image-size", 256, "--max-rejected", 0.5)
     counts = Counter(reason for *_, reason in BAD.values())
