@@ -284,7 +284,10 @@ def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merged(below: Any, above: Any) -> Any:
+    """Merge mappings key by key; a `model:` section of another backbone replaces the one below it."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    if "backbone" in above and _backbone_of(above) != _backbone_of(below):
         return above
     return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
