@@ -75,4 +75,4 @@ def test_ablation(tmp_path: Path) -> None:
 
 
 def test_tasks(tmp_path: Path) -> None:
-    assert "with another scene's segmentation" in run_apart("tasks", tmp_path)
+    assert "with another scene's segmentation" in run_apart("tasks", tmp_path, "--backbone", "unet")

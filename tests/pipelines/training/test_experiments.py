@@ -104,7 +104,7 @@ def test_the_papers_unets_train_on_the_data_of_the_experiment_that_they_vary(nam
 
 
 def test_every_experiment_of_the_paper_has_two_variants_and_the_first_has_no_option_beyond_the_paper() -> None:
-    others = {"demo", "pictures_64", "pictures_256", *UNETS}
+    others = {"demo", "demo_unet", "pictures_64", "pictures_256", *UNETS}
     assert {path.stem for path in SHIPPED} == others | {stem + suffix for stem in PAPER for suffix in ("", MODERN)}
     for stem in PAPER:
         paper, modern = (configs.load(str(REPOSITORY / "configs" / f"{stem}{x}.yaml")) for x in ("", MODERN))
