@@ -21,14 +21,17 @@ class Order:
         shard_sizes: samples in each shard.
         seed: seed of the permutations.
         window: number of shards that are shuffled together.
+        stream: numbers that distinguish the permutations of several orders of one seed.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int] | np.ndarray, seed: int, window: int, *, stream: tuple[int, ...] = ()
+    ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         if self.num_samples == 0:
             raise ValueError("an order needs at least one sample")
-        self.seed, self.window = seed, window
+        self.seed, self.window, self.stream = seed, window, stream
         # A batch that crosses a border uses two of each, and one more if it wraps round a small epoch.
         self._epoch = lru_cache(maxsize=3)(self._permute_shards)
         self._window = lru_cache(maxsize=3)(self._permute_window)
@@ -61,7 +64,7 @@ class Order:
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return an epoch's sequence of shards, and the position within the epoch at which each window ends."""
-        permutation = _random(self.seed, epoch).permutation(len(self.shard_sizes))
+        permutation = _random(self.seed, *self.stream, epoch).permutation(len(self.shard_sizes))
         starts = np.arange(0, len(permutation), self.window)
         return permutation, np.cumsum(np.add.reduceat(self.shard_sizes[permutation], starts))
 
@@ -70,7 +73,7 @@ class Order:
         shards = self._epoch(epoch)[0][window * self.window : (window + 1) * self.window]
         sizes = self.shard_sizes[shards]
         rows = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        permutation = _random(self.seed, epoch, window).permutation(len(rows))
+        permutation = _random(self.seed, *self.stream, epoch, window).permutation(len(rows))
         return np.repeat(shards, sizes)[permutation], rows[permutation]
 
 

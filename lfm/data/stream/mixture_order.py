@@ -1,0 +1,154 @@
+"""The order of samples of a mixture: a pure function of (shard sizes, weights, seed), like the order of each source.
+
+Of the first n samples of a stage, source i has c_i(n) = n w_i, up to rounding. Rounding must not take back what it gave, so
+sources are divided in two again and again: at a node of the tree, of n samples
+
+    left(n) = floor(n w_left / (w_left + w_right) + 1/2),    right(n) = n - left(n)
+
+and both never fall as n grows. The sample n belongs to the source whose count grows from n to n + 1, and is the c_i(n)-th of
+that source's own order, in which every sample comes once before any comes again. Nothing drifts: a count is off by less than
+one sample for up to three sources at any n, and by less than (1 + depth of the tree) / 2 for more. A stage begins with the
+counts at which the one before it ended, so any position is found from one sum over the stages.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from lfm.data.stream.sample_order import Order
+
+_LARGEST_SUM = 2**30  # of integer weights, so that products of two of them fit int64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The weights of the sources from one sample of the global order on."""
+
+    first_sample: int
+    weights: tuple[Fraction, ...]  # relative, one for each source; 0 leaves a source out
+
+
+class Shares:
+    """The number of samples of each source among the first n.
+
+    Args:
+        weights: relative weights, not negative, with a positive sum.
+    """
+
+    def __init__(self, weights: Sequence[Fraction]) -> None:
+        self.weights = _integers(weights)
+        # As in Huffman's code, the two lightest nodes are joined first, so that heavy sources are rounded least often.
+        heap: list[tuple[int, int, int | tuple]] = [
+            (weight, leaf, leaf) for leaf, weight in enumerate(self.weights) if weight
+        ]
+        heapq.heapify(heap)
+        while len(heap) > 1:
+            (first, _, left), (second, number, right) = heapq.heappop(heap), heapq.heappop(heap)
+            heapq.heappush(heap, (first + second, len(self.weights) + number, (left, right, first, first + second)))
+        self._root = heap[0][2]
+
+    def counts(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the samples of each source among the first n, int64 (sources, len(numbers)), for each n of `numbers`."""
+        counts = np.zeros((len(self.weights), len(numbers)), np.int64)
+        self._fill(self._root, numbers, counts)
+        return counts
+
+    def _fill(self, node: int | tuple, numbers: np.ndarray, counts: np.ndarray) -> None:
+        if isinstance(node, int):
+            counts[node] = numbers
+            return
+        left, right, weight, total = node
+        whole, rest = np.divmod(numbers, total)
+        of_left = whole * weight + (2 * rest * weight + total) // (2 * total)
+        self._fill(left, of_left, counts)
+        self._fill(right, numbers - of_left, counts)
+
+
+class MixtureOrder:
+    """The shard and row of each position of a mixture; the shards of all sources are numbered one after the other.
+
+    Args:
+        shard_sizes: samples in each shard, for each source.
+        stages: the first begins at sample 0, each later one after the one before it.
+        seed: seed of all permutations. One source has the order that `Order` gives it with this seed.
+        window: number of shards of each source that are shuffled together.
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[Sequence[int] | np.ndarray], stages: Sequence[Stage], seed: int, window: int
+    ) -> None:
+        assert stages[0].first_sample == 0, "the first stage begins at the first sample"
+        self.window = window
+        self.orders = [
+            Order(sizes, seed, window, stream=(source,) if len(shard_sizes) > 1 else ())
+            for source, sizes in enumerate(shard_sizes)
+        ]
+        self.first_shards = np.cumsum([0, *map(len, shard_sizes)])  # number of each source's first shard
+        self._starts = np.array([stage.first_sample for stage in stages])
+        self._shares = [Shares(stage.weights) for stage in stages]
+        self._counts_before = [np.zeros(len(shard_sizes), np.int64)]  # of each source at the start of each stage
+        for shares, length in zip(self._shares, np.diff(self._starts), strict=False):
+            self._counts_before.append(self._counts_before[-1] + shares.counts(np.array([length]))[:, 0])
+
+    def counts(self, first: int, num: int = 1) -> np.ndarray:
+        """Return the samples of each source among the first n, int64 (sources, num), for n from `first` on."""
+        numbers = np.arange(first, first + num)
+        stages = np.searchsorted(self._starts, numbers, side="right") - 1
+        parts = [
+            self._counts_before[stage][:, None] + self._shares[stage].counts(numbers[stages == stage] - start)
+            for stage, start in enumerate(self._starts[: stages[-1] + 1])
+            if stage >= stages[0]
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shards and rows, int64 (count,) each, of `count` positions from `position` on."""
+        if len(self.orders) == 1:
+            return self.orders[0].at(position, count)
+        shards, rows = np.empty(count, np.int64), np.empty(count, np.int64)
+        counts = self.counts(position, count + 1)
+        source = np.argmax(np.diff(counts), axis=0)
+        for index, order in enumerate(self.orders):
+            start, end = int(counts[index, 0]), int(counts[index, -1])
+            if end > start:
+                of_source = source == index
+                shards[of_source], rows[of_source] = order.at(start, end - start)
+                shards[of_source] += self.first_shards[index]
+        return shards, rows
+
+    def window_at(self, position: int) -> tuple[tuple[int, int], ...]:
+        """Return the epoch and the window within it that each source is in at a position."""
+        counts = self.counts(position)[:, 0].tolist()
+        return tuple(order.window_at(count) for order, count in zip(self.orders, counts, strict=True))
+
+    def upcoming_shards(self, position: int, windows: int | None = None) -> list[int]:
+        """Return the shards, those of the next use first: all, or those of the first `windows` windows of each source."""
+        stage = int(np.searchsorted(self._starts, position, side="right")) - 1
+        counts, weights = self.counts(position)[:, 0].tolist(), self._shares[stage].weights
+        keyed: list[tuple[float, int]] = []
+        for index, (order, count, weight) in enumerate(zip(self.orders, counts, weights, strict=True)):
+            upcoming = order.upcoming_shards(count, None if windows is None else windows * self.window)
+            before = (
+                np.cumsum([0, *order.shard_sizes[upcoming[:-1]]]) / weight if weight else np.full(len(upcoming), np.inf)
+            )
+            keyed += zip(
+                before.tolist(), (self.first_shards[index] + np.asarray(upcoming, np.int64)).tolist(), strict=True
+            )
+        return [shard for _, shard in sorted(keyed, key=lambda pair: pair[0])]  # by samples until then, of the mixture
+
+
+def _integers(weights: Sequence[Fraction]) -> list[int]:
+    """Return integers in the proportion of the weights; rounded to about 10 digits if they would be too large."""
+    total = sum(weights, Fraction(0))
+    assert total > 0 and min(weights) >= 0, "weights are not negative, and one is positive"
+    shares = [weight / total for weight in weights]
+    common = math.lcm(*(share.denominator for share in shares))
+    if common > _LARGEST_SUM:
+        return [max(1, round(share * (_LARGEST_SUM - len(shares)))) if share else 0 for share in shares]
+    return [int(share * common) for share in shares]
