@@ -14,6 +14,7 @@ from lfm import storage
 from lfm.data.masks import hide
 from lfm.data.palettes import PALETTES, Colours
 from lfm.data.sources import readers
+from lfm.data.sources.layouts import LAYOUTS
 from lfm.data.sources.map_rules import choose_rule, parse_palette
 from lfm.data.sources.names import looks_like_labels, storable
 from lfm.data.sources.source import UNLABELLED, Source
@@ -64,7 +65,7 @@ def interpret_maps(source: Source, config: ShardConfig) -> Source:
         colours, palette = _palette_file(palette), None
     if paths:
         contents = [content for path in paths if isinstance(content := _content(source, path), bytes)]
-        rule, labels, reason = choose_rule(contents, labels, palette, colours)
+        rule, labels, reason = choose_rule(contents, labels, palette, colours, ignores_white=config.ignore_label == 255)
         source = replace(source, maps=rule)
         if reason:
             source.about.notes.append(f"segmentations: {reason}")
@@ -113,7 +114,9 @@ def survey(source: Source, rule: str) -> Survey:
 
 def describe(source: Source, sample: Survey) -> str:
     """Return the plan as lines: classes, splits, masks, segmentations, files left aside, notes and examples."""
-    lines = [("split", source.about.splits)] if source.about.splits else []
+    lines = [("layout", f"{source.layout}, by {LAYOUTS[source.layout].sign}")]
+    if source.about.splits:
+        lines.append(("split", source.about.splits))
     lines.append(("classes", _classes(source)))
     if "mask" in source.fields:
         lines.append(("masks", _masks(source, sample)))

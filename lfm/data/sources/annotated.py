@@ -17,6 +17,7 @@ from dataclasses import replace
 from lfm.data.sources.class_folders import read_folder
 from lfm.data.sources.names import (
     ANNOTATION_FOLDER,
+    ANNOTATION_PREFIX,
     ANNOTATION_SUFFIX,
     IMAGE_FOLDER,
     IMAGE_SUFFIX,
@@ -47,6 +48,9 @@ def annotation_family(name: str, stems: set[str]) -> str | None:
     match = ANNOTATION_SUFFIX.search(stem(file))
     if match and (folder or f"{'/'.join(folders)}/{stem(file)[: match.start()]}".lstrip("/") in stems):
         return match["end"].lstrip("_-. ").rstrip("0123456789").rstrip("_-").lower()
+    if folder is None and (prefix := ANNOTATION_PREFIX.match(file)):
+        annotated = f"{'/'.join(folders)}/{stem(file)[prefix.end() :]}".lstrip("/")
+        return prefix[1].lower() if annotated in stems else None
     return folder
 
 
@@ -176,9 +180,11 @@ def _keys(name: str, *, is_annotation: bool) -> list[Key]:
     *folders, file = name.split("/")
     inner = stem(file)
     inner = stem(inner) if is_image(inner) else inner
-    suffix = ANNOTATION_SUFFIX if is_annotation else IMAGE_SUFFIX
     folder = tuple(part for part in map(_plain, folders) if part)
-    return [(*folder, inner), (*folder, suffix.sub("", inner))]
+    plain = (
+        ANNOTATION_PREFIX.sub("", ANNOTATION_SUFFIX.sub("", inner)) if is_annotation else IMAGE_SUFFIX.sub("", inner)
+    )
+    return [(*folder, inner), (*folder, plain)]
 
 
 def _pairs(tree: Tree, images: list[str], families: dict[str, list[str]], family: str) -> dict[str, str]:
@@ -263,4 +269,4 @@ def _recognizes(tree: Tree) -> bool:
     return bool(families) and (annotations < len(tree.images) or tree.choices.classes != "folders")
 
 
-ANNOTATED = Layout(read_annotated, _recognizes)
+ANNOTATED = Layout(read_annotated, _recognizes, sign="names of folders or files that say mask, seg, label or gt")

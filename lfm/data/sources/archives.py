@@ -10,8 +10,9 @@ from typing import Any
 
 from lfm import storage
 from lfm.data.sources import readers
+from lfm.data.sources.imagenet import WORDNET_ID
 from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, column_of, parse_text
-from lfm.data.sources.names import SUFFIXES, is_image, is_junk
+from lfm.data.sources.names import SUFFIXES, is_image, is_junk, stem
 from lfm.data.sources.readers import TarMember
 from lfm.data.sources.source import Layout, Source, Tree, files_of_split
 from lfm.errors import ConfigError, DataError, StorageError
@@ -46,6 +47,8 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
         seg, mask = (next((sample[end].item for end in ends if end in sample), None) for ends in (_MAPS, _MASKS))
         items.append(SourceItem(image, None, seg, mask))
         labels.append(_label(tree, f"{tree.root}/{tar}: sample {sample['__key__']}", sample))
+    if not any(label is not None for _, label in labels):
+        labels = _folder_labels(tree, samples)
     by_text = all(label is None or kind != ".json" for kind, label in labels)
     where = f"{tree.root}/{tars[0]}"
     indices, names = classes([label for _, label in labels], tree.choices, where, keep_indices=by_text)
@@ -56,6 +59,29 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
     _note_unused(tree, [sample for _, sample in samples])
     items = [replace(item, class_index=index) for item, index in zip(items, indices, strict=True)]
     return Source(tree.root, tuple(items), names, read=readers.tar_member, about=tree.about)
+
+
+def _folder_labels(tree: Tree, samples: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, Label]]:
+    """Return the folders of samples, or the names of their tars, as labels if the user says so; else none.
+
+    Raises:
+        ConfigError: they may be classes, and the user has not decided.
+    """
+    folders = [sample["__key__"].removeprefix("./").rpartition("/")[0].partition("/")[0] for _, sample in samples]
+    tars = [stem(tar.rpartition("/")[2]) for tar, _ in samples]
+    if len(set(folders)) > 1:
+        kind, names, may_be = "folders", folders, True
+    else:
+        kind, names = "names of tars", tars
+        may_be = len(set(tars)) > 1 and all(WORDNET_ID.fullmatch(name) or name.isalpha() for name in set(tars))
+    if tree.choices.classes == "folders" and len(set(names)) > 1:
+        return [(kind, name) for name in names]
+    if may_be and tree.choices.classes == "auto" and not tree.choices.label_column:
+        raise ConfigError(
+            f"{tree.root}: the {kind} of the samples ({', '.join(sorted(set(names))[:3])}) may be classes, or mean nothing; "
+            "choose `classes` folders or `classes` none"
+        )
+    return [("", None)] * len(samples)
 
 
 def _label(tree: Tree, where: str, sample: dict[str, Any]) -> tuple[str, Label]:
@@ -195,5 +221,5 @@ def _outer(
     return replace(source, root=root, items=items, read=read)
 
 
-WEBDATASET = Layout(read_webdataset, lambda tree: tree.has_name(r"\.tar$"))
-ZIP = Layout(read_zip, lambda tree: tree.has_name(r"(?i)\.zip$") and not tree.images)
+WEBDATASET = Layout(read_webdataset, lambda tree: tree.has_name(r"\.tar$"), sign="tars")
+ZIP = Layout(read_zip, lambda tree: tree.has_name(r"(?i)\.zip$") and not tree.images, sign="a zip")

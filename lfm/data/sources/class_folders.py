@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from lfm import storage
 from lfm.data.sources.labels import in_order
-from lfm.data.sources.names import ANNOTATION_FOLDER, IMAGE_FOLDER, SPLIT, SUFFIXES, stem
+from lfm.data.sources.names import ANNOTATION_FOLDER, IMAGE_FOLDER, SPLIT, SPLIT_LIKE, SUFFIXES, stem
 from lfm.data.sources.source import Layout, Source, Tree, choose_split
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
@@ -74,12 +74,13 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
     Raises:
         ConfigError: names both readings, and the option for each.
     """
-    splits = sorted(filter(SPLIT.fullmatch, folders))
+    splits = sorted(name for name in folders if SPLIT.fullmatch(name) or SPLIT_LIKE.fullmatch(name))
     if splits:
         others = sorted(folders - set(splits)) or [path for path in tree.images if "/" not in path]
+        beside = f" beside {', '.join(others[:3])}" if others else ""
         raise ConfigError(
-            f"{tree.root}: {', '.join(splits[:3])} may be a split or a class beside {', '.join(others[:3])}; choose "
-            f"`split` {splits[0]} to read that folder, or `classes` folders"
+            f"{tree.root}: {', '.join(splits[:3])} may be a split or a class{beside}; choose `split` {splits[0]} to read "
+            "that folder, or `classes` folders"
         )
     odd = sorted(name for name in folders if ANNOTATION_FOLDER.fullmatch(name) or IMAGE_FOLDER.fullmatch(name))
     if odd and len(folders) > 1:
@@ -124,4 +125,4 @@ def _describe(tree: Tree, class_names: tuple[str, ...]) -> None:
             )
 
 
-FOLDER = Layout(read_folder, recognizes=lambda tree: bool(tree.images))
+FOLDER = Layout(read_folder, recognizes=lambda tree: bool(tree.images), sign="folders of images, or one folder")

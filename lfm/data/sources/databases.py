@@ -79,7 +79,10 @@ def read_hugging_face(tree: Tree, split: str | None) -> Source:
         label = _label_column(schema, tree.choices, about, path)
         columns = _columns(path, schema, label, about)
         features = _features(schema).get(label, {}) if label else {}
-        class_names = tuple(features.get("names") or ())
+        names_of_table = tuple(features.get("names") or ())
+        if number and names_of_table != class_names:
+            raise DataError(f"{path}: its names of classes differ from those of other tables; read them one by one")
+        class_names = names_of_table
         for group, rows in enumerate(groups):
             values = readers.table_column(path, group, label).to_pylist() if label else [None] * rows
             for row, value in enumerate(values):
@@ -138,6 +141,16 @@ def _columns(path: str, schema: Any, label: str | None, about: About) -> dict[st
     return columns
 
 
-LMDB = Layout(partial(read_lmdb, key_pattern=_NUMBER_KEY), lambda tree: _has_keys(tree, rf"(?!{_HASH_KEY}).*"))
-LSUN = Layout(partial(read_lmdb, key_pattern=_HASH_KEY), lambda tree: _has_keys(tree, _HASH_KEY))
-HUGGING_FACE = Layout(read_hugging_face, lambda tree: tree.has_name(r"\.(parquet|arrow)$"))
+LMDB = Layout(
+    partial(read_lmdb, key_pattern=_NUMBER_KEY),
+    lambda tree: _has_keys(tree, rf"(?!{_HASH_KEY}).*"),
+    sign="data.mdb with keys that are numbers",
+)
+LSUN = Layout(
+    partial(read_lmdb, key_pattern=_HASH_KEY),
+    lambda tree: _has_keys(tree, _HASH_KEY),
+    sign="data.mdb with keys that are hashes",
+)
+HUGGING_FACE = Layout(
+    read_hugging_face, lambda tree: tree.has_name(r"\.(parquet|arrow)$"), sign="parquet or arrow files"
+)

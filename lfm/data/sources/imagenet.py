@@ -64,4 +64,4 @@ def _recognizes(tree: Tree) -> bool:
     return tree.has_name(r"^(ILSVRC/)?Data/CLS-LOC/|^((train|val)/)?n\d{8}/")
 
 
-IMAGENET = Layout(read_imagenet, _recognizes, instead_of=("folder",))
+IMAGENET = Layout(read_imagenet, _recognizes, instead_of=("folder",), sign="folders with the names of WordNet ids")

@@ -85,6 +85,7 @@ def classes(
     known = {label for label in labels if label is not None}
     # "07" and "7" are different names, so texts become indices only if none is padded.
     if all(isinstance(label, int) or (label.isdecimal() and str(int(label)) == label) for label in known):
+        keep_indices = keep_indices and all(isinstance(label, int) for label in known)
         return _by_index([None if label is None else int(label) for label in labels], names, where, keep_indices)
     texts = sorted({str(label) for label in known})
     if len(texts) > MOST_TEXTS * len(labels) and len(labels) >= FEW_IMAGES and not choices.label_column:

@@ -56,7 +56,12 @@ class MapRule:
 
 
 def choose_rule(
-    contents: Sequence[bytes], labels: dict[int, str], palette: str | None, palette_file: Colours | None
+    contents: Sequence[bytes],
+    labels: dict[int, str],
+    palette: str | None,
+    palette_file: Colours | None,
+    *,
+    ignores_white: bool = False,
 ) -> tuple[MapRule, dict[int, str], str]:
     """Return the rule that reads the maps `contents`, the names of their ids, and a sentence about both.
 
@@ -64,6 +69,7 @@ def choose_rule(
         labels: names of the ids by the source's own list; empty if there is none.
         palette: a name of PALETTES, or `indices` for pixels that are ids although they have colours.
         palette_file: colours of a file of the source.
+        ignores_white: the user has decided that 255 stands for no label.
 
     Raises:
         ConfigError: the maps are coloured and their palette is not known, or not unique.
@@ -95,6 +101,11 @@ def choose_rule(
     if pixels.ids == {0, 255} and (not labels or names == {0, 1}):
         binary = {0: labels.get(0, "background"), 1: labels.get(1, "foreground")}
         return MapRule(is_binary=True), binary, "all pixels are 0 or 255: two labels"
+    if pixels.ids == {0, 255} and not ignores_white:
+        raise ConfigError(
+            f"the maps hold 0 and 255 alone, and labels.txt names {len(names)} ids: 255 may be the second label or no label; "
+            "list two names, or choose `ignore_label` 255"
+        )
     return MapRule(), labels, ""
 
 

@@ -136,9 +136,21 @@ def _of_rows(tree: Tree, rows: list[Row], where: str) -> Source:
     return Source(tree.root, tuple(items), names, read=tree.read, about=tree.about)
 
 
-EDM = Layout(read_edm, lambda tree: DATASET in tree.names and bool(tree.images))
+def _is_edm(tree: Tree) -> bool:
+    """Whether the tree has a dataset.json with labels, or one that is damaged; other programs call their files so, too."""
+    if DATASET not in tree.names or not tree.images:
+        return False
+    try:
+        content = json.loads(tree.read(tree.root, DATASET))
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(content, dict) and "labels" in content
+
+
+EDM = Layout(read_edm, _is_edm, sign="dataset.json with labels")
 IMAGE_FOLDER = Layout(
     read_image_folder,
     lambda tree: bool(tree.images) and tree.has_name(_METADATA.pattern),
     instead_of=("paired", "inpainting", "hf"),
+    sign="metadata.csv, .jsonl or .parquet beside the images",
 )

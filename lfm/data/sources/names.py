@@ -11,8 +11,14 @@ SUFFIXES += (".jfif", ".jpe", ".j2k", ".jpx", ".pbm", ".avif", ".heic", ".heif",
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".zip")
 
 SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|extra|unlabell?ed)(20\d\d)?", re.IGNORECASE)
+# A folder that is a split by a part of its name, such as train_images or testA.
+SPLIT_LIKE = re.compile(
+    r"(train|training|val|valid|validation|test|testing|dev|trainval|unlabell?ed)[_\-. ]?"
+    r"(images?|imgs?|set|data|split|full|\d{1,2}|[AB])?",
+    re.IGNORECASE,
+)
 # Folders in which programs keep files of their own, and small copies of images.
-_JUNK_FOLDER = re.compile(r"__MACOSX|@eaDir|\..*|\$RECYCLE\.BIN|thumb(nail)?s?(\d+x\d+)?", re.IGNORECASE)
+_JUNK_FOLDER = re.compile(r"__MACOSX|@eaDir|\.[^.].*|\$RECYCLE\.BIN|thumbs|thumbnails?(\d+x\d+)?", re.IGNORECASE)
 _JUNK_FILE = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
 # A folder whose images are annotations of others, and one whose images they belong to.
@@ -29,6 +35,7 @@ ANNOTATION_SUFFIX = re.compile(
     r"|labeltrainids|trainids|annotations?|annot|gt|groundtruth|color|instanceids|matte|L)(?:[_\-]?\d{1,4})?)$",
     re.IGNORECASE,
 )
+ANNOTATION_PREFIX = re.compile(r"^(masks?|segs?|segmentations?|labels?|annotations?|gt)[_\-]+(?=.)", re.IGNORECASE)
 IMAGE_SUFFIX = re.compile(r"[_\-](leftImg8bit|image|img|rgb|photo|orig(inal)?|sat|input)$", re.IGNORECASE)
 _LABEL_FILE = re.compile(
     r"(label|class|categor|annot|meta|target|attr|identity|dataset|list|caption|train|val|test|gt|solution)",

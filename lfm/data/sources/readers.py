@@ -188,9 +188,9 @@ def inner_name(item: str) -> str:
 
 @lru_cache(maxsize=4)
 def _zip(path: str, size_and_time: tuple[int, ...]) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(storage.open_read(path))
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    try:  # given a path, it closes the file when it is collected
+        return zipfile.ZipFile(path if storage.is_local(path) else storage.open_read(path))
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OSError) as error:
         raise DataError(f"{path}: cannot be read as a zip ({error}); download it again") from error
 
 
@@ -213,6 +213,8 @@ def zip_names(path: str) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{path}: has {twice} twice; pack it again")
+    if outside := [name for name in names if not all(name.split("/")) or ".." in name.split("/")]:
+        raise DataError(f"{path}: has the name {outside[0]}, which is no path in a folder; pack it again")
     return sorted(names)
 
 

@@ -226,11 +226,27 @@ def _recognizes_inpainting(tree: Tree) -> bool:
     return any(name.endswith("_mask.png") and stem(name)[:-5] in stems for name in tree.images)
 
 
-PAIRED = Layout(read_paired, _recognizes_pairs, instead_of=("folder",))
-ADE20K = Layout(read_ade20k, _recognizes_ade20k, instead_of=("folder", "paired"))
-COCO_STUFF = Layout(read_coco_stuff, _recognizes_coco_stuff, instead_of=("folder", "paired"))
-CELEBAMASK_HQ = Layout(
-    partial(read_celebamask_hq, face_parts=FACE_PARTS), _recognizes_celebamask_hq, instead_of=("folder",)
+PAIRED = Layout(
+    read_paired, _recognizes_pairs, instead_of=("folder",), sign="folders of images and of maps with the same names"
 )
-CELEBAMASK_HQ_OFFICIAL = Layout(partial(read_celebamask_hq, face_parts=FACE_PARTS_OFFICIAL), lambda tree: False)
-INPAINTING = Layout(read_inpainting, _recognizes_inpainting, instead_of=("folder",))
+ADE20K = Layout(
+    read_ade20k, _recognizes_ade20k, instead_of=("folder", "paired"), sign="names such as ADE_train_00000001.png"
+)
+COCO_STUFF = Layout(
+    read_coco_stuff,
+    _recognizes_coco_stuff,
+    instead_of=("folder", "paired"),
+    sign="annotations/train2017 with numbers of COCO",
+)
+CELEBAMASK_HQ = Layout(
+    partial(read_celebamask_hq, face_parts=FACE_PARTS),
+    _recognizes_celebamask_hq,
+    instead_of=("folder",),
+    sign="the folder CelebAMask-HQ-mask-anno",
+)
+CELEBAMASK_HQ_OFFICIAL = Layout(
+    partial(read_celebamask_hq, face_parts=FACE_PARTS_OFFICIAL), lambda tree: False, sign="chosen by name"
+)
+INPAINTING = Layout(
+    read_inpainting, _recognizes_inpainting, instead_of=("folder",), sign="name_mask.png beside name.png"
+)

@@ -247,11 +247,13 @@ class Layout:
         read: returns the source in a tree, given a split or None.
         recognizes: returns whether a tree has this layout.
         instead_of: names of the more general layouts that such a tree also has.
+        sign: what it is recognized by, for the plan.
     """
 
     read: Callable[[Tree, str | None], Source]
     recognizes: Callable[[Tree], bool]
     instead_of: tuple[str, ...] = ()
+    sign: str = ""
 
 
 def read_text(tree: Tree, name: str, *, parents: int = 0) -> str | None:

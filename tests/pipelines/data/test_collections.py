@@ -164,7 +164,41 @@ ONCE_WRONG = {
     ),
 }
 
+DOTS = photos("./cat/0.jpg", "./cat/1.jpg", "./dog/0.jpg")
 ARCHIVES = {
+    "tar with a dot before names": Collection(
+        lambda root: write_tar(root / "a.tar", DOTS),
+        classes=dict(zip(DOTS, ("cat", "cat", "dog"), strict=True)),
+    ),
+    "tars that may be classes": Collection(
+        lambda root: [write_tar(root / f"{name}.tar", photos("0.jpg")) for name in ("n01440764", "n01443537")],
+        refused=("n01440764, n01443537", "--classes folders or --classes none"),
+    ),
+    "tars that are classes": Collection(
+        lambda root: [write_tar(root / f"{name}.tar", photos(f"{name}_1.jpg")) for name in ("cat", "dog")],
+        options=("--classes", "folders"),
+        images=2,
+        classes={"cat_1.jpg": "cat", "dog_1.jpg": "dog"},
+    ),
+    "folders of samples that may be classes": Collection(
+        lambda root: write_tar(
+            root / "a.tar", {"cat/0.jpg": photo(0), "cat/0.json": "{}", "dog/1.jpg": photo(1), "dog/1.json": "{}"}
+        ),
+        refused=("the folders of the samples (cat, dog) may be classes",),
+    ),
+    "members of samples in another order": Collection(
+        lambda root: write_tar(root / "a.tar", {"1.cls": "1", "0.cls": "4"} | photos("0.jpg", "1.jpg")),
+        images=2,
+        classes={"0.jpg": "4", "1.jpg": "1"},
+    ),
+    "zip with names outside of it": Collection(
+        lambda root: write_zip(root / "a.zip", photos("../a.jpg", "b.jpg")), refused=("../a.jpg", "no path in a folder")
+    ),
+    "dataset.json of another program": Collection(
+        folder(CAT_DOG | {"dataset.json": '{"name": "x"}'}),
+        classes=CAT_DOG_CLASSES,
+        plan=("not used although they may hold labels: dataset.json",),
+    ),
     "edm in a folder with a readme": Collection(
         folder({f"x/{name}": content for name, content in EDM.items()} | {"README.md": "x"}),
         images=8,
@@ -218,6 +252,19 @@ ARCHIVES = {
 }
 
 LABELS = {
+    "parquet with names that differ": Collection(
+        lambda root: [
+            write_parquet(root / f"train-{n}.parquet", {"image": [photo(n)], "label": [0]}, {"label": names})
+            for n, names in enumerate((["cat", "dog"], ["dog", "cat"]))
+        ],
+        refused=("train-1.parquet", "names of classes differ"),
+    ),
+    "parquet with numbers as texts": Collection(
+        lambda root: write_parquet(root / "a.parquet", {"image": [photo(0), photo(1)], "label": ["10", "2"]}),
+        images=2,
+        classes={"a.parquet#0#0#image": "10", "a.parquet#0#1#image": "2"},
+        plan=("2 images of 2 classes",),
+    ),
     "webdataset with names": Collection(
         lambda root: write_tar(root / "a.tar", photos("0.jpg", "1.jpg") | {"0.cls": "dog\n", "1.cls": "cat"}),
         images=2,
@@ -332,6 +379,16 @@ LABELS = {
 }
 
 FOLDERS = {
+    "folders called like splits": Collection(
+        folder(photos("train_images/1/0.png", "test_images/1/1.png")),
+        refused=("--split test_images", "--classes folders"),
+    ),
+    "one of the folders called like splits": Collection(
+        folder(photos("trainA/cat/0.png", "trainA/dog/1.png", "trainB/2.png")),
+        options=("--split", "trainA"),
+        images=2,
+        classes={"cat/0.png": "cat", "dog/1.png": "dog"},
+    ),
     "two wrappers around splits of any case": Collection(
         folder(photos("a/b/Train/cat/0.png", "a/b/Train/dog/0.png", "a/b/TEST/cat/1.png")),
         options=("--split", "train"),
@@ -403,6 +460,10 @@ CITYSCAPES = pairs("leftImg8bit/val/bonn/x{}_leftImg8bit.png", GT + "labelIds.pn
 SUPERVISELY = pairs("img/{}.jpg", "masks_machine/{}.jpg.png", IDS) | {f"ann/{n}.jpg.json": "{}" for n in range(3)}
 
 ANNOTATIONS = {
+    "masks by the start of their names": Collection(folder(pairs("{}.png", "mask_{}.png", HOLE)), missing=MISSING),
+    "white in maps of three names": Collection(
+        maps(HOLE * 255, labels_txt="a\nb\nc\n"), refused=("255 may be the second label", "--ignore-label 255")
+    ),
     "Kaggle's Carvana": Collection(
         folder(pairs("train/{}.jpg", "train_masks/{}_mask.gif", Image.fromarray(HOLE * 255)) | photos("test/a.jpg")),
         options=("--split", "train"),
