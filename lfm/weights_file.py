@@ -40,6 +40,9 @@ class WeightsHeader:
     """Names of the class ids of segmentation maps."""
     prediction: Annotated[str, Field(pattern="^(velocity|noise)$")] = "velocity"
     """Output of the network: "velocity", or "noise" for an imported diffusion model."""
+    missing_pixels: Annotated[str, Field(pattern="^(grey|black)$")] = "grey"
+    """Condition of inpainting: "grey" in place of missing pixels and a mask of 0 and 1, or "black" and a mask of -1 and 1 at
+    the first pixel of each latent element, in the paper's checkpoints."""
 
     def to_json(self) -> str:
         """Serialize to one line of JSON."""

@@ -120,6 +120,7 @@ def from_state_dict(
     num_heads: int | None = None,
     num_classes: int | None = None,
     latent_size: int | None = None,
+    downsample_factor: int = 8,
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """Return the weights and the configuration of a network from a checkpoint: a DiT, or one of the paper's ADM U-Nets.
 
@@ -130,6 +131,7 @@ def from_state_dict(
         num_classes: by default one less than the rows of the class table, whose last row is the null class. 0 makes the
             model unconditional: the null class becomes part of the time embedding.
         latent_size: height and width of the latents, for U-Nets whose checkpoint does not tell it.
+        downsample_factor: pixels per latent element along each side, for U-Nets of semantic synthesis.
 
     Raises:
         CheckpointError: it is not such a checkpoint; names what is missing or wrong.
@@ -137,7 +139,13 @@ def from_state_dict(
     """
     bare = {name.removeprefix("module."): value for name, value in state.items()}
     if source == "lfm" and is_unet(bare):
-        return unet_from_state_dict(bare, latent_size=latent_size, num_heads=num_heads, num_classes=num_classes)
+        return unet_from_state_dict(
+            bare,
+            latent_size=latent_size,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            downsample_factor=downsample_factor,
+        )
     position = next((value for name, value in state.items() if name.endswith("pos_embed")), None)
     weights = {our_name(name): value.float() for name, value in state.items() if not name.endswith("pos_embed")}
     if missing := [name for name in _REQUIRED if name not in weights]:

@@ -6,22 +6,34 @@
 Both compute what `lfm.models.unet` computes. Names differ, and the order of the rows of the attention's projection: ours are
 queries, keys and values, each by heads; EDM's are heads, channels, then query, key and value; guided-diffusion's are heads,
 then query, key and value, then channels. Their time is ours, unscaled.
+
+Semantic synthesis takes four channels more: the one-hot segmentation, averaged over the pixels of each latent element and
+projected without bias. This rescaler, whose weights the paper's code leaves as they were initialized, is in a file of its own.
+It is an embedding of labels in four of our channels, and a convolution that takes their mean.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lfm.errors import CheckpointError, ConfigError
+from lfm.models.config import LABEL_CHANNELS
 from lfm.models.unet_config import BlockShape, UNetConfig
 
 EDM_CLASSES = "map_label.weight"
 EDM_KEY, GUIDED_KEY = "map_layer0.weight", "time_embed.0.weight"
 EDM_HEAD_CHANNELS = 64  # of each attention head, in the published code
 GUIDED_NUM_HEADS = 4  # the published code's default
+GUIDED_CLASSES = "label_emb.weight"
+GUIDED_INPUT = "input_blocks.0.0.weight"
+GUIDED_TIME_BIAS = "time_embed.2.bias"
+RESCALER = "channel_mapper.weight"  # (channels, labels, 1, 1)
 
 _EDM_ENDS = {
     "map_layer0": "time_embedding.mlp.0",
@@ -70,14 +82,18 @@ def unet_from_state_dict(
     latent_size: int | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
+    downsample_factor: int = 8,
 ) -> tuple[dict[str, Tensor], UNetConfig]:
     """Convert a published state dict to weights and configuration of a `lfm.models.unet.UNet`.
 
     Args:
-        state: parameters by their published names, without the prefix `module.`.
+        state: parameters by their published names, without the prefix `module.`; for semantic synthesis with those of the
+            rescaler, or else its four channels are a condition that the caller computes.
         latent_size: height and width of the latents; needed for guided-diffusion's form, whose names do not tell it.
         num_heads: attention heads, where they are not the published code's: one for every 64 channels in EDM's form, 4 in
             guided-diffusion's.
+        num_classes: by default as in the checkpoint; 0 makes the model unconditional, which needs a null class, or one class.
+        downsample_factor: pixels per latent element along each side, of segmentations.
 
     Returns:
         weights by our names, float32, and the configuration. Channels of the input beyond those of the output are
@@ -87,14 +103,17 @@ def unet_from_state_dict(
         CheckpointError: a parameter is missing.
         ConfigError: `latent_size` is needed, or contradicts the names, or `num_classes` does not fit.
     """
-    if num_classes == 0 and EDM_CLASSES in state:  # the null class is 0
-        state = {name: value for name, value in state.items() if name != EDM_CLASSES}
+    state = _without_classes(state, num_classes)
     form = _EdmForm(state, latent_size) if EDM_KEY in state else _GuidedForm(state, latent_size)
     config = form.config(num_heads)
     if num_classes not in (None, config.num_classes or 0):
         raise ConfigError(f"`num_classes` {num_classes}: the checkpoint has {config.num_classes or 'no'} classes")
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
+    if RESCALER in state:
+        config = replace(config, num_labels=state[RESCALER].shape[1], downsample_factor=downsample_factor)
+        weights |= _segmentation_embedding(state[RESCALER].float(), downsample_factor)
+        used.add(RESCALER)
     for theirs, ours in form.names(config):
         for kind in ("weight", "bias"):
             name = f"{theirs}.{kind}"
@@ -105,12 +124,35 @@ def unet_from_state_dict(
                     value = form.order_qkv(value, config.heads_of(channels))
                 if ours.endswith(("attention.qkv", "attention.projection")) and kind == "weight":
                     value = value.flatten(1)  # a 1 x 1 convolution as a linear layer
+                if f"{ours}.{kind}" == "input.weight" and config.num_labels:  # our other channels of a label are 0
+                    value = functional.pad(value, (0, 0, 0, 0, 0, config.input_channels - value.shape[1]))
                 weights[f"{ours}.{kind}"] = value
                 used.add(name)
     ignored = {name for name in state if name.endswith("resample_filter")}
     if unknown := sorted(set(state) - used - ignored):
         raise CheckpointError(f"{unknown[0]}: no such parameter in the paper's ADM U-Nets")
     return weights, config
+
+
+def _without_classes(state: dict[str, Tensor], num_classes: int | None) -> dict[str, Tensor]:
+    """Return the state dict without its classes, if `num_classes` is 0, or if its only class is no condition."""
+    if num_classes == 0 and EDM_CLASSES in state:  # the null class is 0
+        return {name: value for name, value in state.items() if name != EDM_CLASSES}
+    if not num_classes and GUIDED_CLASSES in state and len(state[GUIDED_CLASSES]) == 1:
+        rest = {name: value for name, value in state.items() if name != GUIDED_CLASSES}
+        return rest | {GUIDED_TIME_BIAS: state[GUIDED_TIME_BIAS] + state[GUIDED_CLASSES][0]}
+    return state
+
+
+def _segmentation_embedding(rescaler: Tensor, factor: int) -> dict[str, Tensor]:
+    """Return the weights of a `SegmentationEmbedding` that computes what a rescaler (channels, labels, 1, 1) does."""
+    table = functional.pad(rescaler[:, :, 0, 0].T, (0, LABEL_CHANNELS - len(rescaler)))  # (labels, LABEL_CHANNELS)
+    mean = torch.eye(LABEL_CHANNELS)[:, :, None, None].repeat(1, 1, factor, factor) / factor**2
+    return {
+        "segmentation_embedding.table.weight": table.contiguous(),
+        "segmentation_embedding.shrink.weight": mean,
+        "segmentation_embedding.shrink.bias": torch.zeros(LABEL_CHANNELS),
+    }
 
 
 class _EdmForm:
@@ -190,7 +232,8 @@ class _GuidedForm:
         state = self.state
         channels = _get(state, GUIDED_KEY).shape[1]
         latent_channels = len(_get(state, "out.2.weight"))
-        labels = state.get("label_emb.weight")
+        labels = state.get(GUIDED_CLASSES)
+        rescaled = len(state[RESCALER]) if RESCALER in state else 0
         num_blocks, num_levels = self._blocks_and_levels()
         first_blocks = [f"input_blocks.{1 + level * (num_blocks + 1)}" for level in range(num_levels)]
         widths = [len(_get(state, f"{block}.0.in_layers.2.weight")) for block in first_blocks]
@@ -209,7 +252,7 @@ class _GuidedForm:
             num_heads=num_heads or GUIDED_NUM_HEADS,
             resampling="convolution" if strided else "residual",
             scale_shift_norm=len(_get(state, "input_blocks.1.0.emb_layers.1.weight")) == 2 * widths[0],
-            condition_channels=_get(state, "input_blocks.0.0.weight").shape[1] - latent_channels,
+            condition_channels=_get(state, GUIDED_INPUT).shape[1] - latent_channels - rescaled,
             num_classes=None if labels is None else len(labels),
             time_scale=1.0,
         )

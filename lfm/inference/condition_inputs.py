@@ -1,7 +1,8 @@
 """Condition inputs of a model, checked and encoded: classes, masked images and segmentation maps.
 
 For inpainting the condition is the posterior mean of the image with grey in place of the missing pixels, scaled as latents
-are, and the mask at latent size. Each image is encoded by itself, so its condition does not depend on the others.
+are, and the mask at latent size; for the paper's checkpoints black, and a mask of -1 and 1. Each image is encoded by itself,
+so its condition does not depend on the others.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def encode_conditions(
             raise ConfigError(f"`masks`: {len(masks)} for {len(images)} images; their numbers must be equal")
         masks = (masks != 0).astype(np.uint8)
         _check_masks(masks, names)
-        spatial = torch.cat([_masked(autoencoder, image, mask) for image, mask in zip(images, masks, strict=True)])
+        masked = _masked if header.missing_pixels == "grey" else _masked_black
+        spatial = torch.cat([masked(autoencoder, image, mask) for image, mask in zip(images, masks, strict=True)])
     return with_classes(Conditions(None, spatial, segmentations, images, masks), class_index, header.model.num_classes)
 
 
@@ -126,6 +128,14 @@ def _masked(autoencoder: Autoencoder, image: np.ndarray, mask: np.ndarray) -> Te
     pixels = torch.from_numpy(hide(image, mask)).permute(2, 0, 1)[None]  # (1, 3, H, W)
     holes = torch.from_numpy(at_latent_size(mask, autoencoder.downsample_factor))[None, None]  # (1, 1, h, w)
     return spatial_condition(autoencoder, autoencoder.encode(pixels).mean.cpu(), holes)
+
+
+def _masked_black(autoencoder: Autoencoder, image: np.ndarray, mask: np.ndarray) -> Tensor:
+    """Return `Condition.spatial` as `_masked` does, in the conventions of the paper's code."""
+    pixels = torch.from_numpy(np.where(mask[..., None] == 1, np.uint8(0), image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    factor = autoencoder.downsample_factor
+    nearest = torch.from_numpy(mask[::factor, ::factor].astype(np.float32))[None, None]  # (1, 1, h, w)
+    return spatial_condition(autoencoder, autoencoder.encode(pixels).mean.cpu(), 2 * nearest - 1)
 
 
 def _check_tasks(header: WeightsHeader, kinds: set[str]) -> None:

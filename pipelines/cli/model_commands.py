@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipelines.cli.stage_command import show, stage_command
+from pipelines.cli.stage_command import show, stage_command, with_flags
 from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.demo.demo_options import DemoConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
@@ -105,7 +105,7 @@ def import_(config: ImportConfig) -> None:
     """Convert a third-party checkpoint PATH to lfm weights in DEST."""
     from pipelines.exchange.import_export import import_checkpoint
 
-    result = import_checkpoint(config)
+    result = with_flags(import_checkpoint(config), ImportConfig)
     if config.dry_run:
         return show(config, result)
     click.echo(result)

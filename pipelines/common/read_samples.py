@@ -83,6 +83,10 @@ def check_latents(folder: str, manifest: Manifest, model: TrainedModel) -> Autoe
     suffixes = {member.suffix for member in manifest.members}
     if shape.condition_channels and "masked.npy" not in suffixes:
         raise DataError(f"{folder}: its latents have no masks, which {model.name} takes; choose other latents")
+    if shape.condition_channels and model.header.missing_pixels != "grey":
+        raise DataError(
+            f"{folder}: its masked images are grey, those of {model.name} black; name raw shards, if the command takes them"
+        )
     if shape.num_labels and "seg.npy" not in suffixes:
         raise DataError(f"{folder}: its latents have no segmentations, which {model.name} takes; choose other latents")
     return record

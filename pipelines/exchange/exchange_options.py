@@ -27,6 +27,8 @@ class ImportConfig:
     """Number of classes; 0 makes the model unconditional.  [default: from the class embedding]"""
     image_size: Pixels | None = None
     """Pixels of the model's images, for an ADM U-Net of inpainting or semantic synthesis, whose checkpoint does not tell it."""
+    rescaler: Annotated[Location | None, Flag(metavar="FILE")] = None
+    """Rescaler of an ADM U-Net of semantic synthesis: the cond_stage_model file that the paper's script saves beside it."""
     dry_run: DryRun = False
 
 

@@ -37,20 +37,39 @@ def import_checkpoint(config: ImportConfig) -> str:
     if not config.dry_run:
         weights_file.save_weights(path, weights, header)
     count = sum(tensor.numel() for tensor in weights.values())
-    note = "; its noise prediction is converted to a velocity while sampling" if header.prediction == "noise" else ""
-    return f"{count:,} parameters of {config.path} -> {path}{note}"
+    return f"{count:,} parameters of {config.path} -> {path}{_note(header)}"
+
+
+def _note(header: WeightsHeader) -> str:
+    """Return what differs from a model trained by lfm, for the end of a line."""
+    if header.prediction == "noise":
+        return "; its noise prediction is converted to a velocity while sampling"
+    if header.missing_pixels == "black":
+        return (
+            "; as in the paper's code, missing pixels are black in its condition, and its mask is -1 or 1 at the nearest pixel "
+            "of each latent element"
+        )
+    if header.model.condition_channels not in (0, header.model.latent_channels + 1):
+        return (
+            "; its condition is a rescaled segmentation, which `lfm sample` cannot compute: import it with `rescaler`"
+        )
+    return ""
 
 
 def _convert(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader]:
     """Return the converted weights of a checkpoint, and a header for them."""
     codec = factory.autoencoder(config.autoencoder, World())
+    state = published_checkpoints.read_state_dict(config.path)
+    if config.rescaler:
+        state |= published_checkpoints.read_state_dict(config.rescaler)
     try:
         weights, model = published_checkpoints.from_state_dict(
-            published_checkpoints.read_state_dict(config.path),
+            state,
             config.source,
             num_heads=config.num_heads,
             num_classes=config.num_classes,
             latent_size=None if config.image_size is None else codec.latent_size(config.image_size),
+            downsample_factor=codec.downsample_factor,
         )
         registry.build_network(model).load_state_dict(weights)
     except ConfigError as error:
@@ -74,7 +93,9 @@ def _convert(config: ImportConfig) -> tuple[dict[str, Tensor], WeightsHeader]:
         samples_seen=0,
         manifest_digest=f"imported from {config.path}",
         code_version=code_version(),
+        labels={index: str(index) for index in range(model.num_labels or 0)},
         prediction=published_checkpoints.SOURCES[config.source].prediction,
+        missing_pixels="black" if model.condition_channels == model.latent_channels + 1 else "grey",
     )
     return weights, header
 
