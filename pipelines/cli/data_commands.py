@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import click
-
 from lfm.errors import printable
-from pipelines.cli.stage_command import show, stage_command, with_flags
+from pipelines.cli.stage_command import echo, show, stage_command, with_flags
 from pipelines.data.data_options import AutoencoderConfig, EncodeConfig, InspectConfig, ShardConfig
 from pipelines.demo.demo_options import ScenesConfig
 
@@ -15,15 +13,15 @@ def shard(config: ShardConfig) -> None:
     """Pack the images of SOURCE, with their classes, segmentations and masks, into raw shards in DEST."""
     from pipelines.data.shard import run
 
-    result = run(config, announce=lambda text: click.echo(with_flags(text, ShardConfig)))
+    result = run(config, announce=lambda text: echo(with_flags(text, ShardConfig)))
     if config.dry_run:
         return show(config, with_flags(result.description, ShardConfig))
     if (manifest := result.manifest) is None:
-        return click.echo(f"{result.plan}; done, the last part writes the manifest")
-    click.echo(f"{result.plan}: {manifest.num_samples:,} samples, {len(manifest.rejects)} rejected")
+        return echo(f"{result.plan}; done, the last part writes the manifest")
+    echo(f"{result.plan}: {manifest.num_samples:,} samples, {len(manifest.rejects)} rejected")
     for reject in manifest.rejects[:5]:
-        click.echo(printable(f"  rejected {reject.source}: {reject.detail or reject.reason}"))
-    click.echo(f"next: lfm encode {config.dest} LATENTS")
+        echo(printable(f"  rejected {reject.source}: {reject.detail or reject.reason}"))
+    echo(f"next: lfm encode {config.dest} LATENTS")
 
 
 @stage_command(EncodeConfig)
@@ -41,9 +39,9 @@ def encode(config: EncodeConfig) -> None:
         return show(config, plan)
     manifest = next((result.manifest for result in results if result.manifest), None)
     if manifest is None:
-        return click.echo("this rank is done; the last one writes the manifest")
-    click.echo(f"{plan}: {manifest.num_samples:,} samples")
-    click.echo("next: set data.shards in a configuration and run: deepspeed launch/train.py --config configs/NAME.yaml")
+        return echo("this rank is done; the last one writes the manifest")
+    echo(f"{plan}: {manifest.num_samples:,} samples")
+    echo("next: set data.shards in a configuration and run: deepspeed launch/train.py --config configs/NAME.yaml")
 
 
 @stage_command(InspectConfig)
@@ -52,7 +50,7 @@ def inspect(config: InspectConfig) -> None:
     from pipelines.common import launcher
     from pipelines.data.inspect_shards import run
 
-    click.echo(run(config, launcher.world()).report)
+    echo(run(config, launcher.world()).report)
 
 
 @stage_command(AutoencoderConfig)
@@ -64,7 +62,7 @@ def autoencoder(config: AutoencoderConfig) -> None:
     result = run(config, launcher.world())
     if config.dry_run:
         return show(config, result.plan)
-    click.echo(result.plan if result.psnr is None else f"{result.plan}, reconstructs at {result.psnr:.2f} dB")
+    echo(result.plan if result.psnr is None else f"{result.plan}, reconstructs at {result.psnr:.2f} dB")
 
 
 @stage_command(ScenesConfig)
@@ -75,4 +73,4 @@ def scenes(config: ScenesConfig) -> None:
     result = run(config)
     if config.dry_run:
         return show(config, result.plan)
-    click.echo(result.plan)
+    echo(result.plan)

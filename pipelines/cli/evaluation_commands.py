@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import click
 
-from pipelines.cli.stage_command import show, stage_command
+from pipelines.cli.stage_command import echo, show, stage_command
 from pipelines.evaluation.evaluation_options import BoundConfig, EvaluateConfig, LikelihoodConfig, ReferenceConfig
 
 # The options of `lfm evaluate` that apply with --bound.
@@ -23,9 +23,9 @@ def reference(config: ReferenceConfig) -> None:
     if config.dry_run:
         return show(config, results[0].plan)
     if not any(result.reference for result in results):
-        return click.echo("this rank is done; the last one writes the reference")
-    click.echo(results[0].plan)
-    click.echo(f"next: lfm evaluate RUN --reference {config.out} --out DIR")
+        return echo("this rank is done; the last one writes the reference")
+    echo(results[0].plan)
+    echo(f"next: lfm evaluate RUN --reference {config.out} --out DIR")
 
 
 @stage_command(EvaluateConfig)
@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.dry_run:
         return show(config, results[0].plan)
     table = next((result.table for result in results if result.table), None)
-    click.echo(f"{table}\n{config.out}/report.json" if table else "this rank is done; the last one writes the report")
+    echo(f"{table}\n{config.out}/report.json" if table else "this rank is done; the last one writes the report")
 
 
 def _bound(config: EvaluateConfig, raw: str) -> None:
@@ -69,7 +69,7 @@ def _bound(config: EvaluateConfig, raw: str) -> None:
     result = run(bound, launcher.world())
     if config.dry_run:
         return show(bound, result.plan)
-    click.echo(f"{result.table}\n{config.out}/bound.json")
+    echo(f"{result.table}\n{config.out}/bound.json")
 
 
 @stage_command(LikelihoodConfig)
@@ -81,7 +81,7 @@ def likelihood(config: LikelihoodConfig) -> None:
     result = run(config, launcher.world())
     if result.bits_per_dim is None:
         return show(config, result.plan)
-    click.echo(
+    echo(
         f"{result.plan}: {result.bits_per_dim:.4f} +- {result.standard_error:.4f} bits per dimension, "
         f"{result.nfe:.0f} network evaluations per latent"
     )

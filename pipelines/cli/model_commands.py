@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipelines.cli.stage_command import show, stage_command, with_flags
+from pipelines.cli.stage_command import echo, show, stage_command, with_flags
 from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.demo.demo_options import DemoConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
@@ -26,13 +26,11 @@ def sample(config: SampleConfig) -> None:
         return show(config, results[0].plan)
     for result in results:
         if result.timing:
-            click.echo(result.timing)
+            echo(result.timing)
     done = next((result for result in results if result.grid), None)
     if done is None:
-        return click.echo(
-            "this rank is done; the last one makes the grid. If a rank died, run the same command to resume"
-        )
-    click.echo(f"{done.plan}: {done.grid}, {done.mean_nfe:.0f} network evaluations per image")
+        return echo("this rank is done; the last one makes the grid. If a rank died, run the same command to resume")
+    echo(f"{done.plan}: {done.grid}, {done.mean_nfe:.0f} network evaluations per image")
 
 
 @stage_command(DemoConfig)
@@ -43,7 +41,7 @@ def demo(config: DemoConfig) -> None:
     result = run(config)
     if config.dry_run:
         return show(config, result.plan)
-    click.echo(result.report)
+    echo(result.report)
 
 
 @stage_command(EmaConfig)
@@ -54,8 +52,8 @@ def ema(config: EmaConfig) -> None:
     result = run(config)
     if result.weights is None:
         return show(config, result.plan)
-    click.echo(result.plan)
-    click.echo(f"next: lfm sample {result.weights} --out DIR")
+    echo(result.plan)
+    echo(f"next: lfm sample {result.weights} --out DIR")
 
 
 @click.command("train", hidden=True, context_settings={"ignore_unknown_options": True})
@@ -81,12 +79,12 @@ def train(options: TrainOptions) -> None:
         initialize_from=options.initialize_from,
     )
     if options.dry_run:
-        click.echo(config_schema.as_yaml(experiment))
-        click.echo(result.plan)
+        echo(config_schema.as_yaml(experiment))
+        echo(result.plan)
     elif world.is_main:
-        click.echo(f"{result.samples_seen:,} samples seen, as train.num_steps asks for: {result.weights}")
+        echo(f"{result.samples_seen:,} samples seen, as train.num_steps asks for: {result.weights}")
         shards = f" --shards {experiment.data.shards}" if experiment.conditions - {"class"} else ""
-        click.echo(f"next: lfm sample {experiment.run} --out DIR{shards}")
+        echo(f"next: lfm sample {experiment.run} --out DIR{shards}")
 
 
 @stage_command(CompareConfig)
@@ -97,7 +95,7 @@ def compare(config: CompareConfig) -> None:
     result = run(config)
     if result.table is None:
         return show(config, result.plan)
-    click.echo(f"{result.table}\n{config.out}/compare.png")
+    echo(f"{result.table}\n{config.out}/compare.png")
 
 
 @stage_command(ImportConfig, name="import")
@@ -108,8 +106,8 @@ def import_(config: ImportConfig) -> None:
     result = with_flags(import_checkpoint(config), ImportConfig)
     if config.dry_run:
         return show(config, result)
-    click.echo(result)
-    click.echo(f"next: lfm sample {config.dest} --out DIR")
+    echo(result)
+    echo(f"next: lfm sample {config.dest} --out DIR")
 
 
 @stage_command(ExportConfig)
@@ -120,4 +118,4 @@ def export(config: ExportConfig) -> None:
     result = export_weights(config)
     if config.dry_run:
         return show(config, result)
-    click.echo(result)
+    echo(result)

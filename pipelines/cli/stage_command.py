@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +18,9 @@ import click
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from lfm.errors import LfmError, printable
+from lfm.errors import LfmError, hide_credentials, printable
 from pipelines.common.options import Argument, Flag, PythonOnly, Section, problem
+from pipelines.common.processes import stop
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
@@ -32,6 +35,8 @@ class StageCommand(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command and exit: 2 where the user can repair something, 130 after an interrupt."""
+        with contextlib.suppress(ValueError):  # not in the main thread, as in tests
+            signal.signal(signal.SIGTERM, stop)
         try:
             return super().main(*args, **kwargs | {"standalone_mode": False})
         except click.Abort:
@@ -124,11 +129,16 @@ def _with_flags(text: str, flags: Mapping[str, str]) -> str:
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
 
 
+def echo(text: str) -> None:
+    """Print a line without the credentials of URLs in it."""
+    click.echo(hide_credentials(text))
+
+
 def show(config: Any, plan: str) -> None:
     """Print a resolved configuration and its plan, for `--dry-run`."""
     for field in fields(config):
-        click.echo(f"{field.name}: {getattr(config, field.name)}")
-    click.echo(plan)
+        echo(f"{field.name}: {getattr(config, field.name)}")
+    echo(plan)
 
 
 def _fields(config_class: Any) -> Iterator[tuple[str, FieldInfo]]:
@@ -209,5 +219,5 @@ def _sections(described: list[tuple[str, FieldInfo]]) -> dict[str, list[str]]:
 
 
 def _fail(message: str) -> NoReturn:
-    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+    click.echo(f"error: {hide_credentials(printable(' '.join(message.split())))}", err=True)
     sys.exit(2)

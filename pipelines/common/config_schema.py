@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat,
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lfm.errors import ConfigError
+from lfm import storage
+from lfm.errors import ConfigError, StorageError
 from lfm.models.config import BackboneOptions
 from lfm.models.registry import BACKBONES, DEFAULT_BACKBONE
 from pipelines.common.options import problem
@@ -31,6 +32,9 @@ OWNED_BY_YAML = {
     "fp16": "train.precision",
     "checkpoint": "train.checkpoint_every",
 }
+
+LARGEST_BYTES = 128 << 10  # of a file
+MOST_FILES, MOST_NODES, DEEPEST = 50, 10_000, 30
 
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # types of pydantic errors
 
@@ -143,6 +147,10 @@ class EvaluationConfig(_Section):
 
     reference: str
     """Reference file made by `lfm reference`."""
+    network: str | None = None
+    """Feature network of the reference, unless it is fd-lite: inception:WEIGHTS.pth, or a MODULE.pt2."""
+    trust_code: bool = False
+    """Load a MODULE.pt2, which runs code that it contains."""
     every: PositiveInt
     """Steps between evaluations."""
     num: int = Field(default=1000, ge=2)
@@ -263,12 +271,18 @@ def _known_keys(sections: list[str], backbone: str) -> list[str]:
     return list(section.model_fields)
 
 
-def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the content of a file, merged over the files that it `extends` (a name, or a list) relative to itself."""
-    try:
-        content = _parse_yaml(path.read_text(), str(path)) or {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+def _read_yaml(path: Path, extending: tuple[Path, ...] = (), files: list[Path] | None = None) -> dict[str, Any]:
+    """Return the content of a file, merged over the files that it `extends` (a name, or a list) relative to itself.
+
+    Args:
+        extending: the files that extend this one.
+        files: all files that were read.
+    """
+    files = [] if files is None else files
+    files.append(path)
+    if len(files) > MOST_FILES:
+        raise ConfigError(f"{path}: extends: reads more than {MOST_FILES} files; merge some of them")
+    content = _parse_yaml(_read_text(path), str(path)) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
     if isinstance(content.get("deepspeed"), str):
@@ -279,8 +293,15 @@ def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: extends: must name other files, without a cycle")
     below: dict[str, Any] = {}
     for name in names:
-        below = _merged(below, _read_yaml(path.parent / name, (*extending, path.absolute())))
+        below = _merged(below, _read_yaml(path.parent / name, (*extending, path.absolute()), files))
     return _merged(below, content)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return storage.read_bytes(str(path), LARGEST_BYTES).decode()
+    except (StorageError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _merged(below: Any, above: Any) -> Any:
@@ -294,19 +315,33 @@ def _merged(below: Any, above: Any) -> Any:
 
 def _parse_yaml(text: str, name: str) -> Any:
     try:
-        return YAML(typ="safe", pure=True).load(io.StringIO(text))
-    except (YAMLError, ValueError, RecursionError) as error:
+        content = YAML(typ="safe", pure=True).load(io.StringIO(text))
+        _check_nodes(content)
+        return content
+    except (YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
+def _check_nodes(content: Any) -> None:
+    """Raise ValueError if a file whose aliases are expanded is too large: each line may double what is above it."""
+    waiting, count = [(content, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if count > MOST_NODES or depth > DEEPEST:
+            raise ValueError(f"more than {MOST_NODES:,} values or {DEEPEST} levels, with its aliases expanded")
+        children = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple | set) else ()
+        waiting += [(child, depth + 1) for child in children]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"deepspeed: {path}: {str(error.strerror).lower()}") from error
-    except ValueError as error:
+        return json.loads(_read_text(path))
+    except ConfigError as error:
+        raise ConfigError(f"deepspeed: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed: {path}: not valid JSON ({error})") from error
 
 

@@ -121,6 +121,9 @@ Precision = Annotated[
     Literal["fp32", "tf32", "bf16"] | None,
     Field(description="Arithmetic of the network: fp32, tf32 (faster on a GPU) or bf16.  [default: as in training]"),
 ]
+TrustCode = Annotated[
+    bool, Field(description="Load modules of torch.export (.pt2), which runs code that they contain.")
+]
 DryRun = Annotated[bool, Field(description="Print the resolved configuration and the plan, and do nothing."), EXECUTION]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -92,8 +94,14 @@ def run_on_every_gpu(work: Callable[[C, World], R], config: C, num_gpus: int | N
     return results
 
 
+def stop(number: int, frame: object) -> None:
+    """End this process as an exception does, so that no temporary file is left; a handler of SIGTERM."""
+    raise SystemExit(128 + number)
+
+
 def start_worker(threads: int = 1) -> None:
     """Prepare a worker process: exit when the parent is killed, so that it does not write beside the next run."""
+    signal.signal(signal.SIGTERM, stop)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported
     parent: Any = multiprocessing.parent_process()
 
@@ -112,8 +120,9 @@ def wait_for_json(path: str, content: Any, *, seconds: float = 120.0) -> None:
     """
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if storage.exists(path) and storage.read_json(path) == content:
-            return
+        with contextlib.suppress(DataError):  # damaged: rank 0 writes it again
+            if storage.exists(path) and storage.read_json(path) == content:
+                return
         time.sleep(0.2)
     raise DataError(f"{path}: rank 0 did not write it within {seconds:.0f} s; see its message")
 

@@ -10,7 +10,7 @@ import torch
 from lfm.errors import ConfigError
 from lfm.metrics import features
 from lfm.metrics import reference as references
-from lfm.metrics.features import FeatureNetwork
+from lfm.metrics.features import FD_LITE, FeatureNetwork
 from lfm.metrics.reference import Reference
 
 
@@ -23,14 +23,18 @@ class ReferenceSet:
     network: FeatureNetwork
 
     @staticmethod
-    def load(path: str, device: torch.device | str, networks: Sequence[str] = ()) -> ReferenceSet:
+    def load(
+        path: str, device: torch.device | str, networks: Sequence[str] = (), *, trust_code: bool = False
+    ) -> ReferenceSet:
         """Load the reference at `path` and its feature network.
 
         Args:
             path: Path or URL of a reference.
             device: Device of the network.
-            networks: Names of networks, as `lfm.metrics.features.load` takes them. One with the short name of the
-                reference's network replaces the location that the reference recorded.
+            networks: Names of networks, as `lfm.metrics.features.load` takes them; among them that of the reference, unless
+                it is fd-lite. The location that the reference recorded is not used, since a file must not make other files
+                be loaded.
+            trust_code: Whether code in a .pt2 file may be run.
 
         Raises:
             DataError: If `path` is not a reference.
@@ -38,8 +42,13 @@ class ReferenceSet:
         """
         reference = references.load(path)
         header = reference.header
-        moved = [name for name in networks if features.short_name(name) == header.network_name]
-        network = features.load(moved[0] if moved else header.network, device)
+        names = [FD_LITE, *networks]
+        name = next((name for name in names if features.short_name(name) == header.network_name), None)
+        if name is None:
+            raise ConfigError(
+                f"{path}: was computed with the network {header.network_name}; name its location with `network`"
+            )
+        network = features.load(name, device, trust_code=trust_code)
         if header.network_hash not in (None, network.content_hash) or header.network_name != network.name:
             raise ConfigError(
                 f"{path}: was computed with the network {header.network_name} ({str(header.network_hash)[:12]}), not "

@@ -63,7 +63,9 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
     plan = "\n".join(_plan(candidate, config, metrics) for candidate in candidates)
     if config.dry_run:
         return EvaluateResult(plan, {}, "")
-    image_pass = PerImagePass(config.out, [reference_set.network for reference_set in reference_sets], modules)
+    image_pass = PerImagePass(
+        config.out, [reference_set.network for reference_set in reference_sets], modules, config.trust_code
+    )
     settings = {
         "targets": [candidate.settings for candidate in candidates],
         "references": [reference_set.reference.header.model_dump() for reference_set in reference_sets],
@@ -91,7 +93,10 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
 
 
 def _load_reference_sets(config: EvaluateConfig, world: World) -> list[ReferenceSet]:
-    sets = [ReferenceSet.load(path, factory.device(world), config.network) for path in config.reference]
+    sets = [
+        ReferenceSet.load(path, factory.device(world), config.network, trust_code=config.trust_code)
+        for path in config.reference
+    ]
     for name in config.network:
         if features.short_name(name) not in [reference_set.network.name for reference_set in sets]:
             raise ConfigError(f"`network` {name}: no reference uses it; leave it out, or add its reference")

@@ -24,6 +24,7 @@ from pipelines.common.options import (
     RelativeTolerance,
     Section,
     Seed,
+    TrustCode,
     stage_options,
 )
 
@@ -41,7 +42,8 @@ class ReferenceConfig:
     crop: Literal["centre", "pad", "squash"] | None = None
     """How the images of a folder become square, with --image-size.  [default: centre]"""
     network: Annotated[str, Flag(metavar="NAME")] = "fd-lite"
-    """Feature network: fd-lite, inception:WEIGHTS.pth or MODULE.pt2."""
+    """Feature network: fd-lite, inception:WEIGHTS.pth, or MODULE.pt2 with --trust-code."""
+    trust_code: TrustCode = False
     batch_size: Count = 32
     """Images per forward pass."""
     cache: CacheFolder = None
@@ -65,11 +67,12 @@ class EvaluateConfig:
     pairs: Annotated[str | None, Flag(metavar="PATH")] = None
     """Ground-truth images, paired by key; enables psnr, ssim, lpips, p-ids, u-ids."""
     network: Annotated[tuple[str, ...], Flag(metavar="NAME")] = ()
-    """Feature network of a reference, if it has moved; may be repeated."""
+    """Feature network of a reference, unless it is fd-lite; may be repeated."""
     lpips: Annotated[str | None, Flag(metavar="FILE")] = None
     """Module of torch.export that maps two images to their distance."""
     segmenter: Annotated[str | None, Flag(metavar="FILE")] = None
     """Module of torch.export that maps an image to scores of labels."""
+    trust_code: TrustCode = False
     bound: Annotated[str | None, Flag(metavar="RAW")] = None
     """Compute the paper's bound on held-out images instead of metrics."""
     num: Annotated[Count | None, Section("Generation (for runs)")] = None

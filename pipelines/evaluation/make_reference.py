@@ -51,7 +51,7 @@ def run(config: ReferenceConfig, world: World) -> ReferenceResult:
     images = open_images(
         config.source, factory.cache(config.cache), image_size=config.image_size, rule=config.crop or "centre"
     )
-    network = features.load(config.network, factory.device(world))
+    network = features.load(config.network, factory.device(world), trust_code=config.trust_code)
     header = _header(config, images, network)
     plan = (
         f"{header.count:,} images of {header.image_size} x {header.image_size} pixels in {config.source} "

@@ -31,12 +31,15 @@ class PerImagePass:
         out: Folder of the evaluation.
         networks: Feature networks, at least one, on the device of all computations.
         modules: Files of the exported modules `lpips` and `segmenter`, those that are in use.
+        trust_code: Whether code in these files may be run.
     """
 
-    def __init__(self, out: str, networks: list[FeatureNetwork], modules: dict[str, str]) -> None:
+    def __init__(
+        self, out: str, networks: list[FeatureNetwork], modules: dict[str, str], trust_code: bool = False
+    ) -> None:
         self.out, self.networks, self.device = out, networks, networks[0].device
         self.hashes = {name: file_hash(path) for name, path in modules.items()}
-        self.modules = {name: load_module(path, self.device) for name, path in modules.items()}
+        self.modules = {name: load_module(path, self.device, trust_code=trust_code) for name, path in modules.items()}
 
     def files(self, candidate: Candidate) -> FeatureFiles:
         """Return the feature files of a candidate, whether they exist or not."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lfm import storage
-from lfm.errors import ConfigError
+from lfm.errors import ConfigError, DataError
 from pipelines.common import image_files
 from pipelines.common.plots import line_plot
 from pipelines.evaluation.metric_table import DEVIATION
@@ -29,7 +28,10 @@ def check_folder(out: str, settings: dict[str, Any], *, overwrite: bool) -> None
     path = storage.join(out, REPORT)
     if overwrite or not storage.exists(path):
         return
-    report = storage.read_json(path)
+    try:
+        report = storage.read_json(path)
+    except DataError:
+        return  # damaged: it is written again
     before = report.get("settings") if isinstance(report, dict) else None
     if not isinstance(before, dict) or _with_precision(before) != _with_precision(_as_json(settings)):
         raise ConfigError(
@@ -134,4 +136,4 @@ def _with_title(title: str, image: Image.Image) -> Image.Image:
 
 def _as_json(content: Any) -> Any:
     """Return what reading the written JSON would return."""
-    return json.loads(json.dumps(content))
+    return storage.as_stored(content)

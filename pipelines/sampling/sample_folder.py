@@ -6,17 +6,21 @@ so that a run can be resumed, and every rank makes its part without waiting for 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.errors import ConfigError
+from lfm.errors import ConfigError, DataError
 from lfm.world import World
 from pipelines.common import image_files, processes
 from pipelines.sampling.sample_job import SampleJob
 from pipelines.sampling.sample_plan import PlannedImage, plan_images
+
+logger = logging.getLogger(__name__)
 
 OWNED = r"(recipe|samples|timing)\.json|(grid|trajectory)\.(png|gif)"  # besides the images that the recipe names
 
@@ -31,15 +35,29 @@ def claim_folder(job: SampleJob, world: World) -> None:
     path = storage.join(config.out, manifests.RECIPE)
     if not world.is_main:
         return processes.wait_for_json(path, job.recipe)
-    previous = storage.read_json(path) if storage.exists(path) else {"kind": "samples"}
+    storage.sweep(config.out)
+    try:
+        previous = storage.read_json(path) if storage.exists(path) else {"kind": "samples"}
+    except DataError as error:
+        if any(name.endswith(".tar") for name in storage.sizes(config.out)):
+            raise
+        logger.warning("%s; writing it again", error)
+        return storage.write_json(path, job.recipe, sealed=True)  # images have digests of their own
     if not isinstance(previous, dict) or previous.get("kind") != "samples":
         raise ConfigError(f"{config.out}: holds something else than samples of lfm; choose another folder")
     overwrite = config.overwrite and previous != job.recipe  # images of equal settings are equal
-    if overwrite and "seeds" in previous:
-        images = {image.file for image in plan_images(previous["seeds"], previous["guidance_scale"])}
-        for name in images & storage.sizes(config.out).keys():
+    if overwrite:
+        for name in _previous_images(previous) & storage.sizes(config.out).keys():
             storage.remove(storage.join(config.out, name))
     manifests.claim(config.out, job.recipe, overwrite=overwrite, owned=OWNED)
+
+
+def _previous_images(recipe: dict[str, Any]) -> set[str]:
+    """Return the files that a recipe names; none if it is not of this version."""
+    try:
+        return {image.file for image in plan_images(recipe["seeds"], recipe["guidance_scale"])}
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def save_images(job: SampleJob, images: Iterable[PlannedImage], pixels: np.ndarray, nfe: Iterable[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.errors import ConfigError
 from lfm.flow.guidance import Guidance
@@ -60,7 +60,7 @@ class SampleJob:
         weights = {"samples_seen": self.model.header.samples_seen, "data": self.model.header.manifest_digest}
         if self.weak:
             weights["autoguidance_samples_seen"] = self.weak.header.samples_seen
-        return json.loads(json.dumps({"kind": "samples", **settings, **weights}))
+        return storage.as_stored({"kind": "samples", **settings, **weights})
 
     def digest(self, image: PlannedImage) -> str:
         """Hash all that decides one image, and nothing else."""

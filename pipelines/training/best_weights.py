@@ -41,7 +41,13 @@ def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: Worl
         raise ConfigError(
             "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
         )
-    reference_set = ReferenceSet.load(config.evaluation.reference, factory.device(world))
+    evaluation = config.evaluation
+    reference_set = ReferenceSet.load(
+        evaluation.reference,
+        factory.device(world),
+        (evaluation.network,) if evaluation.network else (),
+        trust_code=evaluation.trust_code,
+    )
     reference_set.check_comparable("the latents", manifest.image_size, manifest.recipe.get("crop"))
     return reference_set
 
@@ -57,7 +63,7 @@ class BestRecord:
 
     def __init__(self, path: str, name: str, evaluation: EvaluationConfig) -> None:
         self.path, self.name = path, name
-        self.measurement = evaluation.model_dump(exclude={"every", "task_score"})
+        self.measurement = evaluation.model_dump(exclude={"every", "task_score", "network", "trust_code"})
         content = storage.read_json(path) if storage.exists(path) else {}
         self.content: dict[str, Any] = content if isinstance(content, dict) and "samples_seen" in content else {}
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
+from click.testing import Result
 from torch import nn
 
+from lfm.metrics import reference as references
 from pipelines.evaluation.make_reference import ReferenceConfig
 from pipelines.evaluation.make_reference import run as make_reference
-from tests.support.commands import ALONE, SmallSet
+from tests.support.commands import ALONE, SmallSet, lfm
 
 
 class PooledPixels(nn.Module):
@@ -30,5 +34,26 @@ def export_network(module: nn.Module, path: Path, inputs: int = 1) -> Path:
 def make_small_reference(small_set: SmallSet, network: Path, folder: Path) -> Path:
     """Write a reference of the 40 scenes of the small set to `folder` and return its path."""
     path = folder / "reference.safetensors"
-    make_reference(ReferenceConfig(str(small_set.raw), str(path), network=str(network)), ALONE)
+    make_reference(ReferenceConfig(str(small_set.raw), str(path), network=str(network), trust_code=True), ALONE)
     return path
+
+
+def trusting_lfm(*arguments: object) -> Result:
+    """Run a command line that trusts the networks of its references, and names them where it does not do so itself."""
+    options: list[object] = []
+    if arguments[0] in ("evaluate", "reference") and "--bound" not in arguments:
+        options.append("--trust-code")
+    if arguments[0] == "evaluate":
+        following = list(itertools.pairwise(arguments))
+        paths = [Path(str(value)) for option, value in following if option == "--reference"]
+        networks = {references.load(str(path)).header.network for path in paths if path.is_file()}
+        named = {Path(str(value)).name for option, value in following if option == "--network"}
+        for name in sorted(networks):
+            if name.endswith(".pt2") and Path(name).name not in named:
+                options += ["--network", name]
+    return lfm(*arguments, *options)
+
+
+def trust(reference: Path) -> dict[str, Any]:
+    """Return the settings of an `EvaluateConfig` that trust the network of a reference."""
+    return {"network": (references.load(str(reference)).header.network,), "trust_code": True}

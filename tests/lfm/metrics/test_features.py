@@ -110,7 +110,9 @@ def test_an_exported_module_is_a_feature_network(tmp_path: Path) -> None:
     path = tmp_path / "colours.pt2"
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     torch.export.save(torch.export.export(Colours(), (images(),), dynamic_shapes=(sizes,)), path)
-    network = features.load(str(path))
+    with pytest.raises(ConfigError, match="trust_code"):
+        features.load(str(path))
+    network = features.load(str(path), trust_code=True)
     assert (network.name, network.frechet) == ("colours", "fd-colours")
     expected = images(5, 8).numpy().mean((2, 3))
     np.testing.assert_allclose(network(images(5, 8)).pooled.numpy(), expected, rtol=1e-5)

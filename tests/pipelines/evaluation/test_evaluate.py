@@ -28,8 +28,9 @@ from pipelines.evaluation import evaluate as stage
 from pipelines.evaluation import metric_table
 from pipelines.evaluation.evaluate import EvaluateConfig
 from pipelines.evaluation.metric_table import Metric
-from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line, lfm
-from tests.support.feature_networks import PooledPixels, export_network
+from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line
+from tests.support.feature_networks import PooledPixels, export_network, trust
+from tests.support.feature_networks import trusting_lfm as lfm
 from tests.support.images import random_images
 
 
@@ -261,7 +262,7 @@ def test_an_entry_of_the_table_is_all_that_a_metric_needs(
 
 def config(run: Path, reference: Path, small_set: SmallSet, out: Path, **changes: Any) -> EvaluateConfig:
     settings = {"num": 21, "num_steps": 2, "autoencoder": str(small_set.autoencoder)} | changes
-    return EvaluateConfig((str(run),), (str(reference),), str(out), **settings)
+    return EvaluateConfig((str(run),), (str(reference),), str(out), **trust(reference), **settings)
 
 
 def test_numbers_of_ranks_and_batches_have_no_influence(
@@ -385,7 +386,8 @@ def test_a_curve_holds_one_model_at_a_time(
     monkeypatch.setattr("lfm.inference.trained_model.load", counted_load)
     settings = {"num": 3, "num_steps": 1, "guidance_scale": (1.0, 2.0), "autoencoder": str(small_set.autoencoder)}
     result = stage.run(
-        EvaluateConfig(tuple(map(str, runs)), (str(reference),), str(tmp_path / "out"), **settings), ALONE
+        EvaluateConfig(tuple(map(str, runs)), (str(reference),), str(tmp_path / "out"), **trust(reference), **settings),
+        ALONE,
     )
     assert [row["guidance_scale"] for row in result.report["rows"]] == [1, 2] * 3
     assert counts == [0] * 6, "each run is loaded once for its checks and once to generate images"
@@ -408,7 +410,9 @@ def test_on_a_gpu_every_batch_of_images_is_filled_up(
     for name, fills, expected in (("plain", False, {2, 3}), ("filled", True, {3})):
         monkeypatch.setattr(trained_model.TrainedModel, "fills_batches", fills)
         sizes.clear()
-        stage.run(EvaluateConfig((str(run),), (str(reference),), str(tmp_path / name), **settings), ALONE)
+        stage.run(
+            EvaluateConfig((str(run),), (str(reference),), str(tmp_path / name), **trust(reference), **settings), ALONE
+        )
         assert sizes == expected
     assert metrics(tmp_path / "plain") == pytest.approx(metrics(tmp_path / "filled"), rel=0.01)
 
@@ -456,4 +460,9 @@ def test_a_dry_run_does_nothing(weights: Path, reference: Path, small_set: Small
 
 def test_runs_and_images_are_not_mixed(weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one kind at a time"):
-        stage.run(EvaluateConfig((str(weights), str(small_set.raw)), (str(reference),), str(tmp_path / "o")), ALONE)
+        stage.run(
+            EvaluateConfig(
+                (str(weights), str(small_set.raw)), (str(reference),), str(tmp_path / "o"), **trust(reference)
+            ),
+            ALONE,
+        )

@@ -10,7 +10,10 @@ from PIL import Image
 
 from lfm.metrics import reference as references
 from lfm.metrics.frechet import FeatureSums, frechet_distance
-from tests.support.commands import SmallSet, assert_one_line, lfm
+from pipelines.evaluation.feature_files import FeatureFiles
+from tests.support.commands import SmallSet, assert_one_line
+from tests.support.commands import lfm as plain_lfm
+from tests.support.feature_networks import trusting_lfm as lfm
 from tests.support.images import random_images
 
 
@@ -60,3 +63,42 @@ def test_published_statistics_are_imported(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"PK")
     broken = lfm("reference", tmp_path / "broken.npz", tmp_path / "o.safetensors", "--image-size", 256)
     assert_one_line(broken, "broken.npz", "download it again")
+
+
+def test_code_is_run_only_on_demand(small_set: SmallSet, reference: Path, network: Path, tmp_path: Path) -> None:
+    """Neither a .pt2 file nor a reference that names one is trusted by itself."""
+    command = ("reference", small_set.raw, tmp_path / "r.safetensors", "--network", network)
+    assert_one_line(plain_lfm(*command), network, "runs code", "--trust-code")
+    command = ("evaluate", small_set.raw, "--reference", reference, "--out", tmp_path / "out")
+    assert_one_line(plain_lfm(*command), reference, "network small", "--network")
+    assert_one_line(plain_lfm(*command, "--network", network), network, "--trust-code")
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
+def test_a_damaged_reference_is_made_again(
+    small_set: SmallSet, reference: Path, network: Path, tmp_path: Path, damage: str
+) -> None:
+    path, content = tmp_path / "r.safetensors", reference.read_bytes()
+    flipped = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+    path.write_bytes({"empty": b"", "truncated": content[:-100], "flipped": flipped}[damage])
+    result = plain_lfm("evaluate", small_set.raw, "--reference", path, "--out", tmp_path / "out")
+    assert_one_line(result, path, "is not a reference")
+    assert lfm("reference", small_set.raw, path, "--network", network).exit_code == 0
+    assert references.load(str(path)).features.equal(references.load(str(reference)).features)
+
+
+def test_two_commands_that_write_one_reference_both_end_well(
+    small_set: SmallSet, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faster one removes the blocks that the other one is about to read."""
+    path, original = tmp_path / "r.safetensors", FeatureFiles.statistics
+    command = ("reference", small_set.raw, path, "--network", network)
+
+    def slow(files: FeatureFiles, number: int) -> object:
+        monkeypatch.setattr(FeatureFiles, "statistics", original)
+        assert lfm(*command).exit_code == 0
+        return original(files, number)
+
+    monkeypatch.setattr(FeatureFiles, "statistics", slow)
+    assert lfm(*command).exit_code == 0
+    assert references.load(str(path)).header.count == 40

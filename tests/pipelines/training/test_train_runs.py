@@ -192,8 +192,10 @@ def test_measurements_change_no_weights(experiment: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_best_weights_are_the_same_on_any_ranks(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:
     """One rank, two ranks at stage 3, and one rank that resumes in the middle, with a record of later weights."""
-    reference = make_small_reference(small_set, export_network(PooledPixels(), tmp_path / "small.pt2"), tmp_path)
-    evaluation = f"evaluation={{reference: {reference}, every: 5, num: 20, guidance_scale: 2, task_score: scenes}}"
+    network = export_network(PooledPixels(), tmp_path / "small.pt2")
+    reference = make_small_reference(small_set, network, tmp_path)
+    trusted = f"reference: {reference}, network: {network}, trust_code: true"
+    evaluation = f"evaluation={{{trusted}, every: 5, num: 20, guidance_scale: 2, task_score: scenes}}"
     runs = [tmp_path / name for name in ("alone", "two", "plain", "resumed")]
     shared = ("train.checkpoint_every=10", "train.learning_rate=2.0e-2")
     assert train(experiment, f"run={runs[0]}", evaluation, *shared).returncode == 0
@@ -229,10 +231,12 @@ def test_the_best_weights_are_the_same_on_any_ranks(experiment: Path, small_set:
 def test_runs_with_coupled_noise_and_small_micro_batches_are_measured(
     experiment: Path, small_set: SmallSet, tmp_path: Path
 ) -> None:
-    reference = make_small_reference(small_set, export_network(PooledPixels(), tmp_path / "small.pt2"), tmp_path)
+    reference = make_small_reference(
+        small_set, (network := export_network(PooledPixels(), tmp_path / "small.pt2")), tmp_path
+    )
     settings = ("condition=none", "condition_dropout=0", "flow.coupling_group=4", "train.micro_batch=2")
     measured = (
-        f"evaluation={{reference: {reference}, every: 5, num: 7}}",
+        f"evaluation={{reference: {reference}, network: {network}, trust_code: true, every: 5, num: 7}}",
         "train.validate_every=5",
         "data.held_back=1",
     )
