@@ -15,7 +15,8 @@ from PIL import Image
 from lfm.data import manifest as manifests
 from lfm.data.palettes import PALETTES
 from lfm.data.sources.readers import inner_name
-from tests.support.collections import (
+from tests.support.commands import assert_one_line, lfm
+from tests.support.image_collections import (
     HOLE,
     IDS,
     MISSING,
@@ -29,7 +30,6 @@ from tests.support.collections import (
     write_tar,
     write_zip,
 )
-from tests.support.commands import assert_one_line, lfm
 from tests.support.images import raw_samples
 
 
