@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -35,6 +35,7 @@ TEMPORARY_PREFIX = ".writing-"
 CHUNK_BYTES = 1 << 20
 LARGEST_FILE = 1 << 30  # bytes of a file that is read whole
 LARGEST_JSON = 64 << 20  # its values take up to 25 times as much memory
+_unpublished: set[Path] = set()  # temporary files that this process is writing
 _SEAL = "lfm_crc32"  # key of the checksum in a sealed JSON file
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
 
@@ -252,6 +253,7 @@ def writing(path: str, *, flush: bool = True) -> Iterator[Path]:
         flush: flush the file to the disk first. Without it the file survives a killed process, but maybe not a power cut.
     """
     temporary, file = _locked_temporary(path)
+    _unpublished.add(temporary)
     try:
         with file:
             try:
@@ -264,6 +266,15 @@ def writing(path: str, *, flush: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        _unpublished.discard(temporary)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End this process without waiting for its threads, and without leaving the temporary files that it is writing."""
+    for temporary in list(_unpublished):
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    os._exit(code)
 
 
 def _locked_temporary(path: str) -> tuple[Path, IO[bytes]]:

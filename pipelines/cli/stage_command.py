@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from lfm.errors import LfmError, hide_credentials, printable
 from pipelines.common.options import Argument, Flag, PythonOnly, Section, problem
-from pipelines.common.processes import stop
+from pipelines.common.processes import stopped_by_sigterm
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
@@ -35,10 +33,9 @@ class StageCommand(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command and exit: 2 where the user can repair something, 130 after an interrupt."""
-        with contextlib.suppress(ValueError):  # not in the main thread, as in tests
-            signal.signal(signal.SIGTERM, stop)
         try:
-            return super().main(*args, **kwargs | {"standalone_mode": False})
+            with stopped_by_sigterm():
+                return super().main(*args, **kwargs | {"standalone_mode": False})
         except click.Abort:
             click.echo("interrupted; run the same command to resume", err=True)
             sys.exit(130)

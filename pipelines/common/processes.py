@@ -56,6 +56,9 @@ def map_processes(function: Callable[[T], R], items: Sequence[T], num_processes:
             yield future.result()
     except BrokenProcessPool as error:
         raise DataError(DIED) from error
+    except (SystemExit, KeyboardInterrupt):
+        _terminate_children()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -84,8 +87,7 @@ def run_on_every_gpu(work: Callable[[C, World], R], config: C, num_gpus: int | N
     try:
         _raise_first_error(futures)
     finally:
-        for child in multiprocessing.active_children():
-            child.terminate()
+        _terminate_children()
     results = [future.result() for future in futures if not future.exception()]
     if not results:
         raise DataError(f"all {size} processes: {DIED}")
@@ -94,20 +96,36 @@ def run_on_every_gpu(work: Callable[[C, World], R], config: C, num_gpus: int | N
     return results
 
 
-def stop(number: int, frame: object) -> None:
-    """End this process as an exception does, so that no temporary file is left; a handler of SIGTERM."""
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """End this process as an exception does when it receives SIGTERM in the block, so that no temporary file is left."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
+
+
+def _stop_worker(number: int, frame: object) -> None:
+    storage.exit_at_once(128 + number)  # its executor would take an exception for the result of its work
 
 
 def start_worker(threads: int = 1) -> None:
     """Prepare a worker process: exit when the parent is killed, so that it does not write beside the next run."""
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, _stop_worker)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported
     parent: Any = multiprocessing.parent_process()
 
     def exit_with_parent() -> None:
         parent.join()
-        os._exit(1)
+        storage.exit_at_once(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
@@ -125,6 +143,11 @@ def wait_for_json(path: str, content: Any, *, seconds: float = 120.0) -> None:
                 return
         time.sleep(0.2)
     raise DataError(f"{path}: rank 0 did not write it within {seconds:.0f} s; see its message")
+
+
+def _terminate_children() -> None:
+    for child in multiprocessing.active_children():
+        child.terminate()
 
 
 def _num_processes(num_gpus: int | None) -> int:

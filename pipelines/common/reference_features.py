@@ -10,7 +10,7 @@ import torch
 from lfm.errors import ConfigError
 from lfm.metrics import features
 from lfm.metrics import reference as references
-from lfm.metrics.features import FD_LITE, FeatureNetwork
+from lfm.metrics.features import FD_LITE, INCEPTION, FeatureNetwork
 from lfm.metrics.reference import Reference
 
 
@@ -45,8 +45,9 @@ class ReferenceSet:
         names = [FD_LITE, *networks]
         name = next((name for name in names if features.short_name(name) == header.network_name), None)
         if name is None:
+            example = f"{INCEPTION}:WEIGHTS.pth" if header.network_name == INCEPTION else f"{header.network_name}.pt2"
             raise ConfigError(
-                f"{path}: was computed with the network {header.network_name}; name its location with `network`"
+                f"{path}: was computed with the network {header.network_name}; set `network` to {example}, where you have it"
             )
         network = features.load(name, device, trust_code=trust_code)
         if header.network_hash not in (None, network.content_hash) or header.network_name != network.name:

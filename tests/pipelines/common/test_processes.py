@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from lfm import storage
 from lfm.errors import ConfigError, DataError
 from lfm.world import World
-from pipelines.common.processes import map_processes, part_of, run_on_every_gpu
+from pipelines.common.processes import map_processes, part_of, run_on_every_gpu, stopped_by_sigterm
 
 
 def square(number: int) -> int:
@@ -80,3 +83,34 @@ def test_a_launcher_has_started_the_processes_already(monkeypatch: pytest.Monkey
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     with pytest.raises(ConfigError, match="`num_gpus`"):
         run_on_every_gpu(touch, str(tmp_path), 2)
+
+
+def test_sigterm_leaves_no_temporary_file(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(SystemExit, match="143"),
+        stopped_by_sigterm(),
+        storage.writing(str(tmp_path / "image.png")) as path,
+    ):
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def write_and_wait(folder: str, world: World) -> None:
+    if world.rank == 0:
+        while not any(Path(folder).iterdir()):  # until rank 1 writes
+            time.sleep(0.01)
+        raise DataError("broken")
+    with storage.writing(f"{folder}/shard.tar"):
+        time.sleep(60)
+
+
+def test_ranks_that_are_stopped_leave_no_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="broken"):
+        run_on_every_gpu(write_and_wait, str(tmp_path), 2)
+    until = time.monotonic() + 10
+    while any(tmp_path.iterdir()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not list(tmp_path.iterdir())
