@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -68,6 +69,12 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 def test_train() -> None:
     assert "(c) ours / plain PyTorch" in run_apart("train")
+
+
+def test_gpu(tmp_path: Path) -> None:
+    output = run_apart("gpu", "--out", tmp_path / "gpu.json")
+    assert "## checkpoint" in output and "| error |" not in output
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["zero"]) == 3
 
 
 def test_ablation(tmp_path: Path) -> None:
