@@ -143,10 +143,11 @@ class TrainConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """The Frechet distance of images of the EMA weights during training; the best weights are saved too."""
+    """What is measured on images of the EMA weights during training: a Frechet distance, a task's score, or both."""
 
-    reference: str
-    """Reference file made by `lfm reference`."""
+    reference: str | None = None
+    """Reference file made by `lfm reference`, for the Frechet distance; the weights with the smallest one are saved, too.
+    By default no distance."""
     network: str | None = None
     """Feature network of the reference, unless it is fd-lite: inception:WEIGHTS.pth, or a MODULE.pt2."""
     trust_code: bool = False
@@ -155,6 +156,8 @@ class EvaluationConfig(_Section):
     """Steps between evaluations."""
     num: int = Field(default=1000, ge=2)
     """Number of generated images."""
+    num_steps: PositiveInt = 25
+    """Steps of the heun solver, each of two network evaluations."""
     guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 means none."""
     task_score: Literal["scenes"] | None = None
@@ -378,6 +381,8 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
         raise ConfigError(f"{name}: condition_dropout: needs a condition, as in condition: class")
     if config.evaluation and config.evaluation.task_score and "class" not in config.conditions:
         raise ConfigError(f"{name}: evaluation.task_score: needs classes, as in condition: class")
+    if config.evaluation and not (config.evaluation.reference or config.evaluation.task_score):
+        raise ConfigError(f"{name}: evaluation: measures nothing; set its reference, task_score, or both")
     if config.data.held_back and not train.validate_every:
         raise ConfigError(f"{name}: data.held_back: needs train.validate_every, the steps between validation losses")
     if len(set(train.ema_sigma_rel)) != len(train.ema_sigma_rel):

@@ -1,5 +1,7 @@
 """The best weights of a training: the EMA weights whose images have the smallest Frechet distance to a reference.
 
+The score of a task is measured on the same images; without a reference it is measured alone, and no weights are saved.
+
 Every so many steps the EMA weights generate the same images, from the same seeds and under the conditions of the first
 training samples; each rank generates its part. The distances of one run are comparable with each other. With few images
 they are larger than with many, and inpainted images are compared as the model generates them.
@@ -18,19 +20,20 @@ from lfm import storage, weights_file
 from lfm.data.manifest import Manifest
 from lfm.errors import ConfigError
 from lfm.metrics.frechet import FeatureSums, frechet_distance
+from lfm.types import Condition
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import EvaluationConfig, ExperimentConfig
 from pipelines.common.reference_features import ReferenceSet
-from pipelines.training.ema_sampler import EmaSampler
+from pipelines.training.ema_sampler import NUM_STEPS, EmaSampler
 from pipelines.training.task_scores import RECOGNISED, TASK_SCORES
 
 BEST, RECORD = "best.safetensors", "best.json"
 
 
-def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: World) -> ReferenceSet:
-    """Load the reference of an experiment and its feature network.
+def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: World) -> ReferenceSet | None:
+    """Load the reference of an experiment and its feature network; None if it measures no distance.
 
     Raises:
         ConfigError: the reference is of another image size or crop rule than the latents, or its network is missing.
@@ -41,6 +44,8 @@ def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: Worl
         raise ConfigError(
             "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
         )
+    if config.evaluation.reference is None:
+        return None
     evaluation = config.evaluation
     reference_set = ReferenceSet.load(
         evaluation.reference,
@@ -65,7 +70,9 @@ class BestRecord:
         self.path, self.name = path, name
         self.measurement = evaluation.model_dump(exclude={"every", "task_score", "network", "trust_code"})
         content = storage.read_json(path) if storage.exists(path) else {}
-        self.content: dict[str, Any] = content if isinstance(content, dict) and "samples_seen" in content else {}
+        self.content: dict[str, Any] = {}
+        if isinstance(content, dict) and "samples_seen" in content:
+            self.content = {"num_steps": NUM_STEPS, **content}  # records of before name no steps
 
     def update(self, distance: float, samples_seen: int) -> bool:
         """Return whether a distance is the smallest so far, and take it into the record if it is.
@@ -89,55 +96,65 @@ class BestRecord:
 
 
 class BestWeights:
-    """Measures the EMA weights, and saves them when they are the best so far; all ranks take part."""
+    """Measures the EMA weights, and saves them when their distance is the smallest so far; all ranks take part."""
 
-    def __init__(self, sampler: EmaSampler, manifest: Manifest, reference_set: ReferenceSet) -> None:
+    def __init__(self, sampler: EmaSampler, manifest: Manifest, reference_set: ReferenceSet | None) -> None:
         config, world = sampler.config, sampler.engine.world
         assert config.evaluation, "the experiment is evaluated during training"
         self.sampler, self.engine, self.reference_set = sampler, sampler.engine, reference_set
         self.evaluation, self.every = config.evaluation, config.evaluation.every
-        self.name, self.folder = reference_set.network.frechet, Path(config.run)
+        self.folder = Path(config.run)
         self.stream = sampler.open_stream(manifest, world.size * sampler.micro_batch, world)
-        self.record = BestRecord(str(self.folder / RECORD), self.name, config.evaluation)
 
     def measure(self, header: WeightsHeader) -> dict[str, float]:
         """Return the distance and the task score by name; save the weights with `header` if the distance is the smallest."""
-        sums = self._feature_sums()
+        sums, num_recognised = self._measure_images()
+        figures = {}
+        if self.reference_set:
+            figures[self.reference_set.network.frechet] = self._compare(sums, self.reference_set, header)
+        if self.evaluation.task_score:
+            figures[RECOGNISED] = num_recognised / self.evaluation.num
+        return figures
+
+    def _compare(self, sums: FeatureSums, reference_set: ReferenceSet, header: WeightsHeader) -> float:
+        """Return the distance of the images, and save the weights if it is the smallest; on all ranks."""
+        name = reference_set.network.frechet
+        record = BestRecord(str(self.folder / RECORD), name, self.evaluation)
         decision = torch.zeros(2, dtype=torch.float64, device=self.engine.device)  # of the main rank, for all
         if self.engine.world.is_main:
-            distance = frechet_distance(self.reference_set.reference.gaussians["pooled"], sums.gaussian())
-            decision[0], decision[1] = distance, self.record.update(distance, header.samples_seen)
+            distance = frechet_distance(reference_set.reference.gaussians["pooled"], sums.gaussian())
+            decision[0], decision[1] = distance, record.update(distance, header.samples_seen)
         distance, is_best = self.engine.sum_over_ranks(decision).tolist()
         if is_best:
             weights = self.engine.average_weights("ema")
             if self.engine.world.is_main:
                 weights_file.save_weights(str(self.folder / BEST), weights, header)
-                self.record.save()
-        if not self.evaluation.task_score:
-            return {self.name: distance}
-        return {self.name: distance, RECOGNISED: float(self.num_recognised) / self.evaluation.num}
+                record.save()
+        return float(distance)
 
-    def _feature_sums(self) -> FeatureSums:
-        """Return the sums of the features of all images, over all ranks, on the CPU; count those that are recognised."""
-        dimensions, device = len(self.reference_set.reference.gaussians["pooled"].mean), self.engine.device
+    def _measure_images(self) -> tuple[FeatureSums, float]:
+        """Return the sums of the features of all images, on the CPU, and the number that are recognised; over all ranks."""
+        device = self.engine.device
+        dimensions = len(self.reference_set.reference.gaussians["pooled"].mean) if self.reference_set else 0
         total = torch.zeros(dimensions, dtype=torch.float64, device=device)
         sums = FeatureSums(0, total, torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device))
-        self.num_recognised = torch.zeros((), dtype=torch.float64, device=device)
+        num_recognised = torch.zeros((), dtype=torch.float64, device=device)
         with self.engine.averaged("ema"):
             for first in range(0, self.evaluation.num, self.stream.options.global_batch):
-                sums += FeatureSums.of(self._features(first))
+                images, condition, is_counted = self._images(first)
+                if self.evaluation.task_score:
+                    is_recognised = TASK_SCORES[self.evaluation.task_score](images, condition)
+                    num_recognised += (is_recognised.to(is_counted.device) & is_counted).sum()
+                if self.reference_set:
+                    sums += FeatureSums.of(self.reference_set.network(images).pooled[is_counted])
         self.stream.close()  # so that no shards stay mapped until the next evaluation
-        for part in (sums.total, sums.products, self.num_recognised):
+        for part in (sums.total, sums.products, num_recognised):
             self.engine.sum_over_ranks(part)
-        return FeatureSums(self.evaluation.num, sums.total.cpu(), sums.products.cpu())
+        return FeatureSums(self.evaluation.num, sums.total.cpu(), sums.products.cpu()), float(num_recognised)
 
-    def _features(self, first: int) -> Tensor:
-        """Return the features (N, D) of this rank's images of the batch that begins at image `first`; N may be 0."""
+    def _images(self, first: int) -> tuple[Tensor, Condition, Tensor]:
+        """Return this rank's images of the batch that begins at image `first`, their conditions, and which are counted."""
         batch = self.stream.batch(first)
-        seeds, scale = batch.sample_numbers.tolist(), self.evaluation.guidance_scale
-        is_counted = batch.sample_numbers < self.evaluation.num
-        images = self.sampler.autoencoder.decode(self.sampler.latents(seeds, batch.condition, scale))
-        if self.evaluation.task_score:
-            is_recognised = TASK_SCORES[self.evaluation.task_score](images, batch.condition)
-            self.num_recognised += (is_recognised.to(is_counted.device) & is_counted).sum()
-        return self.reference_set.network(images).pooled[is_counted]
+        evaluation, seeds = self.evaluation, batch.sample_numbers.tolist()
+        latents = self.sampler.latents(seeds, batch.condition, evaluation.guidance_scale, evaluation.num_steps)
+        return self.sampler.autoencoder.decode(latents), batch.condition, batch.sample_numbers < evaluation.num

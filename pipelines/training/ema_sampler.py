@@ -26,7 +26,7 @@ from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig
 
-SOLVER, NUM_STEPS = "heun", 25
+SOLVER, NUM_STEPS = "heun", 25  # of previews
 
 
 class EmaSampler:
@@ -48,12 +48,14 @@ class EmaSampler:
         cache = factory.cache(self.config.data.cache, self.config.data.cache_gigabytes)
         return LatentStream(self.config.data.shards, manifest, options, world, cache, self.engine.device)
 
-    def latents(self, seeds: Sequence[int], condition: Condition, guidance_scale: float = 1.0) -> Tensor:
+    def latents(
+        self, seeds: Sequence[int], condition: Condition, guidance_scale: float = 1.0, num_steps: int = NUM_STEPS
+    ) -> Tensor:
         """Return one latent for each seed, float32 (B, C, h, w); all ranks must call it with as many seeds."""
         noise = torch.from_numpy(image_noise(seeds, self.model.latent_shape)).to(self.engine.device)
         guidance = Guidance(guidance_scale)
         velocity = guided_velocity(self.engine, self.model, condition.to(noise.device), len(seeds), guidance)
-        return solvers.solve(SOLVER, velocity, noise, num_steps=NUM_STEPS)
+        return solvers.solve(SOLVER, velocity, noise, num_steps=num_steps)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of latents as the autoencoder does, on the CPU, one micro-batch at a time."""

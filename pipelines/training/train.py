@@ -98,7 +98,7 @@ class PreparedTraining:
     config: ExperimentConfig  # with its precision
     model: VelocityNetwork
     settings: dict[str, Any]  # DeepSpeed's configuration
-    reference_set: ReferenceSet | None
+    reference_set: ReferenceSet | None  # for a distance during training
     initial_weights: dict[str, Tensor] | None  # of another run
 
 

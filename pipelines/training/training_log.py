@@ -95,25 +95,29 @@ class TrainingLog:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Count the time within the block in `goodput`, and not in `samples_per_second`."""
-        start = time.perf_counter()
+        """Count the time within the block in `goodput`, and not in the other rates."""
+        start, start_cpu = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             self.paused_seconds += time.perf_counter() - start
+            self.paused_cpu_seconds += time.process_time() - start_cpu
 
     def _restart_interval(self, samples_seen: int) -> None:
         """Measure rate and waiting time from now on."""
         self.start_time, self.start_samples = time.perf_counter(), samples_seen
+        self.start_cpu_seconds = time.process_time()
         self.start_wait = self.stream.wait_seconds
-        self.paused_seconds = 0.0
+        self.paused_seconds = self.paused_cpu_seconds = 0.0
 
     def _line(
         self, samples_seen: int, step: int, learning_rate: float, measurements: dict[str, float]
     ) -> dict[str, Any]:
         elapsed = time.perf_counter() - self.start_time
         trained = elapsed - self.paused_seconds
-        rate = (samples_seen - self.start_samples) / trained
+        cpu_seconds = time.process_time() - self.start_cpu_seconds - self.paused_cpu_seconds
+        num_samples = samples_seen - self.start_samples
+        rate = num_samples / trained
         norm = self.engine.gradient_norm
         line: dict[str, Any] = {
             "samples_seen": samples_seen,
@@ -122,7 +126,8 @@ class TrainingLog:
             "gradient_norm": norm if math.isfinite(norm) else None,
             "skipped_steps": self.engine.guard.num_skipped,
             "samples_per_second": rate,
-            "goodput": (samples_seen - self.start_samples) / elapsed,
+            "goodput": num_samples / elapsed,
+            "cpu_seconds_per_sample": cpu_seconds / num_samples,
             "data_wait": (self.stream.wait_seconds - self.start_wait) / trained,
         }
         if self.flops_per_sample:

@@ -65,7 +65,7 @@ class TrainingLoop:
         header: header of the weights to save; its `samples_seen` is replaced.
         engine: the model in training, with the averages that `averages` names.
         folder: run folder.
-        reference_set: for evaluation during training; None if the experiment has none.
+        reference_set: for the distance during training; None if the experiment measures none.
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class TrainingLoop:
         self.stream = LatentStream(config.data.shards, training_shards, options, self.world, cache, engine.device)
         self.evaluators: list[Validation | BestWeights] = []
         self.distances: tuple[str, ...] = ()
-        if self.train.validate_every or reference_set:
+        if self.train.validate_every or config.evaluation:
             decoder = factory.matching_autoencoder(header.autoencoder, None, self.world, config.data.shards)
             sampler = EmaSampler(config, header.model, engine, decoder)
             if self.train.validate_every:
                 self.evaluators.append(Validation(sampler, training_shards, held_back))
+            if config.evaluation:
+                self.evaluators.append(BestWeights(sampler, training_shards, reference_set))
             if reference_set:
-                best_weights = BestWeights(sampler, training_shards, reference_set)
-                self.evaluators.append(best_weights)
-                self.distances = (best_weights.name,)
+                self.distances = (reference_set.network.frechet,)
         self.samples_seen, self.total_samples = 0, self.train.num_steps * self.train.global_batch
         self.losses: dict[str, float] = {}  # of the last step, over all ranks: "loss", and each term as "loss_NAME"
         self.stop_requested = False  # set on all ranks once any rank received SIGTERM or SIGINT

@@ -49,7 +49,7 @@ def test_every_mistake_is_one_line_before_training(experiment: Path, small_set: 
         (("data.skip_shards=[000000.tar, 000001.tar, 000002.tar]",), "data.skip_shards leaves nothing"),
         (("evaluation={reference: nowhere.safetensors, every: 5}",), "nowhere.safetensors"),
         (("evaluation={reference: a, every: 5, guidence_scale: 2}",), "evaluation.guidence_scale", "'guidance_scale'"),
-        (("evaluation.every=5",), "evaluation.reference: missing"),
+        (("evaluation.every=5",), "evaluation: measures nothing", "reference", "task_score"),
     ):
         result = plan(experiment, *overrides)
         assert_one_line(result, *words)

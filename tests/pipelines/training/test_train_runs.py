@@ -200,7 +200,8 @@ def test_the_best_weights_are_the_same_on_any_ranks(experiment: Path, small_set:
     shared = ("train.checkpoint_every=10", "train.learning_rate=2.0e-2")
     assert train(experiment, f"run={runs[0]}", evaluation, *shared).returncode == 0
     assert train(experiment, f"run={runs[1]}", evaluation, *shared, zero(3), ranks=2).returncode == 0
-    assert train(experiment, f"run={runs[2]}", *shared).returncode == 0
+    score_alone = "evaluation={every: 10, num: 20, num_steps: 3, task_score: scenes}"
+    assert train(experiment, f"run={runs[2]}", score_alone, *shared).returncode == 0
     shutil.copytree(runs[0], runs[3])
     shutil.rmtree(runs[3] / "checkpoints" / "samples-000000000160")
     assert train(experiment, f"run={runs[3]}", evaluation, *shared).returncode == 0
@@ -223,6 +224,9 @@ def test_the_best_weights_are_the_same_on_any_ranks(experiment: Path, small_set:
     assert distances[0].unique().numel() == 4 and distances.min() > 0
     torch.testing.assert_close(distances[1], distances[0], rtol=1e-2, atol=0)  # a grey level, here and there
     assert distances[2].tolist() == distances[0].tolist()
+    lines = [json.loads(line) for line in (runs[2] / "log.jsonl").read_text().splitlines()]
+    assert [line["samples_seen"] for line in lines if "recognised" in line] == [80, 160]
+    assert not (runs[2] / "best.json").exists() and not (runs[2] / "best.safetensors").exists()
     assert_same_weights(runs[0], runs[2])
     assert_same_weights(runs[0], runs[3])
 
