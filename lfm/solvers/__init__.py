@@ -7,68 +7,26 @@ Fixed-step solvers take the steps of a grid of times: num_steps equal intervals 
     t = s u / (1 + (s - 1) u)
 
 shifts towards noise (s > 1) or data (s < 1) (Esser et al. 2024, Eq. 23). Adaptive solvers choose their steps by tolerances.
-To add a solver, write its function in a module of this folder, and add a line to `SOLVERS`.
+To add a solver, write its function in a module of this folder, and add a line to the table in `solver_table.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lfm.errors import ConfigError
-from lfm.solvers.batch_adaptive import batch_adaptive_step
 from lfm.solvers.batching import StepCallback, no_callback
-from lfm.solvers.multistep import adams_bashforth
-from lfm.solvers.runge_kutta import TABLEAUS, Tableau, adaptive_step, fixed_step
-from lfm.solvers.stochastic import Normals, euler_maruyama
+from lfm.solvers.solver_table import SOLVERS
+from lfm.solvers.stochastic import Normals
 from lfm.types import Velocity
 
 DEFAULT_STEPS, DEFAULT_TOLERANCE = 25, 1e-5
-
-
-@dataclass(frozen=True)
-class Solver:
-    """A solver and its properties."""
-
-    order: int
-    """The error falls with the number of fixed steps to this power; for a stochastic solver, that of the moments."""
-    run: Callable[..., Tensor]
-    """(velocity, noise, *, times) -> latents for fixed steps; atol and rtol in place of times for adaptive ones."""
-    evaluations: int = 0
-    """Evaluations of the velocity per fixed step."""
-    is_adaptive: bool = False
-    is_stochastic: bool = False
-    """Whether `run` takes `normals`."""
-    reports_steps: bool = True
-    """Whether `run` takes `on_step`."""
-
-
-def _runge_kutta(tableau: Tableau) -> Solver:
-    run = partial(adaptive_step if tableau.is_adaptive else fixed_step, tableau)
-    return Solver(tableau.order, run, len(tableau.b), is_adaptive=tableau.is_adaptive)
-
-
-def _torchdiffeq(name: str) -> Solver:
-    run = partial(batch_adaptive_step, name)
-    return Solver(TABLEAUS[name].order, run, is_adaptive=True, reports_steps=False)
-
-
-SOLVERS = {name: _runge_kutta(tableau) for name, tableau in TABLEAUS.items()}
-SOLVERS |= {
-    "ab2": Solver(2, adams_bashforth, evaluations=1),
-    "sde": Solver(1, euler_maruyama, evaluations=1, is_stochastic=True),
-    "torchdiffeq-adaptive_heun": _torchdiffeq("adaptive_heun"),
-    "torchdiffeq-bosh3": _torchdiffeq("bosh3"),
-    "torchdiffeq-dopri5": _torchdiffeq("dopri5"),
-    "torchdiffeq-dopri8": _torchdiffeq("dopri8"),
-}
 
 
 @dataclass(frozen=True)

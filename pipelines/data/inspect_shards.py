@@ -15,7 +15,7 @@ import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.image_sets import ShardedImages
+from lfm.data.evaluation_images import ShardedImages
 from lfm.data.latent_shards import LatentShard
 from lfm.data.manifest import Manifest, ShardRecord
 from lfm.data.stream.sample_order import Order

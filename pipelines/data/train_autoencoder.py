@@ -25,7 +25,7 @@ from lfm import storage
 from lfm.autoencoder import import_diffusers, to_levels, to_unit_range
 from lfm.autoencoder import load as load_autoencoder
 from lfm.data import manifest as manifests
-from lfm.data.image_sets import ShardedImages
+from lfm.data.evaluation_images import ShardedImages
 from lfm.data.stream.sample_order import Order
 from lfm.errors import CheckpointError, ConfigError, DataError
 from lfm.precision import float32_arithmetic, precision_on

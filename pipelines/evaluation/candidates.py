@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lfm.autoencoder import content_hash
-from lfm.data.image_sets import FolderImages, ImageSet, blocks_of
+from lfm.data.evaluation_images import FolderImages, ImageSet, blocks_of
 from lfm.errors import ConfigError, DataError
 from lfm.flow.guidance import Guidance
 from lfm.inference import trained_model

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lfm import storage
 from lfm.autoencoder import to_unit_range
-from lfm.data.image_sets import ImageSet, open_images
+from lfm.data.evaluation_images import ImageSet, open_images
 from lfm.data.random_draws import draw, draw_noise
 from lfm.errors import ConfigError
 from lfm.flow.path import SIGMA_MIN, path_sample

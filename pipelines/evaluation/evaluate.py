@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lfm import storage
-from lfm.data.image_sets import FolderImages, open_images, pick
+from lfm.data.evaluation_images import FolderImages, open_images, pick
 from lfm.errors import ConfigError, LfmError
 from lfm.metrics import features
 from lfm.metrics.precision_recall import nearest
@@ -126,12 +126,12 @@ def _stored_candidates(config: EvaluateConfig) -> list[Candidate]:
         if getattr(config, option) not in (None, ()):
             raise ConfigError(f"`{option}`: is for runs; {config.targets[0]} holds images, leave it out")
     cache = factory.cache(config.cache)
-    image_sets = [open_images(name, cache) for name in config.targets]
+    evaluation_images = [open_images(name, cache) for name in config.targets]
     if not config.pairs:
-        return [StoredImages(images, config.batch_size) for images in image_sets]
+        return [StoredImages(images, config.batch_size) for images in evaluation_images]
     real = open_images(config.pairs, cache)
     candidates: list[Candidate] = []
-    for images in image_sets:
+    for images in evaluation_images:
         if not isinstance(images, FolderImages):
             raise ConfigError(f"`pairs` {config.pairs}: {images.name} holds shards; name a folder of images instead")
         candidates.append(PairedImages(images, real, config.batch_size))

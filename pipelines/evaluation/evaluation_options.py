@@ -82,7 +82,7 @@ class EvaluateConfig:
     guidance_scale: tuple[Annotated[float, Field(ge=-1000, le=1000)], ...] = ()
     """Classifier-free guidance scale; repeat it for a curve.  [default: 1]"""
     solver: str | None = None
-    """ODE solver: euler, midpoint, heun, rk4, dopri5, bosh3, ...  [default: heun]"""
+    """ODE solver: euler, midpoint, heun, rk4, ab2, sde, dopri5, bosh3, ...  [default: heun]"""
     num_steps: NumSteps = None
     atol: AbsoluteTolerance = None
     rtol: RelativeTolerance = None

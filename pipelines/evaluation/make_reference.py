@@ -11,7 +11,7 @@ import torch
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.image_sets import ImageSet, open_images
+from lfm.data.evaluation_images import ImageSet, open_images
 from lfm.errors import ConfigError, DataError, StorageError
 from lfm.metrics import features
 from lfm.metrics import reference as references

@@ -1,4 +1,8 @@
-"""Options of `lfm sample`."""
+"""Options of `lfm sample`.
+
+Each is part of the record of an image; one that changes no image is named in `NO_EFFECT` of `sample_job`, and one that is
+added later in its `ADDED_OPTIONS`.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from lfm import autoencoder as autoencoders
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.image_sets import ShardedImages
+from lfm.data.evaluation_images import ShardedImages
 from lfm.errors import ConfigError, DataError
 from lfm.storage.cache import Cache
 from lfm.world import World

@@ -268,7 +268,7 @@ def config(run: Path, reference: Path, small_set: SmallSet, out: Path, **changes
 def test_numbers_of_ranks_and_batches_have_no_influence(
     weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lfm.data.image_sets.FILES_PER_BLOCK", 4)
+    monkeypatch.setattr("lfm.data.evaluation_images.FILES_PER_BLOCK", 4)
     alone = stage.run(config(weights, reference, small_set, tmp_path / "one"), ALONE)
     for rank in range(3):
         result = stage.run(
@@ -310,7 +310,7 @@ def test_a_run_of_another_crop_rule_is_refused(
 def test_an_interrupted_evaluation_resumes(
     weights: Path, reference: Path, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lfm.data.image_sets.FILES_PER_BLOCK", 8)
+    monkeypatch.setattr("lfm.data.evaluation_images.FILES_PER_BLOCK", 8)
     whole = config(weights, reference, small_set, tmp_path / "whole")
     stage.run(whole, ALONE)
     killed = config(weights, reference, small_set, tmp_path / "killed")
