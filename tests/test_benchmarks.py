@@ -68,7 +68,7 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 def test_train() -> None:
-    assert "(c) ours / plain PyTorch" in run_apart("train")
+    assert "(c) ours / plain PyTorch" in run_apart("train", "--backbone", "unet")
 
 
 def test_gpu(tmp_path: Path) -> None:

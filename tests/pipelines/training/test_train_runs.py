@@ -18,21 +18,31 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lfm.models.registry import BACKBONES
 from lfm.weights_file import load_weights
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, finish, free_port, lfm
 from tests.support.feature_networks import PooledPixels, export_network, make_small_reference
+from tests.support.models import SMALL_OPTIONS
 from tests.support.training_runs import SCRIPT, assert_same_weights, losses, plan, start, train, zero
 
 
+def network(backbone: str) -> str:
+    """Return the override that chooses a small network of a backbone."""
+    return f"model={json.dumps(SMALL_OPTIONS[backbone])}"
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_loss_curve_is_the_same_on_one_and_two_ranks_under_every_zero_stage(
-    experiment: Path, tmp_path: Path
+    experiment: Path, tmp_path: Path, backbone: str
 ) -> None:
     curves = {}
     for stage, ranks in ((1, 1), (1, 2), (2, 2), (3, 2)):
         run = tmp_path / f"zero{stage}-{ranks}"
         settings = REPOSITORY / "configs" / "deepspeed" / f"zero{stage}.json"
-        result = train(experiment, f"run={run}", f"deepspeed={settings}", "train.micro_batch=2", ranks=ranks)
+        result = train(
+            experiment, f"run={run}", f"deepspeed={settings}", network(backbone), "train.micro_batch=2", ranks=ranks
+        )
         assert result.returncode == 0, result.stderr
         curves[stage, ranks] = torch.tensor(losses(run))
     reference = curves[1, 1]
@@ -49,15 +59,21 @@ def wait_for_lines(run: Path, least: int, processes: list[subprocess.Popen[str]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "kills"), [(3, 2)])
+@pytest.mark.parametrize(("backbone", "kills"), [("dit", 2), ("unet", 1)])
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_not(
-    experiment: Path, tmp_path: Path, stage: int, kills: int
+    experiment: Path, tmp_path: Path, backbone: str, kills: int
 ) -> None:
     """Saving takes most of the time of these runs, so that kills fall into it."""
-    settings = (zero(stage), "train.num_steps=60", "train.checkpoint_every=2", "train.ema_sigma_rel=[0.1]")
+    settings = (
+        zero(3),
+        network(backbone),
+        "train.num_steps=60",
+        "train.checkpoint_every=2",
+        "train.ema_sigma_rel=[0.1]",
+    )
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert train(experiment, f"run={undisturbed}", *settings, ranks=2).returncode == 0
-    moments = random.Random(stage)
+    moments = random.Random(kills)
     for number in range(kills):
         processes = start(experiment, f"run={killed}", *settings, ranks=2)
         wait_for_lines(killed, 12 * (number + 1), processes)
@@ -79,8 +95,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_no
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_other_ranks_at_other_stages(experiment: Path, tmp_path: Path) -> None:
-    steady = ("train.schedule=constant",)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_run_resumes_with_other_ranks_at_other_stages(experiment: Path, tmp_path: Path, backbone: str) -> None:
+    steady = ("train.schedule=constant", network(backbone))
     undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
     assert train(experiment, f"run={undisturbed}", *steady).returncode == 0
     for num_steps, stage, ranks in ((6, 1, 2), (10, 3, 1), (15, 2, 2), (20, 3, 2)):
