@@ -25,6 +25,7 @@ import torch
 
 from lfm.data import manifest as manifests
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.stream.mixture import single_source
 from lfm.flow.path import path_sample, squared_error
 from lfm.models import registry
 from lfm.models.network import VelocityNetwork
@@ -86,7 +87,9 @@ def train(run: Path, latents: Path, num_steps: int, changes: list[str]) -> Veloc
 def fixed_batches(latents: Path, num: int) -> list[LatentBatch]:
     """The same samples, noise and times in every run of this benchmark."""
     manifest = manifests.load(str(latents), "latents")
-    stream = LatentStream(str(latents), manifest, StreamOptions(seed=12_345, global_batch=BATCH), World(), Cache())
+    stream = LatentStream(
+        single_source(str(latents), manifest), StreamOptions(seed=12_345, global_batch=BATCH), World(), Cache()
+    )
     with closing(stream.batches(0)) as batches:
         return list(islice(batches, num // BATCH))
 

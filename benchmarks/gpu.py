@@ -170,7 +170,8 @@ class OurLoop:
             f"deepspeed: {HERE / 'configs' / 'deepspeed' / f'zero{zero_stage}.json'}\n"
         )
         config = configs.load(str(path))
-        manifest = manifests.load(config.data.shards, "latents")
+        mixture = factory.load_mixture(config)
+        manifest = mixture.manifest
         self.model = factory.model_config(config, manifest)
         network = registry.build_network(self.model)
         self.plain_network = copy.deepcopy(network)
@@ -184,7 +185,7 @@ class OurLoop:
         self.header = WeightsHeader(
             self.model, manifest.autoencoder, manifest.image_size, manifest.classes, 0, manifest.digest, "benchmark"
         )
-        self.loop = TrainingLoop(config, manifest, self.header, self.engine, RunFolder(config.run))
+        self.loop = TrainingLoop(config, mixture, self.header, self.engine, RunFolder(config.run))
         self.batches = self.loop.stream.batches(0)
         self.stop_request = StopRequest()
 

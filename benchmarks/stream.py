@@ -5,8 +5,9 @@
 50,000 latents of Stable Diffusion's shape, posterior and class: 8 x 32 x 32 float16. Each repeat reads all of them once in
 batches of 256, in a process of its own per way, with the page cache warm; CPU time is that of the whole process from the
 first opened file on, all threads. `stream` is the host's part of training on a GPU: `LatentStream.batches` up to where a
-batch leaves for the device. On a CPU the noise is drawn there as well: that is the last row. With a URL, the shards are
-copied there, and the time to the first batch, into an empty cache, is set against a bare download of the same window.
+batch leaves for the device; `mixture` is the same of three sources. On a CPU the noise is drawn there as well: that is the
+last row. With a URL, the shards are copied there, and the time to the first batch, into an empty cache, is set against a
+bare download of the same window.
 --dry-run reads 1,024 latents once, all ways in this process.
 """
 
@@ -37,6 +38,7 @@ from lfm import storage
 from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord, load, publish
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.stream.mixture import LatentSource, mix, single_source
 from lfm.data.tar import sample_key, write_tar
 from lfm.storage.cache import Cache
 from lfm.types import Condition, LatentBatch, LatentSample
@@ -118,8 +120,20 @@ def stream(folder: Path, kind: type[LatentStream] = HostPart) -> Iterator[int]:
     shards = str(folder / "shards")
     options = StreamOptions(global_batch=BATCH, conditions=frozenset({"class"}), condition_dropout=0.1)
     manifest = load(shards)
-    with closing(kind(shards, manifest, options, World(), Cache()).batches(0)) as batches:
+    with closing(kind(single_source(shards, manifest), options, World(), Cache()).batches(0)) as batches:
         for batch in islice(batches, manifest.num_samples // BATCH):
+            yield len(batch.latents)
+
+
+def mixture(folder: Path) -> Iterator[int]:
+    """The same shards as three sources."""
+    shards = str(folder / "shards")
+    whole = load(shards)
+    parts = (whole.model_copy(update={"shards": whole.shards[first::3]}) for first in range(3))
+    sources = [LatentSource(shards, part, str(number)) for number, part in enumerate(parts) if part.shards]
+    options = StreamOptions(global_batch=BATCH, conditions=frozenset({"class"}), condition_dropout=0.1)
+    with closing(HostPart(mix(sources, {"class"}), options, World(), Cache()).batches(0)) as batches:
+        for batch in islice(batches, whole.num_samples // BATCH):
             yield len(batch.latents)
 
 
@@ -143,7 +157,8 @@ def webdataset_pipeline(folder: Path) -> Iterator[int]:
 
 
 WAYS: dict[str, Callable[[Path], Iterator[int]]] = {
-    way.__name__: way for way in (sequential_copy, random_gather, stream, npy, webdataset_pipeline, stream_on_cpu)
+    way.__name__: way
+    for way in (sequential_copy, random_gather, stream, mixture, npy, webdataset_pipeline, stream_on_cpu)
 }
 
 
@@ -172,7 +187,9 @@ def first_from_store(folder: Path, url: str, repeats: int) -> None:
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as scratch:
             began = time.perf_counter()
-            with closing(HostPart(url, window, options, World(), Cache(Path(scratch))).batches(0)) as batches:
+            with closing(
+                HostPart(single_source(url, window), options, World(), Cache(Path(scratch))).batches(0)
+            ) as batches:
                 next(batches)
                 first.append(time.perf_counter() - began)
         with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(4) as pool:
@@ -223,6 +240,8 @@ def main() -> None:
         ("CPU of webdataset / stream", ("webdataset_pipeline", "cpu"), ("stream", "cpu")),
         ("rate of the stream / random gather", ("stream", "rate"), ("random_gather", "rate")),
         ("rate of the stream / webdataset", ("stream", "rate"), ("webdataset_pipeline", "rate")),
+        ("rate of a mixture of three / stream", ("mixture", "rate"), ("stream", "rate")),
+        ("CPU of the stream / mixture of three", ("stream", "cpu"), ("mixture", "cpu")),
         ("CPU of one .npy each / stream", ("npy", "cpu"), ("stream", "cpu")),
     ):
         ratios = [repeat[one[0]][one[1]] / repeat[other[0]][other[1]] for repeat in repeats]

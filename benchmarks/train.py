@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from lfm.autoencoder import import_diffusers
-from lfm.data import manifest as manifests
 from lfm.flow.path import path_sample, squared_error
 from lfm.models import registry
 from lfm.models.attention import SelfAttention
@@ -117,7 +116,8 @@ class Ways:
 
     def __init__(self, folder: Path, model: str, batch: int, pixels: int) -> None:
         self.config = configs.load(str(experiment(folder, model, batch)))
-        manifest = manifests.load(self.config.data.shards, "latents")
+        mixture = factory.load_mixture(self.config)
+        manifest = mixture.manifest
         self.model = factory.model_config(self.config, manifest)
         settings = factory.deepspeed_settings(self.config, ALONE)
         self.engine = Engine(registry.build_network(self.model), settings, ALONE, ("ema",), StepGuard(20.0))
@@ -126,7 +126,7 @@ class Ways:
         header = WeightsHeader(
             self.model, manifest.autoencoder, manifest.image_size, manifest.classes, 0, manifest.digest, code_version()
         )
-        self.training = TrainingLoop(self.config, manifest, header, self.engine, RunFolder(self.config.run))
+        self.training = TrainingLoop(self.config, mixture, header, self.engine, RunFolder(self.config.run))
         self.batches = self.training.stream.batches(0)
         self.plain_model = registry.build_network(self.model).to(self.device)
         self.plain_ema = [parameter.detach().clone() for parameter in self.plain_model.parameters()]

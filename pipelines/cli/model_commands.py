@@ -83,7 +83,7 @@ def train(options: TrainOptions) -> None:
         echo(result.plan)
     elif world.is_main:
         echo(f"{result.samples_seen:,} samples seen, as train.num_steps asks for: {result.weights}")
-        shards = f" --shards {experiment.data.shards}" if experiment.conditions - {"class"} else ""
+        shards = f" --shards {experiment.data.folders[0]}" if experiment.conditions - {"class"} else ""
         echo(f"next: lfm sample {experiment.run} --out DIR{shards}")
 
 

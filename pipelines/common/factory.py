@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 
 from lfm import autoencoder as autoencoders
 from lfm.autoencoder import Autoencoder
+from lfm.data import manifest as manifests
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream.latent_stream import StreamOptions
+from lfm.data.stream.mixture import LatentSource, Mixture, mix, single_source
+from lfm.data.stream.mixture_order import Stage
 from lfm.errors import ConfigError, DataError
 from lfm.models.config import ModelConfig
 from lfm.precision import precision_on
@@ -57,6 +62,48 @@ def autoencoder_record(autoencoder: Autoencoder) -> AutoencoderRecord:
         scale_factor=autoencoder.scale_factor,
         shift=autoencoder.shift,
     )
+
+
+def load_mixture(config: ExperimentConfig) -> Mixture:
+    """Return the training data of an experiment, held-back shards included.
+
+    Raises:
+        ConfigError: a class or a source is named wrongly, or the experiment cannot use a source.
+        DataError: latents are missing, or do not fit each other.
+    """
+    data = config.data
+    if data.shards is not None:
+        return single_source(data.shards, manifests.load(data.shards, "latents"), data.skip_shards)
+    sources = [
+        LatentSource(each.shards, manifests.load(each.shards, "latents"), each.name, each.skip_shards, each.flips)
+        for each in data.sources
+    ]
+    mixture = mix(sources, config.conditions, [each.classes for each in data.sources])
+    without_classes = next((source for source in sources if not source.manifest.classes), None)
+    needs_classes = "class" in config.conditions and (config.condition != "class" or not config.condition_dropout)
+    if needs_classes and mixture.manifest.classes and without_classes:
+        raise ConfigError(
+            f"data.sources {without_classes.name}: {without_classes.folder} has no classes, and can only serve the null "
+            "condition of condition: class; set condition_dropout, or leave it out"
+        )
+    return replace(mixture, stages=_stages(config, mixture.split(data.held_back)[0]))
+
+
+def _stages(config: ExperimentConfig, training: Mixture) -> tuple[Stage, ...]:
+    """Return the stages of the `data:` section, for the shards to train on."""
+    current = {}
+    for each, source in zip(config.data.sources, training.sources, strict=True):
+        if not source.num_samples:
+            raise DataError(
+                f"data.sources {source.name}: {source.folder}: nothing is left to train on; leave fewer shards out"
+            )
+        in_one_pass = Fraction(str(each.repeat or 1)) * source.num_samples
+        current[each.name] = Fraction(str(each.weight)) if each.weight else Fraction(each.num_samples or in_one_pass)
+    stages = [Stage(0, tuple(current.values()))]
+    for stage in config.data.stages:
+        current |= {name: Fraction(str(weight)) for name, weight in stage.weights.items()}
+        stages.append(Stage(stage.samples_seen, tuple(current.values())))
+    return tuple(stages)
 
 
 def model_config(config: ExperimentConfig, manifest: Manifest) -> ModelConfig:
@@ -118,7 +165,6 @@ def stream_options(config: ExperimentConfig, model: ModelConfig) -> StreamOption
         global_batch=config.train.global_batch,
         conditions=frozenset(config.conditions),
         condition_dropout=config.condition_dropout,
-        skip_shards=config.data.skip_shards,
         coupling_group=config.flow.coupling_group,
         num_tokens=model.num_tokens,
         num_kept_tokens=model.num_kept_tokens,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lfm import storage
-from lfm.data import manifest as manifests
 from pipelines.common import factory
 from pipelines.comparison.paired_statistics import difference, reached_at
 from pipelines.comparison.paired_trainings import Training, read_log, unpaired_key
@@ -78,8 +77,8 @@ def _metrics(log: list[dict[str, Any]]) -> list[str]:
 
 def _training_flops(training: Training) -> float | None:
     """Return the operations of all forward and backward passes of a training: three times the forward passes."""
-    manifest = manifests.load(training.config.data.shards, "latents")
-    flops = factory.model_config(training.config, manifest).flops_per_sample
+    mixture = factory.load_mixture(training.config)
+    flops = factory.model_config(training.config, mixture.manifest).flops_per_sample
     return None if flops is None else 3.0 * flops * training.num_samples
 
 

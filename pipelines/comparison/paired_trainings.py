@@ -17,7 +17,15 @@ from pipelines.comparison.comparison_options import CompareConfig
 
 LOG, CONFIG = "log.jsonl", "config.json"
 # Keys that may differ between two trainings of one seed without changing their samples, noise and times.
-PAIRING_KEYS = ("data.shards", "data.window", "data.skip_shards", "data.held_back", "train.seed")
+PAIRING_KEYS = (
+    "data.shards",
+    "data.sources",
+    "data.stages",
+    "data.window",
+    "data.skip_shards",
+    "data.held_back",
+    "train.seed",
+)
 
 
 @dataclass(frozen=True)

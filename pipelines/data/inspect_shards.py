@@ -113,7 +113,7 @@ def _training_order(config: InspectConfig, manifest: Manifest) -> Iterator[str]:
     import torch
 
     from lfm.data.random_draws import draw
-    from lfm.data.stream.latent_stream import shard_sizes
+    from lfm.data.stream.mixture import shard_sizes
 
     sizes = shard_sizes(manifest, config.skip_shard, config.path)
     if not sum(sizes):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lfm import storage, weights_file
 from lfm.data.manifest import Manifest
+from lfm.data.stream.mixture import Mixture
 from lfm.errors import ConfigError
 from lfm.metrics.frechet import FeatureSums, frechet_distance
 from lfm.types import Condition
@@ -44,9 +45,9 @@ def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: Worl
         raise ConfigError(
             "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
         )
-    if config.evaluation.reference is None:
-        return None
     evaluation = config.evaluation
+    if evaluation.reference is None:
+        return None
     reference_set = ReferenceSet.load(
         evaluation.reference,
         factory.device(world),
@@ -98,13 +99,13 @@ class BestRecord:
 class BestWeights:
     """Measures the EMA weights, and saves them when their distance is the smallest so far; all ranks take part."""
 
-    def __init__(self, sampler: EmaSampler, manifest: Manifest, reference_set: ReferenceSet | None) -> None:
+    def __init__(self, sampler: EmaSampler, mixture: Mixture, reference_set: ReferenceSet | None) -> None:
         config, world = sampler.config, sampler.engine.world
         assert config.evaluation, "the experiment is evaluated during training"
         self.sampler, self.engine, self.reference_set = sampler, sampler.engine, reference_set
         self.evaluation, self.every = config.evaluation, config.evaluation.every
         self.folder = Path(config.run)
-        self.stream = sampler.open_stream(manifest, world.size * sampler.micro_batch, world)
+        self.stream = sampler.open_stream(mixture, world.size * sampler.micro_batch, world)
 
     def measure(self, header: WeightsHeader) -> dict[str, float]:
         """Return the distance and the task score by name; save the weights with `header` if the distance is the smallest."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lfm import solvers
 from lfm.autoencoder import Autoencoder
-from lfm.data.manifest import Manifest
 from lfm.data.random_draws import image_noise
 from lfm.data.stream.latent_stream import LatentStream
+from lfm.data.stream.mixture import Mixture
 from lfm.flow.guidance import Guidance
 from lfm.inference.trained_model import guided_velocity
 from lfm.models.config import ModelConfig
@@ -36,7 +36,7 @@ class EmaSampler:
         self.config, self.model, self.engine, self.autoencoder = config, model, engine, autoencoder
         self.micro_batch = factory.micro_batch(config, engine.world)
 
-    def open_stream(self, manifest: Manifest, batch_size: int, world: World) -> LatentStream:
+    def open_stream(self, mixture: Mixture, batch_size: int, world: World) -> LatentStream:
         """Return a stream of fixed samples in batches of `batch_size` over all ranks, without condition dropout."""
         options = replace(
             factory.stream_options(self.config, self.model),
@@ -46,7 +46,7 @@ class EmaSampler:
             global_batch=batch_size,
         )
         cache = factory.cache(self.config.data.cache, self.config.data.cache_gigabytes)
-        return LatentStream(self.config.data.shards, manifest, options, world, cache, self.engine.device)
+        return LatentStream(mixture, options, world, cache, self.engine.device)
 
     def latents(
         self, seeds: Sequence[int], condition: Condition, guidance_scale: float = 1.0, num_steps: int = NUM_STEPS

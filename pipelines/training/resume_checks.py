@@ -9,6 +9,7 @@ import torch
 
 from lfm import weights_file
 from lfm.data.manifest import Manifest
+from lfm.data.stream.mixture import Mixture
 from lfm.errors import CheckpointError, ConfigError, DataError
 from lfm.models import registry
 from lfm.models.network import VelocityNetwork
@@ -22,6 +23,7 @@ from pipelines.common.config_schema import ExperimentConfig
 FREE_KEYS = {
     "run",
     "data.shards",
+    "data.warn_passes",
     "data.cache",
     "data.cache_gigabytes",
     "data.skip_shards",
@@ -71,7 +73,7 @@ def check_same_network(source: str, header: WeightsHeader, model: VelocityNetwor
 
 def check_continues(
     config: ExperimentConfig,
-    manifest: Manifest,
+    mixture: Mixture,
     model: VelocityNetwork,
     checkpoint: Path,
     state: RunState,
@@ -85,9 +87,9 @@ def check_continues(
         CheckpointError: with `allow_changes`, the network is another one.
     """
     train, resumed_from = config.train, str(checkpoint)
-    if state.manifest_digest != manifest.digest:
+    if state.manifest_digest != mixture.digest:
         raise DataError(
-            f"{config.data.shards}: other latents than {resumed_from} was trained on; name those, or another folder with run"
+            f"{mixture.name}: other latents than {resumed_from} was trained on; name those, or another folder with run"
         )
     if rest := state.samples_seen % train.global_batch:
         raise ConfigError(
@@ -115,13 +117,20 @@ def _changes(config: ExperimentConfig, recorded: ExperimentConfig) -> list[str]:
     changes = [
         f"{key} ({before}, now {after})"
         for key, before, after in config_schema.differences(
-            recorded.model_dump(mode="json"), config.model_dump(mode="json")
+            _without_paths(recorded.model_dump(mode="json")), _without_paths(config.model_dump(mode="json"))
         )
         if key not in free and key.split(".")[0] not in FREE_SECTIONS
     ]
     if config.train.schedule == "cosine" and recorded.train.num_steps != config.train.num_steps:
         changes.append("train.num_steps (the cosine schedule depends on it)")
     return changes
+
+
+def _without_paths(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the keys of its sources that may change as those of `FREE_KEYS`."""
+    free = ("shards", "skip_shards")
+    sources = [{key: value for key, value in each.items() if key not in free} for each in content["data"]["sources"]]
+    return content | {"data": content["data"] | {"sources": sources}}
 
 
 def _function_of(config: Any, prediction: str) -> dict[str, Any]:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from lfm import storage, weights_file
-from lfm.data import manifest as manifests
-from lfm.data.manifest import Manifest
-from lfm.data.stream.latent_stream import shard_sizes
+from lfm.data.stream.mixture import Mixture
 from lfm.errors import ConfigError, DataError
 from lfm.models import registry
 from lfm.models.config import ModelConfig
@@ -30,9 +28,9 @@ from pipelines.common.config_schema import ExperimentConfig, differences
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import load_reference_set
+from pipelines.training.mixture_plan import describe_mixture
 from pipelines.training.resume_checks import check_continues, load_initial_weights
 from pipelines.training.training_loop import TrainingLoop, averages
-from pipelines.training.validation import split_shards
 
 CONFIG = "config.json"
 
@@ -70,19 +68,19 @@ def run(
     """
     with Ranks(world) as ranks:
         _require_equal_configuration(config, ranks)
-        manifest = manifests.load(config.data.shards, "latents")
-        ranks.require_equal(f"data.shards {config.data.shards}", manifest.digest)
+        mixture = factory.load_mixture(config)
+        ranks.require_equal(f"latents of {mixture.name}", mixture.digest)
         folder = RunFolder(config.run)
         if dry_run:
             checkpoint = _choose_checkpoint(folder, ranks, dry_run=True)
-            prepared = _prepare(config, manifest, world, folder, checkpoint, initialize_from, allow_changes)
+            prepared = _prepare(config, mixture, world, folder, checkpoint, initialize_from, allow_changes)
             return TrainResult(prepared.plan)
         with folder.only_one() if world.is_main else nullcontext():
             folder.require_shared(ranks)
             checkpoint = _choose_checkpoint(folder, ranks)
-            prepared = _prepare(config, manifest, world, folder, checkpoint, initialize_from, allow_changes)
+            prepared = _prepare(config, mixture, world, folder, checkpoint, initialize_from, allow_changes)
             with float32_arithmetic(prepared.config.train.precision or "fp32", factory.device(world)):
-                loop = _start(manifest, prepared, ranks, folder)
+                loop = _start(mixture, prepared, ranks, folder)
                 loop.run(checkpoint[0] if checkpoint else None, prepared.initial_weights)
             loop.engine.close()
     if loop.stop_requested:
@@ -134,7 +132,7 @@ def _choose_checkpoint(folder: RunFolder, ranks: Ranks, *, dry_run: bool = False
 
 def _prepare(
     config: ExperimentConfig,
-    manifest: Manifest,
+    mixture: Mixture,
     world: World,
     folder: RunFolder,
     checkpoint: tuple[Path, RunState] | None,
@@ -144,9 +142,9 @@ def _prepare(
     """Check everything that can be checked before training, and build the network."""
     recorded = trained_precision(checkpoint[1].config) if checkpoint else None
     config = factory.with_precision(config, factory.device(world), recorded)
-    training_shards, _ = split_shards(manifest, config.data.held_back)
-    if not sum(shard_sizes(training_shards, config.data.skip_shards, config.data.shards)):
-        raise DataError(f"{config.data.shards}: data.skip_shards leaves nothing to train on; name fewer")
+    training, manifest = mixture.split(config.data.held_back)[0], mixture.manifest
+    if not all(source.num_samples for source in training.sources):
+        raise DataError(f"{mixture.name}: data.skip_shards leaves nothing to train on; name fewer")
     model_config = factory.model_config(config, manifest)
     settings = factory.deepspeed_settings(config, world)
     reference_set = load_reference_set(config, manifest, world) if config.evaluation else None
@@ -154,18 +152,19 @@ def _prepare(
     model = registry.build_network(model_config)
     initial_weights = None
     if checkpoint:
-        check_continues(config, manifest, model, *checkpoint, allow_changes)
+        check_continues(config, mixture, model, *checkpoint, allow_changes)
     elif initialize_from:
         initial_weights = load_initial_weights(initialize_from, model, manifest)
     if factory.compiles_blocks(config):
         model.compile_blocks()
     checkpoint_bytes = (BYTES_PER_PARAMETER + 4 * len(averages(config.train))) * model.num_parameters
     folder.require_space(checkpoint_bytes, config.train.keep_checkpoints, 4 * model.num_parameters)
-    plan = _describe(config, manifest, model, world, settings, checkpoint[0].name if checkpoint else initialize_from)
+    origin = checkpoint[0].name if checkpoint else initialize_from
+    plan = "\n".join([_describe(config, mixture, model, world, settings, origin), *describe_mixture(config, training)])
     return PreparedTraining(plan, config, model, settings, reference_set, initial_weights)
 
 
-def _start(manifest: Manifest, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder) -> TrainingLoop:
+def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder) -> TrainingLoop:
     """Start the engine on all ranks, and build the training loop."""
     config = prepared.config
     guard = StepGuard(config.train.skip_above)
@@ -174,12 +173,13 @@ def _start(manifest: Manifest, prepared: PreparedTraining, ranks: Ranks, folder:
         print(prepared.plan, flush=True)
         storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
     engine.barrier()
-    header = _header(config, manifest, prepared.model.config)
-    return TrainingLoop(config, manifest, header, engine, folder, prepared.reference_set)
+    header = _header(config, mixture, prepared.model.config)
+    return TrainingLoop(config, mixture, header, engine, folder, prepared.reference_set)
 
 
-def _header(config: ExperimentConfig, manifest: Manifest, model_config: ModelConfig) -> WeightsHeader:
+def _header(config: ExperimentConfig, mixture: Mixture, model_config: ModelConfig) -> WeightsHeader:
     """Return the header of the weights of a run, at its start."""
+    manifest = mixture.manifest
     assert manifest.autoencoder is not None, "checked when the model's configuration was built"
     return WeightsHeader(
         model=model_config,
@@ -187,7 +187,7 @@ def _header(config: ExperimentConfig, manifest: Manifest, model_config: ModelCon
         image_size=manifest.image_size,
         classes=manifest.classes if "class" in config.conditions else (),
         samples_seen=0,
-        manifest_digest=manifest.digest,
+        manifest_digest=mixture.digest,
         code_version=code_version(),
         config=config.model_dump(mode="json"),
         crop=manifest.recipe.get("crop"),
@@ -197,17 +197,18 @@ def _header(config: ExperimentConfig, manifest: Manifest, model_config: ModelCon
 
 def _describe(
     config: ExperimentConfig,
-    manifest: Manifest,
+    mixture: Mixture,
     model: VelocityNetwork,
     world: World,
     settings: dict[str, Any],
     origin: str | None,
 ) -> str:
     """Return the plan of a training in one line."""
+    manifest = mixture.manifest
     num_samples = config.train.num_steps * config.train.global_batch
     skipped = f"{len(config.data.skip_shards)} shards left out; " if config.data.skip_shards else ""
     return (
-        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {config.data.shards}; {skipped}"
+        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {mixture.name}; {skipped}"
         f"{config.train.num_steps:,} steps of {config.train.global_batch} "
         f"({num_samples / manifest.num_samples:.1f} epochs) on {world.size} {'rank' if world.size == 1 else 'ranks'}, "
         f"ZeRO {settings['zero_optimization']['stage']}, {config.train.precision}, from {origin or 'the start'} -> "

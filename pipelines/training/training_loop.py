@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lfm import weights_file
-from lfm.data.manifest import Manifest
 from lfm.data.stream.latent_stream import LatentStream
+from lfm.data.stream.mixture import Mixture
 from lfm.errors import DataError
 from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
 from lfm.training.checkpoint_writer import CheckpointWriter
@@ -35,7 +35,7 @@ from pipelines.training.best_weights import BestWeights
 from pipelines.training.ema_sampler import EmaSampler
 from pipelines.training.stop_signals import StopRequest
 from pipelines.training.training_log import TrainingLog
-from pipelines.training.validation import Validation, split_shards
+from pipelines.training.validation import Validation
 
 
 class HostCopy:
@@ -61,7 +61,7 @@ class TrainingLoop:
 
     Args:
         config: the experiment.
-        manifest: manifest of all latent shards, held-back ones included.
+        mixture: the latents, held-back shards included.
         header: header of the weights to save; its `samples_seen` is replaced.
         engine: the model in training, with the averages that `averages` names.
         folder: run folder.
@@ -71,7 +71,7 @@ class TrainingLoop:
     def __init__(
         self,
         config: ExperimentConfig,
-        manifest: Manifest,
+        mixture: Mixture,
         header: WeightsHeader,
         engine: Engine,
         folder: RunFolder,
@@ -82,14 +82,14 @@ class TrainingLoop:
         self.checkpoints = CheckpointWriter(engine, folder, config.train.keep_checkpoints)
         self.micro_batch = factory.micro_batch(config, self.world)
         self.training_loss = factory.training_loss(config)
-        training_shards, held_back = split_shards(manifest, config.data.held_back)
+        training_shards, held_back = mixture.split(config.data.held_back)
         options = factory.stream_options(config, header.model)
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
-        self.stream = LatentStream(config.data.shards, training_shards, options, self.world, cache, engine.device)
+        self.stream = LatentStream(training_shards, options, self.world, cache, engine.device)
         self.evaluators: list[Validation | BestWeights] = []
         self.distances: tuple[str, ...] = ()
         if self.train.validate_every or config.evaluation:
-            decoder = factory.matching_autoencoder(header.autoencoder, None, self.world, config.data.shards)
+            decoder = factory.matching_autoencoder(header.autoencoder, None, self.world, mixture.name)
             sampler = EmaSampler(config, header.model, engine, decoder)
             if self.train.validate_every:
                 self.evaluators.append(Validation(sampler, training_shards, held_back))

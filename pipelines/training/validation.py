@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lfm.data.manifest import Manifest
-from lfm.errors import DataError
+from lfm.data.stream.mixture import Mixture
 from lfm.flow.null_condition import class_condition
 from lfm.flow.path import path_sample, squared_error
 from lfm.flow.time_samplers import uniform_time
@@ -27,32 +26,16 @@ MOST_IMAGES, MOST_COLUMNS, MOST_SAMPLES = 32, 20, 4096
 SMALLEST_SIDE = 128  # pixels; smaller images are enlarged by a whole factor
 
 
-def split_shards(manifest: Manifest, num_held_back: int) -> tuple[Manifest, Manifest]:
-    """Return the manifests of the shards to train on, and of the last `num_held_back` shards.
-
-    Raises:
-        DataError: no shards would be left to train on.
-    """
-    if num_held_back >= len(manifest.shards):
-        raise DataError(
-            f"data.held_back {num_held_back}: there are {len(manifest.shards)} shards, and some must be trained on; "
-            "lower it, or encode with fewer samples per shard"
-        )
-    border = len(manifest.shards) - num_held_back
-    training, held_back = manifest.shards[:border], manifest.shards[border:]
-    return manifest.model_copy(update={"shards": training}), manifest.model_copy(update={"shards": held_back})
-
-
 class Validation:
     """Grids of images and a validation loss; all ranks take part.
 
     Args:
         sampler: generates the images.
-        training_shards: manifest of the shards whose first conditions the images have.
-        held_back: manifest of the shards of the validation loss; if it has none, there is no loss.
+        training_shards: mixture of the shards whose first conditions the images have.
+        held_back: mixture of the shards of the validation loss; if it has none, there is no loss.
     """
 
-    def __init__(self, sampler: EmaSampler, training_shards: Manifest, held_back: Manifest) -> None:
+    def __init__(self, sampler: EmaSampler, training_shards: Mixture, held_back: Mixture) -> None:
         config, classes = sampler.config, sampler.model.num_classes
         assert config.train.validate_every, "the experiment is validated"
         self.sampler, self.engine = sampler, sampler.engine
@@ -62,10 +45,10 @@ class Validation:
         self.num_images = MOST_IMAGES // self.columns * self.columns if self.columns else MOST_IMAGES
         self.condition = self._conditions(training_shards)
         self.batches: list[LatentBatch] = []
-        if held_back.shards:
+        if held_back.manifest.shards:
             size = config.train.global_batch
             stream = sampler.open_stream(held_back, size, self.engine.world)
-            num_batches = max(1, min(held_back.num_samples, MOST_SAMPLES) // size)
+            num_batches = max(1, min(held_back.manifest.num_samples, MOST_SAMPLES) // size)
             self.batches = [stream.batch(number * size) for number in range(num_batches)]
             stream.close()
 
@@ -83,9 +66,9 @@ class Validation:
             image_files.save(grid, self.folder / f"{run_folder.tag(header.samples_seen)}.png", flush=False)
         return figures
 
-    def _conditions(self, manifest: Manifest) -> Condition:
+    def _conditions(self, mixture: Mixture) -> Condition:
         """Return the conditions of the first samples; classes are balanced, or every n-th one if there are many."""
-        stream = self.sampler.open_stream(manifest, self.num_images, World())
+        stream = self.sampler.open_stream(mixture, self.num_images, World())
         condition = stream.batch(0).condition
         stream.close()
         if classes := self.sampler.model.num_classes:

@@ -17,6 +17,7 @@ from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.manifest import ShardRecord
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.stream.mixture import single_source
 from lfm.storage.cache import Cache
 from lfm.world import World
 from pipelines.data import encode
@@ -65,8 +66,8 @@ def test_shards_and_latents_have_the_same_bytes_as_on_the_local_disk(
 
     options = StreamOptions(global_batch=8, conditions=frozenset({"class"}), window=2)
     streams = (
-        LatentStream(str(small_set.latents), local, options, ALONE, Cache(cache)),
-        LatentStream(latents, remote, options, ALONE, Cache(cache)),
+        LatentStream(single_source(str(small_set.latents), local), options, ALONE, Cache(cache)),
+        LatentStream(single_source(latents, remote), options, ALONE, Cache(cache)),
     )
     for samples_seen in (0, 40, 72):
         one, other = (stream.batch(samples_seen) for stream in streams)

@@ -10,6 +10,7 @@ from lfm import storage
 from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.stream.mixture import single_source
 from lfm.data.tar import sample_key, write_tar
 from lfm.storage.cache import Cache
 from lfm.types import LatentBatch, LatentSample
@@ -26,8 +27,10 @@ OPTIONS = StreamOptions(seed=3, window=2, global_batch=8)
 class Latents:
     """A data set of 6 latent shards of random posteriors, which `posterior` and `classes` hold by shard and row."""
 
-    def __init__(self, folder: str, *, classes: bool = True, flips: bool = True, std: float = 1.0) -> None:
-        random = np.random.default_rng(0)
+    def __init__(
+        self, folder: str, *, classes: bool = True, flips: bool = True, std: float = 1.0, seed: int = 0
+    ) -> None:
+        random = np.random.default_rng(seed)
         self.folder = folder
         self.posterior: dict[tuple[int, int, bool], np.ndarray] = {}  # shard, row, flip
         self.classes: dict[tuple[int, int], int] = {}
@@ -70,7 +73,9 @@ class Latents:
     def stream(
         self, options: StreamOptions = OPTIONS, world: World | None = None, cache: Path | None = None
     ) -> LatentStream:
-        return LatentStream(self.folder, self.manifest, options, world or World(), Cache(cache or Path("/nowhere")))
+        return LatentStream(
+            single_source(self.folder, self.manifest), options, world or World(), Cache(cache or Path("/nowhere"))
+        )
 
 
 def samples_of(*batches: LatentBatch) -> dict[int, tuple[bytes, ...]]:

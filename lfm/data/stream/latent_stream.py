@@ -1,4 +1,4 @@
-"""The training input: latent batches gathered from mapped shards by one background thread, in the order of `Order`.
+"""The training input: latent batches gathered from mapped shards by one background thread, in the mixture's order.
 
 A batch is one strided gather per shard of its window. No file is opened and nothing is decoded per sample, so one thread is
 enough, and no worker processes have a state to save. The shards of the next window are fetched while the current one is
@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
+from bisect import bisect_right
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from lfm import storage
 from lfm.data.latent_shards import LatentShard, ScatteredColumn
-from lfm.data.manifest import Manifest
 from lfm.data.random_draws import draw, draw_noise, kept_tokens
-from lfm.data.stream.sample_order import Order
+from lfm.data.stream.mixture import MEMBERS_OF_CONDITION, Mixture
+from lfm.data.stream.mixture_order import MixtureOrder
 from lfm.errors import DataError
 from lfm.flow.coupling import couple
 from lfm.flow.null_condition import drop_condition
@@ -35,13 +36,6 @@ from lfm.world import World
 
 _PLANNED_BATCHES = 16  # whose rows and random numbers are computed together
 
-# The members that each condition reads: by name, those of the image and of the mirrored image.
-_MEMBERS_OF_CONDITION = {
-    "none": {"latent": ("latent.npy", "latent_flip.npy")},
-    "class": {"class": ("cls", "cls")},
-    "inpaint": {"masked": ("masked.npy", "masked_flip.npy"), "mask": ("mask.npy", "mask.npy")},
-    "semantic": {"segmentation": ("seg.npy", "seg.npy")},
-}
 Column = Tensor | ScatteredColumn
 
 
@@ -54,7 +48,6 @@ class StreamOptions:
     global_batch: int = 256  # samples per step over all ranks
     conditions: frozenset[str] = frozenset()  # of class, inpaint and semantic
     condition_dropout: float = 0.0  # share of samples that get the null condition
-    skip_shards: tuple[str, ...] = ()  # names of shards that are left out
     coupling_group: int = 1  # samples whose noise is assigned by optimal transport; divides every rank's part
     num_tokens: int = 0  # tokens of a latent
     num_kept_tokens: int = 0  # number of them that the model's middle blocks see
@@ -64,8 +57,7 @@ class LatentStream:
     """The batches of one rank, from any sample of the global order on.
 
     Args:
-        folder: path or URL of the latent shards.
-        manifest: their manifest.
+        mixture: the data sets to read.
         options: the same on every rank.
         world: this rank, which reads a contiguous slice of every global batch.
         cache: the cache of remote shards.
@@ -73,44 +65,52 @@ class LatentStream:
 
     Raises:
         DataError: the shards hold no latents or no member that the condition needs, or a shard to leave out is unknown.
-        ConfigError: the cache does not hold two windows of shards.
+        ConfigError: the cache does not hold two windows of shards of each source.
     """
 
     def __init__(
-        self,
-        folder: str,
-        manifest: Manifest,
-        options: StreamOptions,
-        world: World,
-        cache: Cache,
-        device: torch.device | str = "cpu",
+        self, mixture: Mixture, options: StreamOptions, world: World, cache: Cache, device: torch.device | str = "cpu"
     ) -> None:
-        sizes = shard_sizes(manifest, options.skip_shards, folder)
-        if manifest.autoencoder is None or not sum(sizes):
-            raise DataError(f"{folder}: holds no latents to train on")
+        sizes = [source.shard_sizes() for source in mixture.sources]
+        manifest = mixture.manifest
+        if manifest.autoencoder is None or not all(map(sum, sizes)):
+            raise DataError(f"{mixture.name}: holds no latents to train on")
         self.manifest, self.options, self.world, self.cache = manifest, options, world, cache
         self.device = torch.device(device)
-        self.order = Order(sizes, options.seed, options.window)
+        self.order = MixtureOrder(sizes, mixture.stages, options.seed, options.window)
         self.scale, self.shift = manifest.autoencoder.scale_factor, manifest.autoencoder.shift
         self.members = {member.suffix: member for member in manifest.members}
-        self.has_flips = "latent_flip.npy" in self.members
         self.fields: dict[str, tuple[str, str]] = {}
         for condition in ("none", *sorted(options.conditions)):
-            self.fields |= _MEMBERS_OF_CONDITION[condition]
+            self.fields |= MEMBERS_OF_CONDITION[condition]
         for name, (suffix, _) in self.fields.items():
             if suffix not in self.members:
-                raise DataError(f"{folder}: the latents hold no {name}; encode shards that do, or change condition")
-        self._copies: list[str] = []
-        if not storage.is_local(folder):
-            largest = heapq.nlargest(2 * options.window, (shard.bytes for shard in manifest.shards))
-            cache.reserve(self, sum(largest))
-            self._copies = [
-                copy_name(storage.join(folder, shard.name), shard.bytes, shard.crc32) for shard in manifest.shards
-            ]
+                raise DataError(
+                    f"{mixture.name}: the latents hold no {name}; encode shards that do, or change condition"
+                )
+        has_flips = [source.flips and "latent_flip.npy" in source.suffixes for source in mixture.sources]
+        self.has_flips = torch.tensor(has_flips).repeat_interleave(
+            torch.tensor([len(part) for part in sizes])
+        )  # by shard
+        self._copies: dict[int, str] = {}  # names of the cached copies of remote shards, by number
+        self._reserve(mixture)
         self.wait_seconds = 0.0
         # Not a method of this object: the cycle would keep a stream's shards open after its last use.
-        self._shards = ReadAhead(partial(_open_columns, folder, manifest, cache))
-        self._window: tuple[int, int] | None = None
+        self._shards = ReadAhead(partial(_open_columns, mixture, self.order.first_shards.tolist(), cache))
+        self._window: tuple[tuple[int, int], ...] | None = None
+
+    def _reserve(self, mixture: Mixture) -> None:
+        """Reserve room in the cache for two windows of each remote source."""
+        needed = 0
+        for source, first in zip(mixture.sources, self.order.first_shards.tolist(), strict=False):
+            if not storage.is_local(source.folder):
+                shards = source.manifest.shards
+                needed += sum(heapq.nlargest(2 * self.options.window, (shard.bytes for shard in shards)))
+                paths = [storage.join(source.folder, shard.name) for shard in shards]
+                copies = [copy_name(path, shard.bytes, shard.crc32) for path, shard in zip(paths, shards, strict=True)]
+                self._copies |= dict(enumerate(copies, first))
+        if self._copies:
+            self.cache.reserve(self, needed)
 
     def batches(self, samples_seen: int, *, ahead: int = 4) -> Generator[LatentBatch]:
         """Yield batches of this rank from `samples_seen` on, without end; add the time spent waiting to `wait_seconds`."""
@@ -149,7 +149,7 @@ class LatentStream:
         shards, rows = (torch.from_numpy(place).view(count, batch)[:, part] for place in places)
         numbers = torch.arange(samples_seen, samples_seen + count * batch).view(count, batch)[:, part]
         draws = draw(self.options.seed, numbers)
-        flip = draws.flip & self.has_flips
+        flip = draws.flip & self.has_flips[shards]
         # The order within a batch is free, since everything is per sample; sorted, each shard is gathered in one call.
         groups, by_group = torch.sort(2 * shards + flip, stable=True)
         drop = draws.drop < self.options.condition_dropout
@@ -221,40 +221,33 @@ class LatentStream:
         window = self.order.window_at(position)
         if window != self._window:
             self._window = window
-            upcoming = self.order.upcoming_shards(position)
             if self._copies:
-                self.cache.announce(self, [self._copies[index] for index in upcoming])
-            self._shards.request(upcoming[: 2 * self.options.window])
+                upcoming = self.order.upcoming_shards(position)
+                self.cache.announce(self, [self._copies[index] for index in upcoming if index in self._copies])
+            self._shards.request(self.order.upcoming_shards(position, 2))
 
 
-def _open_columns(folder: str, manifest: Manifest, cache: Cache, index: int) -> dict[str, Column]:
+def _open_columns(mixture: Mixture, first_shards: list[int], cache: Cache, number: int) -> dict[str, Column]:
     """Open a shard; it stays mapped, and its copy in the cache, as long as one of its columns is in use."""
-    record = manifest.shards[index]
-    path = storage.join(folder, record.name)
+    index = bisect_right(first_shards, number) - 1
+    source = mixture.sources[index]
+    record = source.manifest.shards[number - first_shards[index]]
+    path = storage.join(source.folder, record.name)
     with cache.open(path, record.bytes, record.crc32) as file:
-        shard = LatentShard(file, record.samples, manifest.members, manifest.stride, name=path)
+        shard = LatentShard(file, record.samples, source.manifest.members, source.manifest.stride, name=path)
     columns: dict[str, Column] = {
         suffix: column if isinstance(column, ScatteredColumn) else torch.from_numpy(column)
         for suffix, column in shard.columns.items()
         if suffix != "cls"
     }
-    if shard.class_indices is not None:
-        columns["cls"] = torch.from_numpy(shard.class_indices)
+    classes = shard.class_indices
+    if classes is None or source.class_map == ():
+        columns["cls"] = torch.full((record.samples,), len(mixture.manifest.classes))  # the null class
+    elif source.class_map is None:
+        columns["cls"] = torch.from_numpy(classes)
+    else:
+        columns["cls"] = torch.tensor(source.class_map)[classes]
     return columns
-
-
-def shard_sizes(manifest: Manifest, skip_shards: tuple[str, ...], folder: str) -> list[int]:
-    """Return the number of samples of each shard, counting those to leave out as empty.
-
-    All other shards keep their place in the order, so that a run which stopped at a damaged shard resumes where it was.
-
-    Raises:
-        DataError: there is no shard of that name.
-    """
-    unknown = sorted(set(skip_shards) - {shard.name for shard in manifest.shards})
-    if unknown:
-        raise DataError(f"{folder}: no shard {unknown[0]} to leave out; name it as its file")
-    return [0 if shard.name in skip_shards else shard.samples for shard in manifest.shards]
 
 
 def _copy_rows(column: Column, rows: Tensor, output: Tensor) -> None:

@@ -70,12 +70,43 @@ class Shares:
         self._fill(right, numbers - of_left, counts)
 
 
+class StagedShares:
+    """The number of samples of each source among the first n, with weights that change.
+
+    Args:
+        stages: the first begins at sample 0, each later one after the one before it.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        assert stages[0].first_sample == 0, "the first stage begins at the first sample"
+        self.starts = np.array([stage.first_sample for stage in stages])
+        self.shares = [Shares(stage.weights) for stage in stages]
+        self._counts_before = [np.zeros(len(stages[0].weights), np.int64)]  # of each source at the start of each stage
+        for shares, length in zip(self.shares, np.diff(self.starts), strict=False):
+            self._counts_before.append(self._counts_before[-1] + shares.counts(np.array([length]))[:, 0])
+
+    def counts(self, first: int, num: int = 1) -> np.ndarray:
+        """Return the samples of each source among the first n, int64 (sources, num), for n from `first` on."""
+        numbers = np.arange(first, first + num)
+        stages = np.searchsorted(self.starts, numbers, side="right") - 1
+        parts = [
+            self._counts_before[stage][:, None]
+            + self.shares[stage].counts(numbers[stages == stage] - self.starts[stage])
+            for stage in range(stages[0], stages[-1] + 1)
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def weights_at(self, position: int) -> list[int]:
+        """Return the relative weights of the sources at a position."""
+        return self.shares[int(np.searchsorted(self.starts, position, side="right")) - 1].weights
+
+
 class MixtureOrder:
     """The shard and row of each position of a mixture; the shards of all sources are numbered one after the other.
 
     Args:
         shard_sizes: samples in each shard, for each source.
-        stages: the first begins at sample 0, each later one after the one before it.
+        stages: of `StagedShares`.
         seed: seed of all permutations. One source has the order that `Order` gives it with this seed.
         window: number of shards of each source that are shuffled together.
     """
@@ -83,36 +114,20 @@ class MixtureOrder:
     def __init__(
         self, shard_sizes: Sequence[Sequence[int] | np.ndarray], stages: Sequence[Stage], seed: int, window: int
     ) -> None:
-        assert stages[0].first_sample == 0, "the first stage begins at the first sample"
         self.window = window
         self.orders = [
             Order(sizes, seed, window, stream=(source,) if len(shard_sizes) > 1 else ())
             for source, sizes in enumerate(shard_sizes)
         ]
         self.first_shards = np.cumsum([0, *map(len, shard_sizes)])  # number of each source's first shard
-        self._starts = np.array([stage.first_sample for stage in stages])
-        self._shares = [Shares(stage.weights) for stage in stages]
-        self._counts_before = [np.zeros(len(shard_sizes), np.int64)]  # of each source at the start of each stage
-        for shares, length in zip(self._shares, np.diff(self._starts), strict=False):
-            self._counts_before.append(self._counts_before[-1] + shares.counts(np.array([length]))[:, 0])
-
-    def counts(self, first: int, num: int = 1) -> np.ndarray:
-        """Return the samples of each source among the first n, int64 (sources, num), for n from `first` on."""
-        numbers = np.arange(first, first + num)
-        stages = np.searchsorted(self._starts, numbers, side="right") - 1
-        parts = [
-            self._counts_before[stage][:, None] + self._shares[stage].counts(numbers[stages == stage] - start)
-            for stage, start in enumerate(self._starts[: stages[-1] + 1])
-            if stage >= stages[0]
-        ]
-        return np.concatenate(parts, axis=1)
+        self._shares = StagedShares(stages)
 
     def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return shards and rows, int64 (count,) each, of `count` positions from `position` on."""
         if len(self.orders) == 1:
             return self.orders[0].at(position, count)
         shards, rows = np.empty(count, np.int64), np.empty(count, np.int64)
-        counts = self.counts(position, count + 1)
+        counts = self._shares.counts(position, count + 1)
         source = np.argmax(np.diff(counts), axis=0)
         for index, order in enumerate(self.orders):
             start, end = int(counts[index, 0]), int(counts[index, -1])
@@ -124,13 +139,12 @@ class MixtureOrder:
 
     def window_at(self, position: int) -> tuple[tuple[int, int], ...]:
         """Return the epoch and the window within it that each source is in at a position."""
-        counts = self.counts(position)[:, 0].tolist()
+        counts = self._shares.counts(position)[:, 0].tolist()
         return tuple(order.window_at(count) for order, count in zip(self.orders, counts, strict=True))
 
     def upcoming_shards(self, position: int, windows: int | None = None) -> list[int]:
         """Return the shards, those of the next use first: all, or those of the first `windows` windows of each source."""
-        stage = int(np.searchsorted(self._starts, position, side="right")) - 1
-        counts, weights = self.counts(position)[:, 0].tolist(), self._shares[stage].weights
+        counts, weights = self._shares.counts(position)[:, 0].tolist(), self._shares.weights_at(position)
         keyed: list[tuple[float, int]] = []
         for index, (order, count, weight) in enumerate(zip(self.orders, counts, weights, strict=True)):
             upcoming = order.upcoming_shards(count, None if windows is None else windows * self.window)

@@ -9,6 +9,8 @@ from pipelines.common import config_schema
 
 SECTIONS = [
     config_schema.ExperimentConfig,
+    config_schema.SourceConfig,
+    config_schema.StageConfig,
     config_schema.DataConfig,
     config_schema.FlowConfig,
     config_schema.TrainConfig,

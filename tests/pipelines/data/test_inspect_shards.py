@@ -15,6 +15,7 @@ from lfm.data import manifest as manifests
 from lfm.data.latent_shards import LatentShard
 from lfm.data.raw_shards import read_raw
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.stream.mixture import single_source
 from lfm.storage.cache import Cache
 from lfm.synthetic.scenes import CLASS_NAMES, draw_scene
 from lfm.types import RawSample
@@ -64,7 +65,7 @@ def test_the_plan_is_what_training_reads(small_set: SmallSet) -> None:
     """From any sample on, across the end of an epoch."""
     manifest = manifests.load(str(small_set.latents), "latents")
     options = StreamOptions(seed=5, window=2, global_batch=10)
-    stream = LatentStream(str(small_set.latents), manifest, options, ALONE, Cache())
+    stream = LatentStream(single_source(str(small_set.latents), manifest), options, ALONE, Cache())
     lines = lfm("inspect", small_set.latents, "--plan", "--at", 33, "--num", 10, "--seed", 5, "--window", 2)
     lines = lines.stdout.splitlines()
     batch = stream.batch(33)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -66,7 +67,11 @@ def test_an_experiment_dry_runs_and_its_head_says_command_hardware_and_expectati
     manifests.publish(str(tmp_path / "latents"), latents)
     monkeypatch.setattr(RunFolder, "require_space", lambda *sizes: None)  # checkpoints of several GB
     monkeypatch.setattr(factory, "compiles_blocks", lambda config: False)
-    config = configs.load(str(path), [f"data.shards={tmp_path / 'latents'}", f"run={tmp_path / 'run'}"])
+    data = f"data.shards={tmp_path / 'latents'}"
+    if sources := configs.load(str(path)).data.sources:
+        each = ({**source.model_dump(exclude_none=True), "shards": str(tmp_path / "latents")} for source in sources)
+        data = f"data.sources={json.dumps(list(each))}"
+    config = configs.load(str(path), [data, f"run={tmp_path / 'run'}"])
     with torch.device("meta"):
         plan = train.run(config, World(), dry_run=True).plan
     assert f"{config.train.num_steps:,} steps of {config.train.global_batch} " in plan
@@ -104,7 +109,7 @@ def test_the_papers_unets_train_on_the_data_of_the_experiment_that_they_vary(nam
 
 
 def test_every_experiment_of_the_paper_has_two_variants_and_the_first_has_no_option_beyond_the_paper() -> None:
-    others = {"demo", "demo_unet", "pictures_64", "pictures_256", *UNETS}
+    others = {"demo", "demo_unet", "mixture_64", "pictures_64", "pictures_256", *UNETS}
     assert {path.stem for path in SHIPPED} == others | {stem + suffix for stem in PAPER for suffix in ("", MODERN)}
     for stem in PAPER:
         paper, modern = (configs.load(str(REPOSITORY / "configs" / f"{stem}{x}.yaml")) for x in ("", MODERN))

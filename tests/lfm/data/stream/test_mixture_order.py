@@ -61,7 +61,7 @@ def test_each_source_is_read_once_before_any_of_its_samples_comes_again(
     order = MixtureOrder(sizes, stages, seed, window)
     read = sequence(order, 0, 300)
     for source, of_source in enumerate(sizes):
-        first, last = order.first_shards[source : source + 2]
+        first, last = order.first_shards[source : source + 2].tolist()
         rows = [(shard, row) for shard, row in read if first <= shard < last]
         everything = sorted((first + shard, row) for shard, size in enumerate(of_source) for row in range(size))
         for start in range(0, len(rows) - len(everything) + 1, len(everything)):

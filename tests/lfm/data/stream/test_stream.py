@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lfm.data.random_draws import draw, draw_noise
 from lfm.data.stream.latent_stream import LatentStream
+from lfm.data.stream.mixture import single_source
 from lfm.errors import DataError, LfmError, StorageError
 from lfm.storage.cache import Cache
 from lfm.types import LatentBatch
@@ -226,4 +227,4 @@ def test_a_data_set_without_latents_is_refused(latents: Latents) -> None:
         latents.manifest.model_copy(update={"shards": ()}),
     ):
         with pytest.raises(LfmError, match=r"^here: holds no latents to train on$"):
-            LatentStream("here", manifest, OPTIONS, World(), Cache(Path("/nowhere")))
+            LatentStream(single_source("here", manifest), OPTIONS, World(), Cache(Path("/nowhere")))

@@ -18,6 +18,7 @@ from lfm.data.latent_shards import LatentShard, latent_layout, latent_members
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord
 from lfm.data.random_draws import draw
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.stream.mixture import single_source
 from lfm.data.tar import sample_key, write_tar
 from lfm.errors import ConfigError, DataError
 from lfm.storage.cache import Cache
@@ -61,8 +62,8 @@ def latents(folder: Path, change: Callable[[Path], None] = lambda path: None) ->
     return stream_of(folder, manifest, EVERYTHING)
 
 
-def stream_of(folder: Path, manifest: Manifest, options: StreamOptions) -> LatentStream:
-    return LatentStream(str(folder), manifest, options, World(), Cache(Path("/nowhere")))
+def stream_of(folder: Path, manifest: Manifest, options: StreamOptions, *skip_shards: str) -> LatentStream:
+    return LatentStream(single_source(str(folder), manifest, skip_shards), options, World(), Cache(Path("/nowhere")))
 
 
 def equal(one: LatentBatch, other: LatentBatch) -> bool:
@@ -192,7 +193,7 @@ def test_a_shard_that_is_left_out_moves_nothing_before_it(tmp_path: Path) -> Non
     stream = latents(tmp_path)
     last = stream.order.upcoming_shards(0, 3)[2]
     bad = stream.manifest.shards[last].name
-    without = stream_of(tmp_path, stream.manifest, replace(EVERYTHING, skip_shards=(bad,)))
+    without = stream_of(tmp_path, stream.manifest, EVERYTHING, bad)
     before = sum(SIZES) - SIZES[last]
     for mine, theirs in zip(without.order.at(0, before), stream.order.at(0, before), strict=True):
         assert np.array_equal(mine, theirs)
@@ -202,16 +203,16 @@ def test_a_shard_that_is_left_out_moves_nothing_before_it(tmp_path: Path) -> Non
         assert len(set(zip(shards.tolist(), rows.tolist(), strict=True))) == before and last not in shards
     without.batch(0)
     with pytest.raises(DataError, match=r"no shard 000009\.tar to leave out"):
-        stream_of(tmp_path, stream.manifest, replace(EVERYTHING, skip_shards=("000009.tar",)))
+        stream_of(tmp_path, stream.manifest, EVERYTHING, "000009.tar")
 
 
 def test_a_cache_that_holds_no_two_windows_is_refused(tmp_path: Path) -> None:
     manifest = latents(tmp_path).manifest
     needed = sum(shard.bytes for shard in manifest.shards)
     options = replace(EVERYTHING, window=3)
-    LatentStream(f"file://{tmp_path}", manifest, options, World(), Cache(tmp_path, limit=needed))
+    LatentStream(single_source(f"file://{tmp_path}", manifest), options, World(), Cache(tmp_path, limit=needed))
     with pytest.raises(ConfigError, match=rf"take {needed:,} bytes"):
-        LatentStream(f"file://{tmp_path}", manifest, options, World(), Cache(tmp_path, limit=needed - 1))
+        LatentStream(single_source(f"file://{tmp_path}", manifest), options, World(), Cache(tmp_path, limit=needed - 1))
 
 
 def test_the_streams_of_a_process_count_together(tmp_path: Path) -> None:
@@ -220,8 +221,8 @@ def test_the_streams_of_a_process_count_together(tmp_path: Path) -> None:
     needed = sum(shard.bytes for shard in manifest.shards)
     options, cache = replace(EVERYTHING, window=3), Cache(tmp_path / "cache", limit=needed)
     for _ in range(2):
-        stream = LatentStream(f"file://{tmp_path}", manifest, options, World(), cache)
+        stream = LatentStream(single_source(f"file://{tmp_path}", manifest), options, World(), cache)
         stream.batch(0)
         with pytest.raises(ConfigError, match=rf"take {2 * needed:,} bytes"):
-            LatentStream(f"file://{tmp_path}", manifest, options, World(), cache)
+            LatentStream(single_source(f"file://{tmp_path}", manifest), options, World(), cache)
         del stream

@@ -21,7 +21,8 @@ import pytest
 
 from lfm import storage
 from lfm.data.manifest import publish
-from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.stream.latent_stream import LatentStream
+from lfm.data.stream.mixture import single_source
 from lfm.data.stream.sample_order import Order
 from lfm.errors import DataError
 from lfm.storage.cache import Cache
@@ -60,8 +61,8 @@ def calm(proxy: FaultProxy) -> None:
     proxy.requests.clear()
 
 
-def read(latents: Latents, cache: Cache, start: int, count: int, options: StreamOptions = OPTIONS) -> dict:
-    stream = LatentStream(latents.folder, latents.manifest, options, World(), cache)
+def read(latents: Latents, cache: Cache, start: int, count: int, *skip_shards: str) -> dict:
+    stream = LatentStream(single_source(latents.folder, latents.manifest, skip_shards), OPTIONS, World(), cache)
     with closing(stream.batches(start)) as batches:
         return samples_of(*islice(batches, count))
 
@@ -114,7 +115,9 @@ def test_under_a_limit_each_shard_is_fetched_about_once_an_epoch(
     latents, epochs = Latents(f"s3://{BUCKET}/many"), 3
     size = latents.manifest.shards[0].bytes
     cache = Cache(tmp_path, limit=4 * size)
-    stream = LatentStream(latents.folder, latents.manifest, replace(OPTIONS, global_batch=4), World(), cache)
+    stream = LatentStream(
+        single_source(latents.folder, latents.manifest), replace(OPTIONS, global_batch=4), World(), cache
+    )
     proxy.requests.clear()
     most, mapped = 0, 0
     with closing(stream.batches(0)) as batches:
@@ -137,8 +140,7 @@ def test_a_damaged_shard_is_named_and_can_be_left_out(proxy: FaultProxy, tmp_pat
         read(latents, Cache(tmp_path), 0, 8)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
     assert "skip_shards" in str(error.value)
-    batch = replace(OPTIONS, skip_shards=("000003.tar",))
-    assert len(read(latents, Cache(tmp_path), 0, 8, batch)) == 64
+    assert len(read(latents, Cache(tmp_path), 0, 8, "000003.tar")) == 64
 
 
 READER = """
@@ -149,11 +151,12 @@ from pathlib import Path
 from lfm.storage.cache import Cache
 from lfm.data.manifest import load
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
+from lfm.data.stream.mixture import single_source
 from lfm.world import World
 folder, cache, rank, size = sys.argv[1:]
 options = StreamOptions(seed=3, window=2, global_batch=8)
 cache = Cache(Path(cache))
-stream = LatentStream(folder, load(folder, "latents"), options, World(int(rank), 0, int(size)), cache)
+stream = LatentStream(single_source(folder, load(folder, "latents")), options, World(int(rank), 0, int(size)), cache)
 with closing(stream.batches(0)) as batches:
     for batch in islice(batches, 12):
         print(json.dumps([batch.sample_numbers.tolist(), batch.latents.sum((1, 2, 3)).tolist()]), flush=True)

@@ -1,0 +1,56 @@
+"""The plan of a mixture: samples and passes of each source by stage, and the merged classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lfm.data.stream.mixture import LatentSource, Mixture
+from lfm.data.stream.mixture_order import StagedShares
+from pipelines.common.config_schema import ExperimentConfig
+
+MOST_CLASSES = 20  # that are listed one by one
+
+
+def describe_mixture(config: ExperimentConfig, training: Mixture) -> Iterator[str]:
+    """Yield the lines of a plan for the shards of a mixture to train on; none for one data set."""
+    if len(training.sources) == 1:
+        return
+    total = config.train.num_steps * config.train.global_batch
+    shares = StagedShares(training.stages)
+    starts = [stage.first_sample for stage in training.stages if stage.first_sample < total]
+    for stage, start, end in zip(training.stages, starts, [*starts[1:], total], strict=False):
+        yield f"from sample {start:,} to {end:,}:"
+        counts = (shares.counts(end) - shares.counts(start))[:, 0].tolist()
+        for source, weight, count in zip(training.sources, stage.weights, counts, strict=True):
+            yield f"  {source.name}: {float(weight / sum(stage.weights)):.2%}, {_passes(source, count)}"
+    for source, count in zip(training.sources, shares.counts(total)[:, 0].tolist(), strict=True):
+        if len(starts) > 1:
+            yield f"{source.name}: {_passes(source, count)} in all"
+        if count / source.num_samples > config.data.warn_passes:
+            yield (
+                f"warning: {source.name}: each of its samples is read {count / source.num_samples:,.0f} times, more than "
+                f"data.warn_passes {config.data.warn_passes:g}; lower its weight, or add samples"
+            )
+    if "class" in config.conditions:
+        yield from _describe_classes(training)
+
+
+def _passes(source: LatentSource, count: int) -> str:
+    return f"{count:,} samples, {count / source.num_samples:,.2f} passes over {source.num_samples:,}"
+
+
+def _describe_classes(training: Mixture) -> Iterator[str]:
+    """Yield the counts of the merged classes, and of each source in them."""
+    classes = training.manifest.classes
+    yield f"{len(classes)} classes" + ("" if len(classes) <= MOST_CLASSES else f", {MOST_CLASSES} of them:")
+    for entry in classes[:MOST_CLASSES]:
+        parts = []
+        for source in training.sources:
+            own = source.manifest.classes
+            mapped = source.class_map if source.class_map is not None else range(len(own))
+            count = sum(record.count for record, index in zip(own, mapped, strict=True) if index == entry.index)
+            parts += [f"{count:,} of {source.name}"] if count else []
+        yield f"  {entry.name}: {entry.count:,} ({', '.join(parts)})"
+    for source in training.sources:
+        if not source.manifest.classes:
+            yield f"  no class: {source.name} serves the null condition"
