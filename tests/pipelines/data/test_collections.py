@@ -574,9 +574,6 @@ def test_inputs_that_were_once_read_wrong(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_archives_and_formats(name: str, tmp_path: Path) -> None:
-    if "extras" in name:
-        pytest.importorskip("pillow_heif")
-        pytest.importorskip("pillow_jxl")
     check(ARCHIVES[name], tmp_path)
 
 
