@@ -21,6 +21,8 @@ from lfm.errors import DataError
 
 # Not all formats of Pillow: for some it runs other programs (Ghostscript for EPS).
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_LOSSY = ("JPEG", "JPEG2000", "HEIF", "AVIF", "JXL", "MPO")
+MOST_HEADER = 4096  # bytes of a WebP in front of its pixels, where its kind is named
 LARGEST_PIXELS = 200_000_000  # larger images are taken for decompression bombs
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of Pillow images whose pixels are class ids
 MOST_SATURATION = 32  # of a mask that counts as grey: JPEG alters equal channels
@@ -147,7 +149,7 @@ def load_map(content: bytes) -> Image.Image:
     """
     with _rejecting():
         image = _loaded(content)
-        if image.format in ("JPEG", "JPEG2000", "HEIF", "AVIF"):
+        if image.format in _LOSSY or (image.format == "WEBP" and b"VP8 " in content[:MOST_HEADER]):
             raise Rejected("not a map", f"{image.format} alters class ids; store it as PNG")
         if _alpha(image) is not None and image.mode != "P":
             raise Rejected("not a map", "it is partly transparent")
@@ -165,9 +167,8 @@ def _grey(image: Image.Image) -> Image.Image:
 def decode_mask(content: bytes, value: MaskValue = "white") -> Image.Image:
     """Return a mask as an image of mode L; levels from 128 on are holes.
 
-    Holes are white or coloured, on black or on transparent; of two levels that lie on the same side of 128, such as 0 and
-    1, they are the higher one. In a partly transparent image that is not painted in one bright colour, holes are
-    transparent.
+    Holes are white or coloured, on black or on transparent; of 0 and one other level, such as 1, they are the other one.
+    In a partly transparent image that is not painted in one colour, holes are transparent.
 
     Args:
         value: the kind of pixels that are holes, if the rule above does not hold.
@@ -196,11 +197,18 @@ def _alpha(image: Image.Image) -> np.ndarray | None:
 
 
 def _layer_levels(colours: np.ndarray, alpha: np.ndarray, value: MaskValue) -> np.ndarray:
-    """Return the levels of a partly transparent mask: strokes on a transparent layer, or an image with holes cut out."""
+    """Return the levels of a partly transparent mask: strokes on a transparent layer, or an image with holes cut out.
+
+    Raises:
+        Rejected: it may be either, since the opaque pixels have one dark colour, and `value` does not decide.
+    """
+    if value in ("opaque", "transparent"):
+        return alpha if value == "opaque" else 255 - alpha
     painted = colours[alpha >= 128]
-    one_bright_colour = painted.size and np.ptp(painted, 0).max() <= 16 and painted.max() >= 128
-    is_layer = value == "opaque" if value in ("opaque", "transparent") else one_bright_colour
-    return alpha if is_layer else 255 - alpha
+    is_plain = painted.size > 0 and np.ptp(painted, 0).max() <= 16
+    if is_plain and painted.max() < 128:
+        raise Rejected("dark on transparent", "holes may be opaque or transparent; `mask_value` decides")
+    return alpha if is_plain else 255 - alpha
 
 
 def _mask_levels(image: Image.Image) -> np.ndarray:
@@ -223,10 +231,13 @@ def _mask_levels(image: Image.Image) -> np.ndarray:
             if (np.bincount(hues, minlength=1) > 0.01 * levels.size).sum() > 1:
                 raise Rejected("of several colours", "holes have one colour, on black or on transparent")
     values = np.unique(levels)
-    if len(values) <= 2 and (values[0] > largest // 2 or values[-1] <= largest // 2) and values[-1] > 0:
-        return np.where(levels == values[-1], 255, 0 if len(values) > 1 or values[0] <= 1 else 255).astype(np.uint8)
-    if 0 < values[-1] <= largest // 2:
-        raise Rejected("not binary", f"levels {values[0]} to {values[-1]}; class ids, or a mask that is too dark")
+    is_dark, is_bright = values[-1] <= largest // 2, values[0] > largest // 2
+    if len(values) == 1 and values[0] > 0:
+        return np.full(levels.shape, 255, np.uint8)
+    if len(values) == 2 and values[0] == 0 and is_dark:
+        return np.where(levels > 0, 255, 0).astype(np.uint8)
+    if values[-1] > 0 and (is_dark or is_bright):
+        raise Rejected("not binary", f"levels {values[0]} to {values[-1]}; class ids, or no black and white")
     return np.round(levels / (largest // 255)).clip(0, 255).astype(np.uint8)
 
 
@@ -251,9 +262,18 @@ def paint(parts: Iterable[tuple[int, bytes]]) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float32)
-        image = Image.fromarray(np.clip(np.round(values / 257), 0, 255).astype(np.uint8))
+    """Return an image as 8-bit RGB.
+
+    Raises:
+        Rejected: its pixels are real numbers, or integers of another range than 16 bits.
+    """
+    if image.mode == "F":
+        raise Rejected("of real numbers", "which level is white is not known; store it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF or 0 < values.max() <= 0xFF:
+            raise Rejected("of another range", f"levels {values.min()} to {values.max()}, where 65535 is white")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba)

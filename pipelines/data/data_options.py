@@ -48,8 +48,9 @@ class ShardConfig:
     """How images become square: crop the centre (as ADM does), pad or squash."""
     masks: Literal["free-form"] | None = None
     """Generate masks for a source that has none: free-form draws the large holes of MAT."""
-    classes: Annotated[Literal["auto", "folders", "none"], Section("Labels and annotations")] = "auto"
-    """Where folders may be classes or something else: folders takes them for classes, none leaves classes out."""
+    classes: Annotated[Literal["auto", "folders", "inner-folders", "none"], Section("Labels and annotations")] = "auto"
+    """Where folders may be classes or something else: folders takes them for classes, inner-folders the innermost
+    ones, none leaves classes out."""
     class_order: Literal["name", "number"] = "name"
     """Order of the indices of class folders: of their names as text, or as numbers."""
     labels: Annotated[str | None, Flag(metavar="FILE")] = None
@@ -57,11 +58,11 @@ class ShardConfig:
     label_column: Annotated[str | None, Flag(metavar="NAME")] = None
     """Column of the table, or key of the JSON, that holds the label."""
     mask_files: Annotated[str | None, Flag(metavar="NAME")] = None
-    """Folder, or end of the names, of the masks; none leaves them out."""
+    """Folder, or end of the names, of the masks; none takes no file for a mask."""
     mask_value: Literal["white", "black", "opaque", "transparent"] = "white"
     """Pixels of a mask that are missing."""
     map_files: Annotated[str | None, Flag(metavar="NAME")] = None
-    """Folder, or end of the names, of the segmentations; none leaves them out."""
+    """Folder, or end of the names, of the segmentations; none takes no file for one."""
     palette: Annotated[str | None, Flag(metavar="NAME_OR_FILE")] = None
     """Colours of segmentations: camvid, cityscapes, voc, a file of lines name,r,g,b, or indices."""
     ignore_label: Annotated[int | None, Field(ge=0, le=0xFFFF)] = None

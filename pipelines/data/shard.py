@@ -80,7 +80,7 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
     own_jobs = jobs[part.slice_of(len(jobs))]
     recipe = _recipe(config, source)
     summary = (
-        f"{source.layout}: {len(source.items):,} images of {len(source.class_names)} classes in {source.root} -> "
+        f"{source.layout}: {len(source.items):,} images of {len(source.class_names)} classes in {config.source} -> "
         f"{len(jobs)} shards of {config.image_size} x {config.image_size} pixels in {config.dest}"
     )
     if part.size > 1:
@@ -99,7 +99,13 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
 
 def _read(config: ShardConfig) -> Source:
     choices = Choices(
-        config.classes, config.class_order, config.labels, config.label_column, config.mask_files, config.map_files
+        config.classes,
+        config.class_order,
+        config.labels,
+        config.label_column,
+        config.mask_files,
+        config.map_files,
+        leave_out=(config.dest, *([config.sheet] if config.sheet else [])),
     )
     source = read(config.source, config.layout, config.split, choices)
     if config.mask_value != "white" and "mask" not in source.fields:
@@ -123,8 +129,12 @@ def plan(config: ShardConfig, source: Source) -> list[ShardJob]:
     jobs = []
     for number, start in enumerate(range(0, len(order), config.samples_per_shard)):
         items = tuple(source.items[index] for index in order[start : start + config.samples_per_shard])
-        jobs.append(ShardJob(config, number, replace(source, items=items, about=About()), frozenset(source.fields)))
+        jobs.append(ShardJob(config, number, replace(source, items=items, about=About()), frozenset(_required(source))))
     return jobs
+
+
+def _required(source: Source) -> set[str]:
+    return {*source.fields, "class_index"} if source.class_names else set(source.fields)
 
 
 class Rejections:
@@ -204,9 +214,9 @@ def _sample(job: ShardJob, item: SourceItem, key: str) -> RawSample:
     Raises:
         Rejected: something of the item is missing or cannot be used.
     """
-    for name in job.required_fields:
+    for name in sorted(job.required_fields):
         if getattr(item, name) is None:
-            raise Rejected(f"{name} missing", "other images of the source have one")
+            raise Rejected(f"{name.removesuffix('_index')} missing", "other images of the source have one")
     size, rule = job.config.image_size, job.config.crop
     decoded = job.source.decode_item(item)
     width, height = decoded.image.size

@@ -16,7 +16,7 @@ from lfm.data.palettes import PALETTES, Colours
 from lfm.data.sources import readers
 from lfm.data.sources.layouts import LAYOUTS
 from lfm.data.sources.map_rules import choose_rule, parse_palette
-from lfm.data.sources.names import looks_like_labels, storable
+from lfm.data.sources.names import is_archive, is_image, looks_like_labels, storable
 from lfm.data.sources.source import UNLABELLED, Source
 from lfm.data.transforms import Rejected, binary, crop, crop_ids
 from lfm.errors import ConfigError, StorageError, printable
@@ -140,7 +140,7 @@ def _classes(source: Source) -> str:
     counts = Counter(item.class_index for item in source.items)
     named = [f"{index} {name} ({counts[index]:,})" for index, name in enumerate(source.class_names)]
     shown = ", ".join(named if len(named) <= 6 else [*named[:3], "...", *named[-2:]])
-    without = f"; {counts[None]:,} images without a class" if counts[None] else ""
+    without = f"; {counts[None]:,} images without a class are rejected" if counts[None] else ""
     return f"{len(named):,} from {source.about.labels_from or source.layout}: {shown}{without}"
 
 
@@ -154,20 +154,34 @@ def _masks(source: Source, sample: Survey) -> str:
 
 def _maps(source: Source, sample: Survey) -> str:
     ids = sorted({label for surveyed in sample.items for label in surveyed.ids})
-    shown = ", ".join(f"{label} {source.labels[label]}" if label in source.labels else str(label) for label in ids[:8])
+    colours = {label: f"#{colour:06x} " for colour, label in reversed(source.maps.colours.items())}
+    shown = ", ".join(f"{label} {colours.get(label, '')}{source.labels.get(label, '')}".strip() for label in ids[:8])
     names = f"{len(source.labels)} names" if source.labels else "no names (put a labels.txt beside the images)"
     ignored = [str(label) for label, name in source.labels.items() if name == UNLABELLED]
-    return f"{len(ids)} ids seen: {shown}{', ...' if len(ids) > 8 else ''}; {names}; ignored: {', '.join(ignored) or 'none'}"
+    text = f"{len(ids)} ids seen: {shown}{', ...' if len(ids) > 8 else ''}; {names}; ignored: {', '.join(ignored) or 'none'}"
+    if ids and ids[-1] in (255, 0xFFFF) and str(ids[-1]) not in ignored:
+        text += f" (if {ids[-1]} stands for no class, choose `ignore_label` {ids[-1]})"
+    return text
 
 
 def _left_aside(names: list[str]) -> str:
-    kinds = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)
+    kinds = Counter(_kind(name) for name in names)
     text = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(8))
     labels = [name for name in names if looks_like_labels(name)]
     if labels:
         more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
         text += f"; not used although they may hold labels: {', '.join(labels[:4])}{more} (`labels` reads a table)"
     return text
+
+
+def _kind(name: str) -> str:
+    """Return the kind of a file that is left aside, which says why."""
+    path = PurePosixPath(name)
+    if is_image(name):
+        return f"{path.suffix.lower()} in {path.parent} (neither images nor annotations that are read)"
+    if is_archive(name):
+        return f"{path.suffix.lower()} (archives beside images)"
+    return f"{path.suffix.lower()} (no images by their suffix)" if path.suffix else "without suffix"
 
 
 def _example(source: Source, surveyed: SurveyedItem) -> str:

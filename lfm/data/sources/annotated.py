@@ -20,9 +20,9 @@ from lfm.data.sources.names import (
     ANNOTATION_PREFIX,
     ANNOTATION_SUFFIX,
     IMAGE_FOLDER,
-    IMAGE_SUFFIX,
     SPLIT,
     is_image,
+    plain_stem,
     stem,
 )
 from lfm.data.sources.segmentation_layouts import labels_of
@@ -33,7 +33,7 @@ from lfm.types import SourceItem
 
 SAMPLES = 8  # masks whose content is checked
 # Annotations that are neither holes nor class ids.
-_OTHER_KINDS = ("color", "instanceids", "matte")
+_OTHER_KINDS = ("color", "instanceids", "instance", "instances", "segmentationobject", "matte")
 Key = tuple[str, ...]
 
 
@@ -41,7 +41,7 @@ def annotation_family(name: str, stems: set[str]) -> str | None:
     """Return the kind of an annotation, by the end of its name or else by its folder; None for an image.
 
     Args:
-        stems: paths without suffix of all images.
+        stems: paths of all images without suffix, and without words that say that they are images.
     """
     *folders, file = name.split("/")
     folder = next((part for part in reversed(folders) if ANNOTATION_FOLDER.fullmatch(part)), None)
@@ -56,12 +56,22 @@ def annotation_family(name: str, stems: set[str]) -> str | None:
 
 def _families(tree: Tree) -> dict[str, list[str]]:
     """Return the annotations of each kind."""
-    stems = {stem(name) for name in tree.images}
+    stems = {_path_stem(name) for name in tree.images} | {stem(name) for name in tree.images}
+    suffixes = Counter(stem(name) for name in tree.images)
+    chosen = {str(choice).lower() for choice in (tree.choices.mask_files, tree.choices.map_files)}
     families: dict[str, list[str]] = defaultdict(list)
     for name in tree.images:
-        if family := annotation_family(name, stems):
+        suffix = name.rpartition(".")[2].lower()
+        if suffix in chosen and suffixes[stem(name)] > 1:  # 0.png beside 0.jpg
+            families[suffix].append(name)
+        elif family := annotation_family(name, stems):
             families[family].append(name)
     return families
+
+
+def _path_stem(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{plain_stem(stem(file))}"
 
 
 def read_annotated(tree: Tree, split: str | None) -> Source:
@@ -181,9 +191,7 @@ def _keys(name: str, *, is_annotation: bool) -> list[Key]:
     inner = stem(file)
     inner = stem(inner) if is_image(inner) else inner
     folder = tuple(part for part in map(_plain, folders) if part)
-    plain = (
-        ANNOTATION_PREFIX.sub("", ANNOTATION_SUFFIX.sub("", inner)) if is_annotation else IMAGE_SUFFIX.sub("", inner)
-    )
+    plain = ANNOTATION_PREFIX.sub("", ANNOTATION_SUFFIX.sub("", inner)) if is_annotation else plain_stem(inner)
     return [(*folder, inner), (*folder, plain)]
 
 
@@ -266,7 +274,9 @@ def _first_folder(path: str) -> str:
 def _recognizes(tree: Tree) -> bool:
     families = _families(tree)
     annotations = sum(map(len, families.values()))
-    return bool(families) and (annotations < len(tree.images) or tree.choices.classes != "folders")
+    return bool(families) and (
+        annotations < len(tree.images) or tree.choices.classes not in ("folders", "inner-folders")
+    )
 
 
 ANNOTATED = Layout(read_annotated, _recognizes, sign="names of folders or files that say mask, seg, label or gt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from lfm import storage
 from lfm.data.sources import readers
 from lfm.data.sources.imagenet import WORDNET_ID
 from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, column_of, parse_text
-from lfm.data.sources.names import SUFFIXES, is_image, is_junk, stem
+from lfm.data.sources.names import SUFFIXES, is_archive, is_image, is_junk, stem
 from lfm.data.sources.readers import TarMember
 from lfm.data.sources.source import Layout, Source, Tree, files_of_split
 from lfm.errors import ConfigError, DataError, StorageError
@@ -22,6 +23,8 @@ from lfm.types import SourceItem
 _TEXTS = ("cls", "cls.txt", "class", "class.txt", "label", "label.txt", "cls.name", "class_name")
 _MAPS = ("seg.png", "segmentation.png", "label.png", "annotation.png")
 _MASKS = ("mask.png", "mask.jpg", "mask.webp")
+_IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
+_NAMED_IMAGES = tuple(f"{word}.{ending}" for word in ("image", "img", "input", "rgb") for ending in _IMAGES)
 _READ = (*(f".{ending}" for ending in _TEXTS), ".json")
 
 
@@ -41,13 +44,14 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
     if _is_folder([sample for _, sample in samples]):
         return _read_folders(tree, tars, split)
     items, labels = [], []
+    images, maps, masks = _endings(tree, [sample for _, sample in samples])
     for tar, sample in samples:
         missing = f"{tar}#{readers.NOWHERE}#{sample['__key__']}"
-        image = next((sample[suffix[1:]].item for suffix in SUFFIXES if suffix[1:] in sample), missing)
-        seg, mask = (next((sample[end].item for end in ends if end in sample), None) for ends in (_MAPS, _MASKS))
+        image = next((sample[end].item for end in images if end in sample), missing)
+        seg, mask = (next((sample[end].item for end in ends if end in sample), None) for ends in (maps, masks))
         items.append(SourceItem(image, None, seg, mask))
         labels.append(_label(tree, f"{tree.root}/{tar}: sample {sample['__key__']}", sample))
-    if not any(label is not None for _, label in labels):
+    if tree.choices.classes == "folders" or not any(label is not None for _, label in labels):
         labels = _folder_labels(tree, samples)
     by_text = all(label is None or kind != ".json" for kind, label in labels)
     where = f"{tree.root}/{tars[0]}"
@@ -56,9 +60,37 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
         tree.about.labels_from = (
             f"{', '.join(sorted({source for source, label in labels if label is not None}))} of the samples"
         )
-    _note_unused(tree, [sample for _, sample in samples])
+    _note_unused(tree, [sample for _, sample in samples], {*images, *maps, *masks})
     items = [replace(item, class_index=index) for item, index in zip(items, indices, strict=True)]
     return Source(tree.root, tuple(items), names, read=readers.tar_member, about=tree.about)
+
+
+def _endings(tree: Tree, samples: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the endings of the image, the segmentation and the mask of a sample, the preferred ones first.
+
+    Raises:
+        ConfigError: a chosen ending does not exist, or samples have several images.
+    """
+    existing = {ending for sample in samples for ending in sample}
+    annotations = []
+    for field, choice, known in (
+        ("map_files", tree.choices.map_files, _MAPS),
+        ("mask_files", tree.choices.mask_files, _MASKS),
+    ):
+        chosen = (choice or "").lstrip(".").lower()
+        if chosen not in ("", "none", *existing):
+            raise ConfigError(f"{tree.root}: `{field}` {choice}: no sample has a member that ends in .{chosen}")
+        annotations.append(() if chosen == "none" else (chosen,) if chosen else known)
+    maps, masks = annotations
+    images = tuple(end for end in (*_IMAGES, *_NAMED_IMAGES) if end not in (*maps, *masks))
+    twice = next((ends for sample in samples if len(ends := [end for end in images if end in sample]) > 1), [])
+    if twice and "none" not in (tree.choices.map_files, tree.choices.mask_files):
+        other = "png" if "png" in twice else twice[-1]
+        raise ConfigError(
+            f"{tree.root}: samples hold {' and '.join(f'.{end}' for end in twice)}, and one may annotate the other; choose "
+            f"`map_files` {other} or `mask_files` {other}, or `map_files` none to read .{twice[0]} alone"
+        )
+    return images, maps, masks
 
 
 def _folder_labels(tree: Tree, samples: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, Label]]:
@@ -73,8 +105,9 @@ def _folder_labels(tree: Tree, samples: list[tuple[str, dict[str, Any]]]) -> lis
         kind, names, may_be = "folders", folders, True
     else:
         kind, names = "names of tars", tars
-        may_be = len(set(tars)) > 1 and all(WORDNET_ID.fullmatch(name) or name.isalpha() for name in set(tars))
-    if tree.choices.classes == "folders" and len(set(names)) > 1:
+        kinds = {re.sub(r"[\d_.-]+", "", name) for name in tars}
+        may_be = len(set(tars)) > 1 and (len(kinds) > 1 or all(map(WORDNET_ID.fullmatch, tars)))
+    if tree.choices.classes == "folders":
         return [(kind, name) for name in names]
     if may_be and tree.choices.classes == "auto" and not tree.choices.label_column:
         raise ConfigError(
@@ -109,20 +142,26 @@ def _label(tree: Tree, where: str, sample: dict[str, Any]) -> tuple[str, Label]:
     return ".json", as_label(content[key], where)
 
 
-def _note_unused(tree: Tree, samples: list[dict[str, Any]]) -> None:
+def _note_unused(tree: Tree, samples: list[dict[str, Any]], used: set[str]) -> None:
     """Note the endings and JSON keys that are not read and may hold labels or annotations."""
-    known = {*_TEXTS, *_MAPS[:1], *_MASKS[:1], "json", *(suffix[1:] for suffix in SUFFIXES)}
     endings = {ending for sample in samples for ending in sample if not ending.startswith("__")}
-    if others := sorted(endings - known - {*_MAPS, *_MASKS}):
+    if others := sorted(endings - used - {*_TEXTS, "json"}):
         tree.about.notes.append(f"members of samples left aside: {', '.join(f'.{ending}' for ending in others[:8])}")
-    if not tree.about.labels_from and "json" in endings and tree.choices.classes != "none":
-        keys: set[str] = set()
-        for sample in samples[:100]:
-            try:
-                content = json.loads(sample["json"].content or b"")
-            except (ValueError, RecursionError, KeyError, AttributeError):
-                continue
-            keys |= set(content) if isinstance(content, dict) else set()
+    if "json" not in endings or tree.choices.classes == "none":
+        return
+    keys: set[str] = set()
+    for sample in samples[:100]:
+        try:
+            content = json.loads(sample["json"].content or b"")
+        except (ValueError, RecursionError, KeyError, AttributeError):
+            continue
+        keys |= set(content) if isinstance(content, dict) else set()
+    known = [key for key in (column_of(keys, (key,)) for key in LABEL_KEYS) if key is not None]
+    if ".json" in tree.about.labels_from and known[1:] and not tree.choices.label_column:
+        tree.about.notes.append(
+            f"labels are those of the key {known[0]}; not used: {', '.join(known[1:])} (`label_column` chooses)"
+        )
+    if not tree.about.labels_from:
         tree.about.notes.append(
             f"the JSON of samples is not used; its keys are {', '.join(sorted(keys)[:8])}; `label_column` chooses one as label"
         )
@@ -143,6 +182,9 @@ def _is_folder(samples: list[dict[str, Any]]) -> bool:
     if not plain or has_own_labels or pairs:
         return False
     keys = [sample["__key__"] for sample in samples if any(f"{suffix[1:]}" in sample for suffix in SUFFIXES)]
+    only_images = all(ending.startswith("__") or is_image(f".{ending}") for sample in samples for ending in sample)
+    if not keys or (only_images and len(keys) < len(samples)):  # names with dots, such as IMG.1.jpg
+        return True
     folders = {key.rpartition("/")[0] for key in keys}
     names = {key.rpartition("/")[2] for key in [sample["__key__"] for sample in samples]}
     return len(folders) > 1 or bool(names & {"dataset", "metadata"}) or any(key.endswith("_mask") for key in keys)
@@ -184,7 +226,7 @@ def read_zip(tree: Tree, split: str | None) -> Source:
         ConfigError: there are several zips.
         DataError: the zip is damaged.
     """
-    zips = [name for name in tree.names if name.lower().endswith(".zip")]
+    zips = list(filter(_is_zip, tree.names))
     if len(zips) != 1:
         raise ConfigError(f"{tree.root}: holds {len(zips)} zips ({', '.join(zips[:3])}, ...); name one of them")
     archive = storage.join(tree.root, zips[0])
@@ -221,5 +263,9 @@ def _outer(
     return replace(source, root=root, items=items, read=read)
 
 
+def _is_zip(name: str) -> bool:
+    return name.lower().endswith(".zip") and is_archive(name)
+
+
 WEBDATASET = Layout(read_webdataset, lambda tree: tree.has_name(r"\.tar$"), sign="tars")
-ZIP = Layout(read_zip, lambda tree: tree.has_name(r"(?i)\.zip$") and not tree.images, sign="a zip")
+ZIP = Layout(read_zip, lambda tree: any(map(_is_zip, tree.names)), sign="a zip")

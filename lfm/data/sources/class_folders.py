@@ -7,11 +7,22 @@ from itertools import pairwise
 
 from lfm import storage
 from lfm.data.sources.labels import in_order
-from lfm.data.sources.names import ANNOTATION_FOLDER, IMAGE_FOLDER, SPLIT, SPLIT_LIKE, SUFFIXES, stem
+from lfm.data.sources.names import (
+    ANNOTATION_FOLDER,
+    ANNOTATION_PREFIX,
+    ANNOTATION_SUFFIX,
+    COMPANION_FOLDER,
+    IMAGE_FOLDER,
+    SPLIT,
+    SPLIT_LIKE,
+    SUFFIXES,
+    stem,
+)
 from lfm.data.sources.source import Layout, Source, Tree, choose_split
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
 
+SOME = 0.05  # share of the images above which names are no accident
 _BUCKET = re.compile(r"\d{4,}")
 
 
@@ -34,14 +45,17 @@ def read_folder(tree: Tree, split: str | None) -> Source:
         return read_folder(tree, choose_split(root, folders, split))
     if tree.choices.classes == "auto":
         _check_folders(tree, folders)
+        if not is_split and len(folders) > 1:
+            _check_depth(tree, folders)
     if loose:
         raise DataError(
             f"{storage.join(root, loose[0])}: lies beside the class folders; move it into one, or leave it out"
         )
-    class_names = tuple(in_order(folders, tree.choices))
+    place = -2 if tree.choices.classes == "inner-folders" else 0
+    class_names = tuple(in_order({path.split("/")[place] for path in paths}, tree.choices))
     _describe(tree, class_names)
     index = {name: number for number, name in enumerate(class_names)}
-    items = tuple(SourceItem(path, index[path.split("/")[0]]) for path in paths)
+    items = tuple(SourceItem(path, index[path.split("/")[place]]) for path in paths)
     return Source(root, items, class_names, read=tree.read, about=tree.about)
 
 
@@ -88,12 +102,72 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
             f"{tree.root}: {', '.join(odd[:3])} may hold images and their annotations, or classes; name the folder of the "
             "images to read them alone, or choose `classes` folders"
         )
+    if len(folders) > 1 and all(map(COMPANION_FOLDER.fullmatch, folders)) and _share_names(tree, folders):
+        raise ConfigError(
+            f"{tree.root}: {', '.join(sorted(folders)[:3])} may be versions of the same images, since their files have the "
+            "same names, or classes; name one of the folders, or choose `classes` folders"
+        )
     if len(folders) > 1 and _are_buckets(tree, folders):
         first = min(folders)
         raise ConfigError(
             f"{tree.root}: {first}, ... may be parts of one list of images, since the numbers of the images continue from "
             "folder to folder, or classes; choose `classes` none or `classes` folders"
         )
+
+
+def _check_depth(tree: Tree, folders: set[str]) -> None:
+    """Refuse folders of folders, each of which may be the classes.
+
+    Raises:
+        ConfigError: names both readings, and the option for each.
+    """
+    inner = {path.split("/")[-2] for path in tree.images if path.count("/") >= 2}
+    if all(path.count("/") >= 2 for path in tree.images) and len(inner) > 1:
+        raise ConfigError(
+            f"{tree.root}: classes may be the outer folders ({', '.join(sorted(folders)[:3])}) or the inner ones "
+            f"({', '.join(sorted(inner)[:3])}); choose `classes` folders or `classes` inner-folders"
+        )
+
+
+def read_images(tree: Tree, split: str | None) -> Source:
+    """Read images as `read_folder` does, if all of their names are those of images.
+
+    Raises:
+        ConfigError: some may annotate others; names both readings, and the option for each.
+    """
+    source = read_folder(tree, split)
+    if "none" in (tree.choices.mask_files, tree.choices.map_files):
+        return source
+    images = [item.image for item in source.items]
+    named = [name for name in images if _says_annotation(name.rpartition("/")[2])]
+    if SOME * len(images) <= len(named) < len(images):
+        raise ConfigError(
+            f"{tree.root}: {named[0]} may annotate another image, by its name, or be one; rename such files as the images with "
+            "_mask or _seg at the end, or choose `mask_files` none to read all of them as images"
+        )
+    by_stem: dict[str, set[str]] = {}
+    for name in images:
+        by_stem.setdefault(stem(name), set()).add(name.rpartition(".")[2])
+    pairs = {name: suffixes for name, suffixes in by_stem.items() if len(suffixes) > 1}
+    if pairs and len(pairs) >= SOME * len(by_stem):
+        name, suffixes = next(iter(pairs.items()))
+        maps = "png" if "png" in suffixes else max(suffixes)
+        raise ConfigError(
+            f"{tree.root}: {name} is there as {' and '.join(f'.{suffix}' for suffix in sorted(suffixes))}: the one may "
+            f"annotate the other; choose `map_files` {maps} or `mask_files` {maps}, or `mask_files` none to read all as images"
+        )
+    return source
+
+
+def _says_annotation(file: str) -> bool:
+    match = ANNOTATION_SUFFIX.search(stem(file))
+    is_end = match is not None and match["end"].strip("_-. ").lower() not in ("l", "color")
+    return is_end or ANNOTATION_PREFIX.match(file) is not None
+
+
+def _share_names(tree: Tree, folders: set[str]) -> bool:
+    names = [{stem(name) for name in tree.subtree(folder).images} for folder in folders]
+    return len(set.intersection(*names)) > 0.5 * min(map(len, names))
 
 
 def _are_buckets(tree: Tree, folders: set[str]) -> bool:
@@ -111,6 +185,9 @@ def _are_buckets(tree: Tree, folders: set[str]) -> bool:
 
 
 def _describe(tree: Tree, class_names: tuple[str, ...]) -> None:
+    if tree.choices.classes == "inner-folders":
+        tree.about.labels_from = "names of the innermost folders"
+        return
     tree.about.labels_from = "names of folders"
     deeper = {path.split("/")[1] for path in tree.images if path.count("/") >= 2}
     if len(deeper) > 1:
@@ -125,4 +202,4 @@ def _describe(tree: Tree, class_names: tuple[str, ...]) -> None:
             )
 
 
-FOLDER = Layout(read_folder, recognizes=lambda tree: bool(tree.images), sign="folders of images, or one folder")
+FOLDER = Layout(read_images, recognizes=lambda tree: bool(tree.images), sign="folders of images, or one folder")

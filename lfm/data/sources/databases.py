@@ -141,6 +141,17 @@ def _columns(path: str, schema: Any, label: str | None, about: About) -> dict[st
     return columns
 
 
+def _is_hugging_face(tree: Tree) -> bool:
+    """Whether there are tables; beside images, one with images in it, since others hold labels."""
+    tables = [name for name in tree.names if re.search(r"\.(parquet|arrow)$", name)]
+    if not tables or not tree.images:
+        return bool(tables)
+    if tree.archive:
+        return False
+    schema, _ = readers.table_schema(storage.join(tree.root, tables[0]))
+    return any(_holds_images(str(entry.type)) for entry in schema)
+
+
 LMDB = Layout(
     partial(read_lmdb, key_pattern=_NUMBER_KEY),
     lambda tree: _has_keys(tree, rf"(?!{_HASH_KEY}).*"),
@@ -151,6 +162,4 @@ LSUN = Layout(
     lambda tree: _has_keys(tree, _HASH_KEY),
     sign="data.mdb with keys that are hashes",
 )
-HUGGING_FACE = Layout(
-    read_hugging_face, lambda tree: tree.has_name(r"\.(parquet|arrow)$"), sign="parquet or arrow files"
-)
+HUGGING_FACE = Layout(read_hugging_face, _is_hugging_face, sign="parquet or arrow files")

@@ -156,6 +156,11 @@ def read_table(content: bytes, path: str) -> list[Row]:
     return rows
 
 
+def plain_path(name: Any) -> str:
+    """Return a path of a table as the names of a tree: with slashes, and without a dot in front."""
+    return str(name).replace("\\", "/").removeprefix("./")
+
+
 def column_of(columns: Iterable[str], keys: Sequence[str]) -> str | None:
     """Return the first of `keys` that is a column, whatever its case."""
     by_lower = {str(column).strip().lower(): column for column in reversed(list(columns))}
@@ -204,7 +209,7 @@ def with_labels(source: Source, choices: Choices) -> Source:
         )
     table: dict[str, Label] = {}
     for row in rows:
-        name, label = str(row[file_column]), as_label(row[column], f"{path}: {row[file_column]}")
+        name, label = plain_path(row[file_column]), as_label(row[column], f"{path}: {row[file_column]}")
         if table.setdefault(name, label) != label:
             raise DataError(f"{path}: {name} has the labels {table[name]} and {label}; remove one of the rows")
     labels = _matched(source, table, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from lfm import storage
 from lfm.data.sources import (
@@ -20,7 +21,7 @@ from lfm.data.sources import (
     segmentation_layouts,
 )
 from lfm.data.sources.labels import with_labels
-from lfm.data.sources.names import ARCHIVES, SPLIT, is_junk
+from lfm.data.sources.names import ARCHIVES, SPLIT, is_archive, is_junk
 from lfm.data.sources.source import Choices, Layout, Source, Tree
 from lfm.errors import ConfigError, DataError
 
@@ -44,6 +45,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 READ_FROM_ARCHIVES = set(LAYOUTS) - {"lmdb", "lsun", "hf", "webdataset", "zip"}
+READ_FROM_CONTAINERS = set(LAYOUTS) - READ_FROM_ARCHIVES
 GENERAL = ("annotated", "folder")  # layouts that a tree has only if it has no other, the first one first
 
 
@@ -95,7 +97,7 @@ def _open(root: str, choices: Choices) -> Tree:
         folder, name = storage.parent(root), root.rpartition("/")[2]
         _refuse_archives(root, [name])
         return Tree(folder, (name,), choices, read_inner=_read_archive)
-    names = storage.find(root)
+    names = _without(root, storage.find(root), choices.leave_out)
     used = tuple(name for name in names if not is_junk(name))
     tree = Tree(root, used, choices, read_inner=_read_archive)
     if len(used) < len(names):
@@ -103,6 +105,18 @@ def _open(root: str, choices: Choices) -> Tree:
     if not tree.images:
         _refuse_archives(root, used)
     return tree
+
+
+def _without(root: str, names: list[str], paths: Iterable[str]) -> list[str]:
+    """Return the names of files in `root` that do not lie at or below one of the paths."""
+    for path in paths:
+        if storage.is_local(root) != storage.is_local(path):
+            continue
+        one, other = (str(Path(p).resolve()) if storage.is_local(p) else p.rstrip("/") for p in (root, path))
+        if other.startswith(f"{one}/"):
+            left_out = other[len(one) + 1 :]
+            names = [name for name in names if name != left_out and not name.startswith(f"{left_out}/")]
+    return names
 
 
 def _is_file(path: str) -> bool:
@@ -145,6 +159,14 @@ def _recognized(tree: Tree) -> str:
     names = [name for name, layout in LAYOUTS.items() if layout.recognizes(tree)]
     more_general = {general for name in names for general in LAYOUTS[name].instead_of}
     candidates = [name for name in names if name not in more_general and name not in GENERAL]
+    containers = [name for name in candidates if name in READ_FROM_CONTAINERS]
+    archive = next(filter(is_archive, tree.names), None)
+    others = [name for name in candidates if name not in containers] or [name for name in GENERAL if name in names][:1]
+    if tree.images and (containers or archive) and len(others) == 1:
+        raise ConfigError(
+            f"{tree.root}: holds images, such as {tree.images[0]}, and {archive or f'files of the layout {containers[0]}'}; "
+            f"choose `layout` {others[0]} to read the images alone, or move one of them elsewhere and name it"
+        )
     candidates = candidates or [name for name in GENERAL if name in names][:1] or ["folder"]
     if len(candidates) > 1:
         raise ConfigError(

@@ -17,6 +17,7 @@ from lfm.data.sources.labels import (
     classes,
     column_of,
     label_column,
+    plain_path,
     read_table,
 )
 from lfm.data.sources.names import SPLIT
@@ -52,7 +53,7 @@ def read_edm(tree: Tree, split: str | None) -> Source:
     table: dict[str, Label] = {}
     for name, label in pairs:
         value = as_label(label, f"{where}: {name}")
-        if table.setdefault(str(name).replace("\\", "/"), value) != value:
+        if table.setdefault(plain_path(name), value) != value:
             raise DataError(f"{where}: {name} has two labels; remove one")
     _require_same(where, set(table), set(tree.images))
     indices, names = classes([table[name] for name in tree.images], tree.choices, where)
@@ -109,8 +110,8 @@ def _of_rows(tree: Tree, rows: list[Row], where: str) -> Source:
     mask, segmentation = column_of(columns, MASK_KEYS), column_of(columns, MAP_KEYS)
     mask = None if mask == label else mask
     segmentation = None if segmentation == label else segmentation
-    annotations = {str(row[column]) for column in (mask, segmentation) if column for row in rows if row[column]}
-    listed = [str(row[file]) for row in rows]
+    annotations = {plain_path(row[column]) for column in (mask, segmentation) if column for row in rows if row[column]}
+    listed = [plain_path(row[file]) for row in rows]
     if len(set(listed)) < len(listed):
         raise DataError(f"{where}: has {len(listed) - len(set(listed))} images twice; remove the rows")
     _require_same(where, set(listed), set(tree.images) - annotations)
@@ -127,13 +128,15 @@ def _of_rows(tree: Tree, rows: list[Row], where: str) -> Source:
     if unused:
         tree.about.notes.append(f"{where}: columns not used: {', '.join(unused)}; `label_column` chooses one as label")
     items = [
-        SourceItem(
-            name, index, row[segmentation] or None if segmentation else None, row[mask] or None if mask else None
-        )
+        SourceItem(name, index, _annotation(row, segmentation), _annotation(row, mask))
         for name, index, row in zip(listed, indices, rows, strict=True)
     ]
     items.sort(key=lambda item: item.image)
     return Source(tree.root, tuple(items), names, read=tree.read, about=tree.about)
+
+
+def _annotation(row: Row, column: str | None) -> str | None:
+    return plain_path(row[column]) if column and row[column] else None
 
 
 def _is_edm(tree: Tree) -> bool:

@@ -25,7 +25,7 @@ _JUNK_FILE = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 _MASK_WORDS = r"masks?|holes?|inpaint(ing)?_?masks?"
 _MAP_WORDS = (
     r"annotations?|anno?s?|labels?|labelids|labelled\w*|labeled\w*|labelimages?|seg|segs|segments?|segmentations?"
-    r"|segmentationclass\w*|semantic\w*|gt|gts|gtfine|gtcoarse|groundtruths?|ground_?truths?|stuffthingmaps|mask_?labels?"
+    r"|segmentationclass\w*|segmentationobjects?|instances?|semantic\w*|gt|gts|gtfine|gtcoarse|groundtruths?|ground_?truths?|stuffthingmaps|mask_?labels?"
 )
 ANNOTATION_FOLDER = re.compile(rf"(.*[_\- .])?({_MASK_WORDS}|{_MAP_WORDS})([_\- .].*)?|.*annot|.*masks?", re.IGNORECASE)
 IMAGE_FOLDER = re.compile(r"images?|imgs?|jpegimages|pngimages|leftimg8bit|inputs?|photos?|pics?|rgbs?", re.IGNORECASE)
@@ -36,11 +36,21 @@ ANNOTATION_SUFFIX = re.compile(
     re.IGNORECASE,
 )
 ANNOTATION_PREFIX = re.compile(r"^(masks?|segs?|segmentations?|labels?|annotations?|gt)[_\-]+(?=.)", re.IGNORECASE)
+IMAGE_PREFIX = re.compile(r"^(images?|img|rgb|photo|orig(inal)?|sat|input)[_\-]+(?=.)", re.IGNORECASE)
 IMAGE_SUFFIX = re.compile(r"[_\-](leftImg8bit|image|img|rgb|photo|orig(inal)?|sat|input)$", re.IGNORECASE)
+# Folders with another version of each image of the folder beside.
+COMPANION_FOLDER = re.compile(
+    r"(clean|noisy?|noise|blur(red|ry)?|sharp|lr|hr|lq|hq|low|high|depths?|disparity|normals?|edges?|flow|alpha|matte"
+    r"|trimaps?|fg|bg|targets?|sources?|src|dst|before|after|a|b|rain|haze|hazy|clear|shadow|free|degraded|restored)"
+    r"([_\-]?(images?|imgs?|x\d|\d+))?",
+    re.IGNORECASE,
+)
 _LABEL_FILE = re.compile(
     r"(label|class|categor|annot|meta|target|attr|identity|dataset|list|caption|train|val|test|gt|solution)",
     re.IGNORECASE,
 )
+# A packed file that is no collection, such as Kaggle's train.csv.zip.
+_PACKED_FILE = re.compile(r"\.(csv|tsv|jsonl?|txt|xml|xlsx?|pdf|md|html?|mat|npy|npz|pkl)\.\w+$", re.IGNORECASE)
 _TABLE_SUFFIXES = (
     ".csv",
     ".tsv",
@@ -71,9 +81,19 @@ def is_image(name: str) -> bool:
 def looks_like_labels(name: str) -> bool:
     """Return whether a file that is no image may hold labels."""
     path = PurePosixPath(name)
-    if path.suffix.lower() in _TABLE_SUFFIXES:
+    if path.suffix.lower() in _TABLE_SUFFIXES or _PACKED_FILE.search(name):
         return True
     return path.suffix.lower() in ("", ".txt") and _LABEL_FILE.search(name) is not None
+
+
+def is_archive(name: str) -> bool:
+    """Return whether a file may hold a collection: a tar or zip, compressed or not."""
+    return name.lower().endswith((".tar", *ARCHIVES)) and _PACKED_FILE.search(name) is None
+
+
+def plain_stem(stem_of_file: str) -> str:
+    """Return a stem without the words that say that a file is an image: `0` for `0_image`."""
+    return IMAGE_PREFIX.sub("", IMAGE_SUFFIX.sub("", stem_of_file))
 
 
 def stem(name: str) -> str:

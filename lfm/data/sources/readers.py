@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lfm import storage
-from lfm.data.sources.names import is_junk
+from lfm.data.sources.names import is_image, is_junk
 from lfm.data.tar import BLOCK
 from lfm.data.transforms import PILLOW_FORMATS
 from lfm.errors import ConfigError, DataError, StorageError, on_one_line
@@ -115,12 +115,16 @@ def tar_members(root: str, tar: str, read_suffixes: tuple[str, ...] = ()) -> Ite
     """Yield the files of a tar in order, without junk.
 
     Raises:
-        DataError: the tar is damaged or ends early.
+        DataError: the tar is damaged or ends early, or an image in it is a link.
     """
     path = storage.join(root, tar)
     try:
         with storage.open_read(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
+                if is_image(member.name) and (member.issym() or member.islnk() or member.issparse()):
+                    raise DataError(
+                        f"{path}: {member.name} is a link or a sparse file; pack the tar again with the files themselves"
+                    )
                 if member.isreg() and not member.name.startswith("__") and not is_junk(member.name):
                     is_wanted = member.name.lower().endswith(read_suffixes) if read_suffixes else False
                     content = archive.extractfile(member) if is_wanted else None
@@ -213,8 +217,8 @@ def zip_names(path: str) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{path}: has {twice} twice; pack it again")
-    if outside := [name for name in names if not all(name.split("/")) or ".." in name.split("/")]:
-        raise DataError(f"{path}: has the name {outside[0]}, which is no path in a folder; pack it again")
+    if outside := [name for name in names if not all(name.split("/")) or ".." in name.split("/") or "\\" in name]:
+        raise DataError(f"{path}: has the name {outside[0]}, which is no path in a folder with slashes; pack it again")
     return sorted(names)
 
 

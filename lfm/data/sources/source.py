@@ -33,19 +33,22 @@ class Choices:
     """What the user has decided about a collection; the defaults leave it to the rules of the layouts.
 
     Attributes:
-        classes: `folders` takes folders for classes, whatever their names; `none` leaves classes out.
+        classes: `folders` takes folders for classes, whatever their names, `inner-folders` the innermost ones; `none` leaves
+            classes out.
         class_order: indices of classes follow their names as text, or as numbers.
         labels: path of a table of file names and labels.
         label_column: its column with labels, or that of a source's own table or JSON.
         mask_files, map_files: folder or end of the names of the masks and segmentations; `none` leaves them out.
+        leave_out: paths in the collection that are no part of it, such as results.
     """
 
-    classes: Literal["auto", "folders", "none"] = "auto"
+    classes: Literal["auto", "folders", "inner-folders", "none"] = "auto"
     class_order: Literal["name", "number"] = "name"
     labels: str | None = None
     label_column: str | None = None
     mask_files: str | None = None
     map_files: str | None = None
+    leave_out: tuple[str, ...] = ()
 
 
 @dataclass
@@ -222,12 +225,13 @@ class Tree:
         return replace(self, root=storage.join(self.root, folder), names=names)
 
     def unused(self, source: Source) -> list[str]:
-        """Return the files that a source does not use; archives and databases count as used."""
+        """Return the files that a source does not use; a source that reads archives or databases uses all of them."""
         parts = {storage.join(source.root, name) for item in source.items for name in _parts(item)} | self.about.used
+        containers = () if source.read is self.read else _CONTAINERS
         return [
             name
             for name in self.names
-            if not name.lower().endswith(_CONTAINERS) and storage.join(self.root, name) not in parts
+            if not name.lower().endswith(containers) and storage.join(self.root, name) not in parts
         ]
 
     def has_name(self, pattern: str) -> bool:

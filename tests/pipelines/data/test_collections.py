@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,6 +97,7 @@ CAT_DOG_CLASSES = {"cat/0.jpg": "cat", "cat/1.jpg": "cat", "dog/0.jpg": "dog"}
 JUNK = {"__MACOSX/cat/._0.jpg": b"\0\5\x16\7", "cat/._0.jpg": b"\0\5\x16\7", "cat/Thumbs.db": b"x"}
 RGBA_STROKES = np.stack([HOLE * 255] * 4, -1)
 CUT_OUT = np.dstack([np.asarray(photo(9)), 255 - HOLE * 255])
+CUT_OUT_OF_BLACK = np.dstack([np.zeros_like(CUT_OUT[..., :3]), CUT_OUT[..., 3]])
 RED = np.stack([HOLE * 255, HOLE * 0, HOLE * 0], -1)
 PALETTE_MASK = Image.frombytes("P", (SIZE, SIZE), HOLE.tobytes())
 PALETTE_MASK.putpalette([0, 0, 0, 128, 0, 0])
@@ -165,7 +168,106 @@ ONCE_WRONG = {
 }
 
 DOTS = photos("./cat/0.jpg", "./cat/1.jpg", "./dog/0.jpg")
+
+
+def write_links(root: Path) -> None:
+    """A tar in which one image is a hard link to another."""
+    with tarfile.open(root / "a.tar", "w") as archive:
+        for name, content in photos("cat/0.jpg", "dog/1.jpg").items():
+            data = encode(content, ".jpg")
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        link = tarfile.TarInfo("dog/2.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "cat/0.jpg"
+        archive.addfile(link)
+
+
+BOTH = {f"{n}.{suffix}": content for n in range(3) for suffix, content in (("jpg", photo(n)), ("png", IDS))}
+LABELS_WITH_A_GAP = {"dataset.json": '{"labels": [["a.png", null], ["b.png", 1]]}'}
 ARCHIVES = {
+    "edm zip in a folder": Collection(
+        lambda root: write_zip(root / "a.zip", {f"ds/{name}": content for name, content in EDM.items()}),
+        "a.zip",
+        images=8,
+        classes={f"ds/{name}": label for name, label in EDM_CLASSES.items()},
+    ),
+    "edm in a tar": Collection(
+        lambda root: write_tar(root / "a.tar", EDM), "a.tar", images=8, classes=EDM_CLASSES, plan=("layout edm",)
+    ),
+    "edm with labels for some": Collection(
+        folder(photos("a.png", "b.png") | LABELS_WITH_A_GAP), refused=("1 class missing", "a.png")
+    ),
+    "edm without labels in class folders": Collection(folder(CAT_DOG | {"dataset.json": '{"labels": null}'})),
+    "links in a tar": Collection(write_links, refused=("dog/2.jpg is a link", "with the files themselves")),
+    "zip with backslashes": Collection(
+        lambda root: write_zip(root / "a.zip", photos("cat\\0.jpg")), refused=("no path in a folder with slashes",)
+    ),
+    "names with dots in a tar": Collection(
+        lambda root: write_tar(root / "a.tar", photos("a.1.jpg", "a.2.jpg", "b.jpg"))
+    ),
+    "images by a longer ending in a tar": Collection(
+        lambda root: write_tar(root / "a.tar", photos("0.image.png", "1.image.png") | {"0.cls": "0", "1.cls": "1"}),
+        images=2,
+        classes={"0.image.png": "0", "1.image.png": "1"},
+    ),
+    "two images of a sample": Collection(
+        lambda root: write_tar(root / "a.tar", BOTH), refused=(".jpg and .png", "--map-files png", "--mask-files png")
+    ),
+    "two images of a sample, one a map": Collection(
+        lambda root: write_tar(root / "a.tar", BOTH), options=("--map-files", "png"), ids=(0, 1, 2)
+    ),
+    "two images of a sample, one left out": Collection(
+        lambda root: write_tar(root / "a.tar", BOTH), options=("--map-files", "none")
+    ),
+    "a member of a sample by choice": Collection(
+        lambda root: write_tar(root / "a.tar", pairs("{}.jpg", "{}.target.png", HOLE)),
+        options=("--mask-files", "target.png"),
+        missing=MISSING,
+    ),
+    "a member of a sample that nobody chose": Collection(
+        lambda root: write_tar(root / "a.tar", pairs("{}.jpg", "{}.target.png", HOLE)),
+        plan=("left aside: .target.png",),
+    ),
+    "tars of numbered parts": Collection(
+        lambda root: [write_tar(root / f"part-{n}.tar", photos(f"{n}.jpg")) for n in range(3)]
+    ),
+    "tars of classes with numbers": Collection(
+        lambda root: [write_tar(root / f"{name}_1.tar", photos(f"{name}.jpg")) for name in ("cat", "dog")],
+        refused=("cat_1, dog_1", "--classes folders"),
+    ),
+    "images beside a tar": Collection(
+        lambda root: [write_folder(root, CAT_DOG), write_tar(root / "a.tar", CAT_DOG)],
+        refused=("a.tar", "--layout folder"),
+    ),
+    "images beside a zip": Collection(
+        lambda root: [write_folder(root, CAT_DOG), write_zip(root / "a.zip", CAT_DOG)],
+        refused=("a.zip", "--layout folder"),
+    ),
+    "images beside a zip, chosen": Collection(
+        lambda root: [write_folder(root, CAT_DOG), write_zip(root / "a.zip", CAT_DOG)],
+        options=("--layout", "folder"),
+        classes=CAT_DOG_CLASSES,
+        plan=("1 .zip (archives beside images)",),
+    ),
+    "images beside a table that is packed": Collection(
+        folder(CAT_DOG | {"train.csv.zip": b"PK"}), classes=CAT_DOG_CLASSES, plan=("may hold labels: train.csv.zip",)
+    ),
+    "images beside a table of labels": Collection(
+        lambda root: [
+            write_folder(root, CAT_DOG),
+            write_parquet(root / "labels.parquet", {"file": ["x"], "label": [1]}),
+        ],
+        classes=CAT_DOG_CLASSES,
+        plan=("may hold labels: labels.parquet",),
+    ),
+    "an image beside a table of images": Collection(
+        lambda root: [
+            write_folder(root, photos("logo.png")),
+            write_parquet(root / "data/train.parquet", {"image": [photo(0)], "label": [1]}),
+        ],
+        refused=("logo.png", "layout hf"),
+    ),
     "tar with a dot before names": Collection(
         lambda root: write_tar(root / "a.tar", DOTS),
         classes=dict(zip(DOTS, ("cat", "cat", "dog"), strict=True)),
@@ -248,10 +350,59 @@ ARCHIVES = {
         ),
         images=4,
     ),
+    "images of real numbers": Collection(
+        folder({"0.tif": Image.fromarray(np.asarray(photo(0).convert("L"), np.float32) / 255)}),
+        refused=("of real numbers",),
+    ),
+    "images of 8 bits in 32": Collection(
+        folder({"0.tif": Image.fromarray(np.asarray(photo(0).convert("L"), np.int32))}), refused=("of another range",)
+    ),
+    "formats of the extras in a tar": Collection(
+        lambda root: write_tar(root / "a.tar", photos("0.heic", "1.jxl")), images=2
+    ),
+    "formats in a table": Collection(
+        lambda root: write_parquet(
+            root / "a.parquet",
+            {"image": [encode(photo(n), s) for n, s in enumerate((".heic", ".jxl", ".avif", ".jp2"))]},
+        ),
+        images=4,
+    ),
     "formats of the extras": Collection(folder(photos("0.heic", "1.jxl")), images=2),
 }
 
 LABELS = {
+    "paths with a dot in metadata": Collection(
+        folder(photos("a.png", "b.png") | {"metadata.csv": "file_name,label\n./a.png,y\n./b.png,x\n"}),
+        images=2,
+        classes={"a.png": "y", "b.png": "x"},
+    ),
+    "metadata with a mark of byte order and semicolons": Collection(
+        folder(photos("a.png", "b.png") | {"metadata.csv": "\ufefffile_name;label\na.png;y\nb.png;x\n"}),
+        images=2,
+        classes={"a.png": "y", "b.png": "x"},
+    ),
+    "metadata with a label for some": Collection(
+        folder(photos("a.png", "b.png") | {"metadata.csv": "file_name,label\na.png,\nb.png,x\n"}),
+        refused=("1 class missing", "a.png"),
+    ),
+    "webdataset with a class for some": Collection(
+        lambda root: write_tar(root / "a.tar", photos("0.jpg", "1.jpg") | {"0.cls": "1"}), refused=("1 class missing",)
+    ),
+    "parquet with a label for some": Collection(
+        lambda root: write_parquet(
+            root / "a.parquet", {"image": [photo(0), photo(1)], "label": [-1, 1]}, {"label": ["cat", "dog"]}
+        ),
+        refused=("1 class missing",),
+    ),
+    "labels for some, left out": Collection(
+        folder(photos("a.png", "b.png") | LABELS_WITH_A_GAP), options=("--classes", "none"), images=2
+    ),
+    "an index and a name in JSON": Collection(
+        lambda root: write_tar(root / "a.tar", photos("0.jpg") | {"0.json": '{"label": 4, "label_name": "cat"}'}),
+        images=1,
+        classes={"0.jpg": "4"},
+        plan=("not used: label_name", "--label-column"),
+    ),
     "parquet with names that differ": Collection(
         lambda root: [
             write_parquet(root / f"train-{n}.parquet", {"image": [photo(n)], "label": [0]}, {"label": names})
@@ -379,6 +530,33 @@ LABELS = {
 }
 
 FOLDERS = {
+    "folders of folders": Collection(
+        folder(photos("clipart/cat/0.png", "real/cat/1.png", "real/dog/2.png")),
+        refused=("outer folders (clipart, real)", "inner ones (cat, dog)", "--classes inner-folders"),
+    ),
+    "the outer of folders": Collection(
+        folder(photos("a/cat/0.png", "b/cat/1.png", "b/dog/2.png")),
+        options=("--classes", "folders"),
+        classes={"a/cat/0.png": "a", "b/cat/1.png": "b", "b/dog/2.png": "b"},
+    ),
+    "the inner of folders": Collection(
+        folder(photos("a/cat/0.png", "b/cat/1.png", "b/dog/2.png")),
+        options=("--classes", "inner-folders"),
+        classes={"a/cat/0.png": "cat", "b/cat/1.png": "cat", "b/dog/2.png": "dog"},
+        plan=("names of the innermost folders",),
+    ),
+    "versions of images": Collection(
+        folder(photos("noisy/1.png", "noisy/2.png", "clean/1.png", "clean/2.png")),
+        refused=("versions of the same images", "--classes folders"),
+    ),
+    "images twice by suffix": Collection(
+        folder(BOTH), refused=(".jpg and .png", "--map-files png", "--mask-files none")
+    ),
+    "images twice by suffix, one a map": Collection(folder(BOTH), options=("--map-files", "png"), ids=(0, 1, 2)),
+    "images twice by suffix, all images": Collection(folder(BOTH), options=("--mask-files", "none"), images=6),
+    "names of annotations without images": Collection(
+        folder(photos("x1.png", "x2.png", "y1_seg.png")), refused=("y1_seg.png may annotate", "--mask-files none")
+    ),
     "folders called like splits": Collection(
         folder(photos("train_images/1/0.png", "test_images/1/1.png")),
         refused=("--split test_images", "--classes folders"),
@@ -460,6 +638,42 @@ CITYSCAPES = pairs("leftImg8bit/val/bonn/x{}_leftImg8bit.png", GT + "labelIds.pn
 SUPERVISELY = pairs("img/{}.jpg", "masks_machine/{}.jpg.png", IDS) | {f"ann/{n}.jpg.json": "{}" for n in range(3)}
 
 ANNOTATIONS = {
+    "labels beside images by their ends": Collection(folder(pairs("{}_image.png", "{}_label.png", IDS)), ids=(0, 1, 2)),
+    "masks of DeepGlobe": Collection(
+        folder(pairs("train/{}_sat.jpg", "train/{}_mask.png", HOLE * 255)), missing=MISSING
+    ),
+    "masks and images by the start of their names": Collection(
+        folder(pairs("img_{}.png", "mask_{}.png", HOLE * 255)), missing=MISSING
+    ),
+    "instances beside labels": Collection(
+        folder(
+            pairs("training/images/{}.jpg", "training/labels/{}.png", IDS)
+            | {f"training/instances/{n}.png": IDS for n in range(3)}
+        ),
+        ids=(0, 1, 2),
+        plan=("annotations left aside: instances",),
+    ),
+    "objects of VOC": Collection(
+        folder(
+            pairs("JPEGImages/{}.jpg", "SegmentationClass/{}.png", IDS)
+            | {f"SegmentationObject/{n}.png": IDS for n in range(3)}
+        ),
+        ids=(0, 1, 2),
+        plan=("3 .png in SegmentationObject",),
+    ),
+    "maps of a lossy format": Collection(
+        folder(pairs("images/{}.png", "annotations/{}.webp", np.stack([IDS * 40] * 3, -1))),
+        refused=("WEBP alters class ids",),
+    ),
+    "an id that may stand for no class": Collection(
+        maps(np.where(IDS == 2, 255, IDS).astype(np.uint8)), ids=(0, 1, 255), plan=("if 255 stands for no class",)
+    ),
+    "an ignored id of 16 bits": Collection(
+        maps(np.where(IDS == 2, 65535, IDS.astype(np.uint16))),
+        options=("--ignore-label", 65535),
+        ids=(0, 1, 65535),
+        labels={65535: "unlabelled"},
+    ),
     "masks by the start of their names": Collection(folder(pairs("{}.png", "mask_{}.png", HOLE)), missing=MISSING),
     "white in maps of three names": Collection(
         maps(HOLE * 255, labels_txt="a\nb\nc\n"), refused=("255 may be the second label", "--ignore-label 255")
@@ -549,8 +763,20 @@ MASKS = {
     "dark grey": Collection(masks(HOLE * 100), missing=MISSING),
     "16 bits": Collection(masks(HOLE.astype(np.uint16)), missing=MISSING),
     "cut out of an opaque image": Collection(masks(CUT_OUT), missing=MISSING),
-    "cut out of a black image": Collection(
-        masks(np.dstack([np.zeros_like(CUT_OUT[..., :3]), CUT_OUT[..., 3]])), missing=MISSING
+    "cut out of a black image, or black strokes": Collection(
+        masks(CUT_OUT_OF_BLACK), refused=("mask dark on transparent", "--mask-value")
+    ),
+    "cut out of a black image, chosen": Collection(
+        masks(CUT_OUT_OF_BLACK), options=("--mask-value", "transparent"), missing=MISSING
+    ),
+    "black strokes, chosen": Collection(
+        masks(CUT_OUT_OF_BLACK), options=("--mask-value", "opaque"), missing=1 - MISSING
+    ),
+    "grey on white": Collection(masks(np.where(HOLE, 128, 255).astype(np.uint8)), refused=("mask not binary",)),
+    "white, opaque": Collection(masks(np.dstack([HOLE * 255] * 3 + [HOLE * 0 + 255])), missing=MISSING),
+    "white on transparent, grey": Collection(masks(Image.fromarray(RGBA_STROKES[..., :2], "LA")), missing=MISSING),
+    "real numbers": Collection(
+        folder(pairs("images/{}.png", "masks/{}.tif", Image.fromarray(HOLE.astype(np.float32)))), missing=MISSING
     ),
     "inverted": Collection(masks(255 - HOLE * 255), options=("--mask-value", "black"), missing=MISSING),
     "inverted, of 0 and 1": Collection(masks(1 - HOLE), options=("--mask-value", "black"), missing=MISSING),
@@ -600,6 +826,14 @@ def test_masks(name: str, tmp_path: Path) -> None:
 def test_palettes_are_the_published_ones() -> None:
     assert {name: len(colours) for name, colours in PALETTES.items()} == {"camvid": 32, "cityscapes": 29, "voc": 22}
     assert PALETTES["voc"][0x800000] == (1, "aeroplane") and PALETTES["voc"][0x004080] == (20, "tvmonitor")
+
+
+def test_results_in_the_folder_of_the_images_are_no_images(tmp_path: Path) -> None:
+    write_folder(tmp_path, CAT_DOG)
+    command = ("shard", tmp_path, tmp_path / "raw", "--image-size", SIZE, "--sheet", tmp_path / "sheet.png")
+    for _ in range(2):
+        result = lfm(*command)
+        assert result.exit_code == 0 and "3 images of 2 classes" in result.stdout, result.stderr
 
 
 def test_the_plan_writes_nothing_but_the_sheet(tmp_path: Path) -> None:

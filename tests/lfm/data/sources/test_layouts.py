@@ -154,7 +154,7 @@ def test_classes_of_a_tar_may_be_names(tmp_path: Path) -> None:
 
 
 def test_a_sample_without_an_image_is_rejected_and_counted(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"0.png": image_bytes(random_pixels(9, 9, 3)), "1.txt": b"x", "2.input.jpg": b"x"})
+    write_tar(tmp_path / "a.tar", {"0.png": image_bytes(random_pixels(9, 9, 3)), "1.txt": b"x", "2.data.jpg": b"x"})
     assert lfm("shard", tmp_path, tmp_path / "raw", "--image-size", 8, "--max-rejected", 1).exit_code == 0
     rejects = manifests.load(str(tmp_path / "raw"), "raw").rejects
     assert sorted(reject.source for reject in rejects) == ["a.tar#-#1", "a.tar#-#2"]

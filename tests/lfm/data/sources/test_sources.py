@@ -49,10 +49,11 @@ def test_class_folders_become_classes_in_sorted_order(root: str) -> None:
 
 
 def test_a_flat_folder_has_no_classes(root: str) -> None:
-    make(root, *(f"x{suffix}" for suffix in SUFFIXES), "y.PNG", "z.txt", ".hidden.png", "__MACOSX/._x.png")
+    names = [f"x{suffix}{suffix}" for suffix in SUFFIXES]
+    make(root, *names, "y.PNG", "z.txt", ".hidden.png", "__MACOSX/._x.png")
     source = folder(root)
     assert source.class_names == ()
-    assert [item.image for item in source.items] == sorted([*(f"x{suffix}" for suffix in SUFFIXES), "y.PNG"])
+    assert [item.image for item in source.items] == sorted([*names, "y.PNG"])
     assert {item.class_index for item in source.items} == {None}
 
 
