@@ -23,6 +23,7 @@ from lfm.errors import DataError
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _LOSSY = ("JPEG", "JPEG2000", "HEIF", "AVIF", "JXL", "MPO")
 MOST_HEADER = 4096  # bytes of a WebP in front of its pixels, where its kind is named
+MOST_LEVELS_OF_12_BITS = 0xFFF  # nearly black among those of 16 bits
 LARGEST_PIXELS = 200_000_000  # larger images are taken for decompression bombs
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of Pillow images whose pixels are class ids
 MOST_SATURATION = 32  # of a mask that counts as grey: JPEG alters equal channels
@@ -271,7 +272,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise Rejected("of real numbers", "which level is white is not known; store it with 8 or 16 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF or 0 < values.max() <= 0xFF:
+        if values.min() < 0 or values.max() > 0xFFFF or 0 < values.max() <= MOST_LEVELS_OF_12_BITS:
             raise Rejected("of another range", f"levels {values.min()} to {values.max()}, where 65535 is white")
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:

@@ -16,7 +16,7 @@ from lfm.data.palettes import PALETTES, Colours
 from lfm.data.sources import readers
 from lfm.data.sources.layouts import LAYOUTS
 from lfm.data.sources.map_rules import choose_rule, parse_palette
-from lfm.data.sources.names import is_archive, is_image, looks_like_labels, storable
+from lfm.data.sources.names import is_archive, is_image, looks_like_labels, stem, storable
 from lfm.data.sources.source import UNLABELLED, Source
 from lfm.data.transforms import Rejected, binary, crop, crop_ids
 from lfm.errors import ConfigError, StorageError, printable
@@ -128,7 +128,7 @@ def describe(source: Source, sample: Survey) -> str:
             ("unusable", f"{reasons}, of {len(sample.items) + sum(sample.rejected.values())} images looked at")
         )
     if source.about.unused:
-        lines.append(("left aside", _left_aside(source.about.unused)))
+        lines.append(("left aside", _left_aside(source.about.unused, {stem(item.image) for item in source.items})))
     lines += [("note", note) for note in (*source.about.notes, *_links_and_copies(source))]
     lines += [("example", _example(source, surveyed)) for surveyed in sample.items[:NUM_ROWS]]
     return "\n".join(f"  {title:<11}{printable(text)}" for title, text in lines)
@@ -164,10 +164,10 @@ def _maps(source: Source, sample: Survey) -> str:
     return text
 
 
-def _left_aside(names: list[str]) -> str:
+def _left_aside(names: list[str], stems: set[str]) -> str:
     kinds = Counter(_kind(name) for name in names)
     text = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(8))
-    labels = [name for name in names if looks_like_labels(name)]
+    labels = [name for name in names if looks_like_labels(name) or (name.endswith(".txt") and stem(name) in stems)]
     if labels:
         more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
         text += f"; not used although they may hold labels: {', '.join(labels[:4])}{more} (`labels` reads a table)"

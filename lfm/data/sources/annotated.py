@@ -62,11 +62,24 @@ def _families(tree: Tree) -> dict[str, list[str]]:
     families: dict[str, list[str]] = defaultdict(list)
     for name in tree.images:
         suffix = name.rpartition(".")[2].lower()
+        end = next((end for end in chosen if _without_end(stem(name), end) in stems), None)
         if suffix in chosen and suffixes[stem(name)] > 1:  # 0.png beside 0.jpg
             families[suffix].append(name)
+        elif end and not ANNOTATION_SUFFIX.search(stem(name)):
+            families[end].append(name)
         elif family := annotation_family(name, stems):
             families[family].append(name)
     return families
+
+
+def _without_end(stem_of_file: str, end: str) -> str | None:
+    """Return a stem without the end `_end`, whatever its case; None if it does not end so."""
+    cut = len(stem_of_file) - len(end)
+    return (
+        stem_of_file[: cut - 1]
+        if cut > 1 and stem_of_file[cut:].lower() == end and stem_of_file[cut - 1] in "_-. "
+        else None
+    )
 
 
 def _path_stem(name: str) -> str:
@@ -185,13 +198,20 @@ def _chosen(tree: Tree, families: dict[str, list[str]]) -> tuple[str | None, str
     return result[0], result[1]
 
 
-def _keys(name: str, *, is_annotation: bool) -> list[Key]:
-    """Return the path of an image by which its annotation is known: as it is, and without the end of its stem."""
+def _keys(name: str, *, family: str | None = None) -> list[Key]:
+    """Return the path of an image by which its annotation is known: as it is, and without the end of its stem.
+
+    Args:
+        family: that of an annotation.
+    """
     *folders, file = name.split("/")
     inner = stem(file)
     inner = stem(inner) if is_image(inner) else inner
     folder = tuple(part for part in map(_plain, folders) if part)
-    plain = ANNOTATION_PREFIX.sub("", ANNOTATION_SUFFIX.sub("", inner)) if is_annotation else plain_stem(inner)
+    if family is None:
+        plain = plain_stem(inner)
+    else:
+        plain = _without_end(inner, family.lower()) or ANNOTATION_PREFIX.sub("", ANNOTATION_SUFFIX.sub("", inner))
     return [(*folder, inner), (*folder, plain)]
 
 
@@ -203,13 +223,13 @@ def _pairs(tree: Tree, images: list[str], families: dict[str, list[str]], family
     """
     image_of: dict[Key, str] = {}
     for place in (1, 0):  # exact names last, since they win
-        image_of |= {_keys(name, is_annotation=False)[place]: name for name in images}
-    counts = Counter(key[-1] for key in {_keys(name, is_annotation=False)[1] for name in images})
+        image_of |= {_keys(name)[place]: name for name in images}
+    counts = Counter(key[-1] for key in {_keys(name)[1] for name in images})
     by_file = {key[-1]: name for key, name in image_of.items() if counts[key[-1]] <= 1}
     pairs: dict[str, str] = {}
     alone = []
     for name in families[family]:
-        keys = _keys(name, is_annotation=True)
+        keys = _keys(name, family=family)
         image = next((image_of[key] for key in keys if key in image_of), None)
         image = image or next((by_file[key[-1]] for key in keys if key[-1] in by_file), None)
         if image is None:

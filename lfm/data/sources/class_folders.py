@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from itertools import pairwise
 
 from lfm import storage
@@ -16,6 +17,7 @@ from lfm.data.sources.names import (
     SPLIT,
     SPLIT_LIKE,
     SUFFIXES,
+    are_splits,
     stem,
 )
 from lfm.data.sources.source import Layout, Source, Tree, choose_split
@@ -23,6 +25,7 @@ from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
 
 SOME = 0.05  # share of the images above which names are no accident
+_END = re.compile(r"(.+?)[_\-. ]+([A-Za-z]\w*)", re.DOTALL)
 _BUCKET = re.compile(r"\d{4,}")
 
 
@@ -43,6 +46,9 @@ def read_folder(tree: Tree, split: str | None) -> Source:
     loose = [path for path in paths if "/" not in path]
     if not split and not loose and not is_split and all(map(SPLIT.fullmatch, folders)):
         return read_folder(tree, choose_split(root, folders, split))
+    if split and _is_wrapped(tree, folders):
+        tree.about.notes.append(f"looked through the folder {min(folders)}, which holds everything")
+        return read_folder(tree.subtree(min(folders)), None)
     if tree.choices.classes == "auto":
         _check_folders(tree, folders)
         if not is_split and len(folders) > 1:
@@ -89,6 +95,7 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
         ConfigError: names both readings, and the option for each.
     """
     splits = sorted(name for name in folders if SPLIT.fullmatch(name) or SPLIT_LIKE.fullmatch(name))
+    splits = splits or (sorted(folders) if are_splits(folders) else [])
     if splits:
         others = sorted(folders - set(splits)) or [path for path in tree.images if "/" not in path]
         beside = f" beside {', '.join(others[:3])}" if others else ""
@@ -113,6 +120,14 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
             f"{tree.root}: {first}, ... may be parts of one list of images, since the numbers of the images continue from "
             "folder to folder, or classes; choose `classes` none or `classes` folders"
         )
+
+
+def _is_wrapped(tree: Tree, folders: set[str]) -> bool:
+    """Whether the only folder of a split is no class: it is called images, or holds folders only."""
+    if len(folders) != 1 or tree.choices.classes != "auto":
+        return False
+    is_deep = all(path.count("/") >= 2 for path in tree.images)
+    return is_deep or (IMAGE_FOLDER.fullmatch(min(folders)) is not None and all("/" in path for path in tree.images))
 
 
 def _check_depth(tree: Tree, folders: set[str]) -> None:
@@ -144,6 +159,14 @@ def read_images(tree: Tree, split: str | None) -> Source:
         raise ConfigError(
             f"{tree.root}: {named[0]} may annotate another image, by its name, or be one; rename such files as the images with "
             "_mask or _seg at the end, or choose `mask_files` none to read all of them as images"
+        )
+    stems = {stem(name) for name in images}
+    ends = Counter(match[2] for name in stems if (match := _END.fullmatch(name)) and match[1] in stems)
+    if ends and 3 * max(ends.values()) >= len(images):
+        end = max(ends, key=lambda word: ends[word])
+        raise ConfigError(
+            f"{tree.root}: {ends[end]} names are those of other images and _{end}: they may annotate these; choose "
+            f"`map_files` {end} or `mask_files` {end}, or `mask_files` none to read all of them as images"
         )
     by_stem: dict[str, set[str]] = {}
     for name in images:

@@ -104,7 +104,8 @@ def _by_index(
     known = sorted({label for label in labels if label is not None})
     if known and (known[0] < 0 or (names and known[-1] >= len(names))):
         wrong = known[0] if known[0] < 0 else known[-1]
-        raise DataError(f"{where}: class {wrong} is not one of the {len(names)} names; repair the label")
+        what = f"not one of the {len(names)} names" if names else "negative"
+        raise DataError(f"{where}: class {wrong} is {what}; repair the label")
     if names:
         return labels, tuple(names)
     largest = known[-1] if known else -1

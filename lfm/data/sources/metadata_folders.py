@@ -9,6 +9,7 @@ from lfm import storage
 from lfm.data.sources.class_folders import read_folder
 from lfm.data.sources.labels import (
     FILE_KEYS,
+    LABEL_KEYS,
     MAP_KEYS,
     MASK_KEYS,
     Label,
@@ -115,8 +116,8 @@ def _of_rows(tree: Tree, rows: list[Row], where: str) -> Source:
     if len(set(listed)) < len(listed):
         raise DataError(f"{where}: has {len(listed) - len(set(listed))} images twice; remove the rows")
     _require_same(where, set(listed), set(tree.images) - annotations)
-    if label is None and tree.choices.classes != "none":
-        images = tree.only(name for name in tree.names if name not in annotations)
+    images = tree.only(name for name in tree.names if name not in annotations)
+    if label is None and tree.choices.classes != "none" and len(images.top_folders) > 1:
         base = read_folder(images, None)
         by_name = {item.image: item.class_index for item in base.items}
         indices, names = [by_name[name] for name in listed], base.class_names
@@ -124,7 +125,7 @@ def _of_rows(tree: Tree, rows: list[Row], where: str) -> Source:
         values = [as_label(row[label], f"{where}: {row[file]}") if label else None for row in rows]
         indices, names = classes(values, tree.choices, where)
         tree.about.labels_from = f"column {label} of {where}" if label else ""
-    unused = [column for column in columns if column not in (file, label, mask, segmentation)]
+    unused = [c for c in columns if c not in (file, label, mask, segmentation) and (not label or c not in LABEL_KEYS)]
     if unused:
         tree.about.notes.append(f"{where}: columns not used: {', '.join(unused)}; `label_column` chooses one as label")
     items = [

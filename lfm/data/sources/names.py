@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 # The first four stand in messages.
@@ -25,13 +26,18 @@ _JUNK_FILE = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 _MASK_WORDS = r"masks?|holes?|inpaint(ing)?_?masks?"
 _MAP_WORDS = (
     r"annotations?|anno?s?|labels?|labelids|labelled\w*|labeled\w*|labelimages?|seg|segs|segments?|segmentations?"
-    r"|segmentationclass\w*|segmentationobjects?|instances?|semantic\w*|gt|gts|gtfine|gtcoarse|groundtruths?|ground_?truths?|stuffthingmaps|mask_?labels?"
+    r"|segmentationclass\w*|segmentationobjects?|instances?|semantic\w*|gt|gts|gtfine|gtcoarse|ground[_\- ]?truths?"
+    r"|stuffthingmaps|mask_?labels?"
 )
 ANNOTATION_FOLDER = re.compile(rf"(.*[_\- .])?({_MASK_WORDS}|{_MAP_WORDS})([_\- .].*)?|.*annot|.*masks?", re.IGNORECASE)
-IMAGE_FOLDER = re.compile(r"images?|imgs?|jpegimages|pngimages|leftimg8bit|inputs?|photos?|pics?|rgbs?", re.IGNORECASE)
+IMAGE_FOLDER = re.compile(
+    r"((originals?|orig|raw|source|input|colou?r|rgb|jpeg|png)[_\- ]?)?(images?|imgs?|photos?|pics?)"
+    r"|originals?|leftimg8bit|inputs?|rgbs?",
+    re.IGNORECASE,
+)
 # The end of a stem that says that a file annotates the file of the stem before it.
 ANNOTATION_SUFFIX = re.compile(
-    r"(?P<end>[_\-. ]+(?:gt(?:Fine|Coarse)_)?(?:(?:inpaint(?:ing)?[_\-])?masks?|segs?|segmentations?|labels?|labelids?"
+    r"(?P<end>[_\-. ]+(?:gt(?:Fine|Coarse)_)?(?:(?:inpaint(?:ing)?[_\-])?masks?|holes?|segs?|segmentations?|labels?|labelids?"
     r"|labeltrainids|trainids|annotations?|annot|gt|groundtruth|color|instanceids|matte|L)(?:[_\-]?\d{1,4})?)$",
     re.IGNORECASE,
 )
@@ -65,6 +71,12 @@ _TABLE_SUFFIXES = (
     ".yaml",
     ".yml",
 )
+
+
+def are_splits(folders: Iterable[str]) -> bool:
+    """Return whether each of several folders has the name of a split in its own, such as cars_train and cars_test."""
+    words = [re.split(r"[_\-. ]", folder) for folder in folders]
+    return len(words) > 1 and all(any(map(SPLIT.fullmatch, parts)) for parts in words)
 
 
 def is_junk(name: str) -> bool:

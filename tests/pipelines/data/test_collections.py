@@ -354,6 +354,9 @@ ARCHIVES = {
         folder({"0.tif": Image.fromarray(np.asarray(photo(0).convert("L"), np.float32) / 255)}),
         refused=("of real numbers",),
     ),
+    "images of 12 bits in 16": Collection(
+        folder({"0.png": np.asarray(photo(0).convert("L")).astype(np.uint16) * 16}), refused=("of another range",)
+    ),
     "images of 8 bits in 32": Collection(
         folder({"0.tif": Image.fromarray(np.asarray(photo(0).convert("L"), np.int32))}), refused=("of another range",)
     ),
@@ -505,6 +508,9 @@ LABELS = {
         options=("--labels", "@l.csv"),
         refused=("1 of 2 images have no label", "b.png"),
     ),
+    "a text for each image": Collection(
+        folder(photos("a.png") | {"a.txt": "cat"}), images=1, plan=("may hold labels: a.txt",)
+    ),
     "a table that is not used": Collection(
         folder(photos("a.png", "b.png") | {"labels.csv": "file,label\na.png,dog\n"}),
         images=2,
@@ -530,6 +536,32 @@ LABELS = {
 }
 
 FOLDERS = {
+    "folders with splits in their names": Collection(
+        folder(photos("cars_train/1.png", "cars_test/2.png")),
+        refused=("cars_test, cars_train may be a split", "--split"),
+    ),
+    "classes with the word of a split": Collection(
+        folder(photos("train_station/1.png", "bar/2.png")),
+        images=2,
+        classes={"train_station/1.png": "train_station", "bar/2.png": "bar"},
+    ),
+    "images in the folder of a split": Collection(
+        folder(photos("val/images/0.png", "val/images/1.png", "train/images/2.png")),
+        options=("--split", "val"),
+        images=2,
+        plan=("looked through the folder images",),
+    ),
+    "a wrapper in a split": Collection(
+        folder(photos("train/x/cat/0.png", "train/x/dog/1.png")),
+        images=2,
+        classes={"cat/0.png": "cat", "dog/1.png": "dog"},
+    ),
+    "names with an end that others lack": Collection(
+        folder(pairs("{}.png", "{}_depthmap.png", IDS)), refused=("_depthmap", "--map-files depthmap")
+    ),
+    "names with an end that others lack, chosen": Collection(
+        folder(pairs("{}.png", "{}_depthmap.png", IDS)), options=("--map-files", "depthmap"), ids=(0, 1, 2)
+    ),
     "folders of folders": Collection(
         folder(photos("clipart/cat/0.png", "real/cat/1.png", "real/dog/2.png")),
         refused=("outer folders (clipart, real)", "inner ones (cat, dog)", "--classes inner-folders"),
@@ -638,6 +670,16 @@ CITYSCAPES = pairs("leftImg8bit/val/bonn/x{}_leftImg8bit.png", GT + "labelIds.pn
 SUPERVISELY = pairs("img/{}.jpg", "masks_machine/{}.jpg.png", IDS) | {f"ann/{n}.jpg.json": "{}" for n in range(3)}
 
 ANNOTATIONS = {
+    "folders with spaces": Collection(
+        folder(pairs("Original Images/{}.png", "Ground Truth/{}.png", IDS)), ids=(0, 1, 2)
+    ),
+    "masks of metadata without classes": Collection(
+        folder(
+            pairs("images/{}.png", "masks/{}.png", HOLE)
+            | {"metadata.csv": "file_name,mask\n" + "".join(f"images/{n}.png,masks/{n}.png\n" for n in range(3))}
+        ),
+        missing=MISSING,
+    ),
     "labels beside images by their ends": Collection(folder(pairs("{}_image.png", "{}_label.png", IDS)), ids=(0, 1, 2)),
     "masks of DeepGlobe": Collection(
         folder(pairs("train/{}_sat.jpg", "train/{}_mask.png", HOLE * 255)), missing=MISSING
