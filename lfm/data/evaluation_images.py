@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -196,7 +197,7 @@ def open_images(
             )
         return ShardedImages(path, manifests.load(path, "raw"), cache)
     if storage.exists(record := storage.join(path, SAMPLES)):
-        names = [entry["file"] for entry in storage.read_json(record).get("pictures", ())]
+        names = _listed_images(record)
     else:
         names = [name for name in storage.find(path) if name.lower().endswith(SUFFIXES)]
     if not names:
@@ -209,6 +210,18 @@ def open_images(
     except Rejected as error:
         raise DataError(f"{storage.join(path, files[0])}: {error}; repair or remove it") from error
     return FolderImages(path, files, first.height, None)
+
+
+def _listed_images(record: str) -> list[str]:
+    """Return the files that the record of `lfm sample` lists, all of them in its own folder."""
+    try:
+        names = [entry["file"] for entry in storage.read_json(record).get("pictures", ())]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{record}: is not the record of `lfm sample`; remove it, or sample again") from error
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise DataError(f"{record}: {name!r} is not the name of an image in its folder")
+    return names
 
 
 def pick(images: ImageSet, rows: Sequence[int]) -> list[np.ndarray]:

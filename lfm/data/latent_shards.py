@@ -19,7 +19,7 @@ import numpy as np
 
 from lfm.data.manifest import Member
 from lfm.data.tar import BLOCK, encode_class
-from lfm.errors import DataError
+from lfm.errors import DataError, on_one_line
 from lfm.types import LatentSample
 
 # The members of a latent sample in the tar's order, which is that of their names, and the fields of LatentSample.
@@ -121,8 +121,17 @@ class LatentShard:
 
     @property
     def class_indices(self) -> np.ndarray | None:
-        """int64 (samples,), or None if the samples have no class."""
-        return np.asarray(self.columns["cls"]).astype(np.int64) if "cls" in self.columns else None
+        """int64 (samples,), or None if the samples have no class.
+
+        Raises:
+            DataError: a class is not a number.
+        """
+        if "cls" not in self.columns:
+            return None
+        try:
+            return np.asarray(self.columns["cls"]).astype(np.int64)
+        except ValueError as error:
+            raise DataError(f"{self.name}: a class is no number ({on_one_line(error)}); make it again") from error
 
 
 def _strided(mapped: np.ndarray, samples: int, member: Member, stride: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lfm.data.tar import encode_class, read_tar
 from lfm.data.transforms import Rejected, decode
-from lfm.errors import DataError
+from lfm.errors import DataError, on_one_line
 from lfm.prefetch import map_ahead
 from lfm.types import RawSample
 
@@ -63,18 +63,25 @@ def _decode_sample(members: dict[str, Any], name: str) -> RawSample:
     if image is None:
         raise DataError(f"{name}: sample {members['__key__']} has no image; make the shard again")
     try:
-        mask, segmentation = _grey_levels(members, "mask.png"), _grey_levels(members, "seg.png")
+        pixels = decode(image)
+        mask, segmentation = (_grey_levels(members, suffix, pixels.size) for suffix in ("mask.png", "seg.png"))
         return RawSample(
             key=members["__key__"],
-            image=np.asarray(decode(image)),
+            image=np.asarray(pixels),
             class_index=int(members["cls"]) if "cls" in members else None,
             mask=None if mask is None else (mask > 127).astype(np.uint8),
             segmentation=segmentation,
             metadata=json.loads(members.get("json", b"{}")),
         )
-    except (Rejected, ValueError, OSError, SyntaxError) as error:
-        raise DataError(f"{name}: sample {members['__key__']}: {error}; make the shard again") from error
+    except (Rejected, ValueError, OSError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: sample {members['__key__']}: {on_one_line(error)}; make the shard again") from error
 
 
-def _grey_levels(members: dict[str, Any], suffix: str) -> np.ndarray | None:
-    return np.asarray(Image.open(io.BytesIO(members[suffix]))) if suffix in members else None
+def _grey_levels(members: dict[str, Any], suffix: str, size: tuple[int, int]) -> np.ndarray | None:
+    """Return the pixels of a member, (H, W); compare its size first, so that it cannot ask for any amount of memory."""
+    if suffix not in members:
+        return None
+    with Image.open(io.BytesIO(members[suffix]), formats=("PNG",)) as image:
+        if image.size != size or len(image.getbands()) != 1:
+            raise ValueError(f"{suffix}: {image.width} x {image.height} pixels in {image.mode}, the image has {size}")
+        return np.asarray(image)

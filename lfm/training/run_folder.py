@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from lfm import storage
 from lfm.errors import CheckpointError, LfmError, on_one_line
@@ -156,7 +156,8 @@ class RunFolder:
             state = RunState.model_validate(storage.read_json(str(checkpoint / STATE)))
             files = state.files.items() if verify else ()
             wrong = [name for name, crc32 in files if storage.checksums(checkpoint / name).crc32 != crc32]
-        except (ValidationError, LfmError, OSError) as error:
+            state.model_dump(mode="json")  # as the ranks compare it
+        except (ValueError, LfmError, OSError) as error:  # ValueError: not of this form, or nested too deeply
             raise CheckpointError(f"{checkpoint}: is damaged ({on_one_line(error)}); {_REPAIR}") from error
         if wrong:
             raise CheckpointError(f"{checkpoint / wrong[0]}: is not what was written; {_REPAIR}")
@@ -218,7 +219,9 @@ class RunFolder:
         for path in paths:
             flush(path)
         files = {str(path.relative_to(temporary)): storage.checksums(path).crc32 for path in paths}
-        storage.write_json(str(temporary / STATE), state.model_copy(update={"files": files}).model_dump(mode="json"))
+        storage.write_json(
+            str(temporary / STATE), state.model_copy(update={"files": files}).model_dump(mode="json"), sealed=True
+        )
         with storage.writing(
             str(self.path / WEIGHTS)
         ) as weights:  # before the checkpoint: the run's weights are never older

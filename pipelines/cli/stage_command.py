@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from lfm.errors import LfmError, hide_credentials, printable
 from pipelines.common.options import Argument, Flag, PythonOnly, Section, problem
-from pipelines.common.processes import stopped_by_sigterm
+from pipelines.common.processes import logs_without_credentials, stopped_by_sigterm
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
@@ -34,7 +34,7 @@ class StageCommand(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command and exit: 2 where the user can repair something, 130 after an interrupt."""
         try:
-            with stopped_by_sigterm():
+            with stopped_by_sigterm(), logs_without_credentials():
                 return super().main(*args, **kwargs | {"standalone_mode": False})
         except click.Abort:
             click.echo("interrupted; run the same command to resume", err=True)

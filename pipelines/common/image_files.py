@@ -48,11 +48,20 @@ def save(image: np.ndarray | Image.Image, path: str | Path, *, flush: bool = Tru
 
 
 def note(path: str) -> Any:
-    """Return the note of a PNG; None if the file has none or is not an image."""
+    """Return the note of a PNG; None if the file has none, is damaged, or is not an image."""
     try:
-        with storage.open_read(path) as file, Image.open(file) as image:
-            return json.loads(image.info.get(NOTE, "null"))
-    except (OSError, ValueError, SyntaxError):
+        with storage.open_read(path) as file, Image.open(file, formats=("PNG",)) as image:
+            content = json.loads(image.info.get(NOTE, "null"))
+            image.verify()  # the checksums of all its parts
+            return content
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        RecursionError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ):
         return None
 
 

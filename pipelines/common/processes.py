@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import re
@@ -16,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from lfm import storage
-from lfm.errors import ConfigError, DataError
+from lfm.errors import ConfigError, DataError, hide_credentials
 from lfm.world import World
 from pipelines.common import launcher
 
@@ -109,6 +110,23 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def logs_without_credentials() -> Iterator[None]:
+    """Hide the credentials of URLs in all messages that are logged in the block."""
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_record_without_credentials)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
+def _record_without_credentials(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **kwargs)
+    record.msg, record.args = hide_credentials(record.getMessage()), ()
+    return record
+
+
 def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
@@ -120,6 +138,7 @@ def _stop_worker(number: int, frame: object) -> None:
 def start_worker(threads: int = 1) -> None:
     """Prepare a worker process: exit when the parent is killed, so that it does not write beside the next run."""
     signal.signal(signal.SIGTERM, _stop_worker)
+    logging.setLogRecordFactory(_record_without_credentials)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported
     parent: Any = multiprocessing.parent_process()
 

@@ -8,6 +8,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from lfm.errors import hide_credentials
+
 COUNTS = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
@@ -46,7 +48,7 @@ class Progress(tqdm):
         stream = stream or sys.stderr
         terminal = stream.isatty()
         super().__init__(
-            desc=title,
+            desc=hide_credentials(title),
             total=total,
             unit=f" {unit}",
             initial=done,

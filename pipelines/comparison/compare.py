@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from lfm.errors import LfmError
+from lfm.errors import LfmError, hide_credentials
 from pipelines.common import launcher
 from pipelines.common.progress import Progress
 from pipelines.comparison import comparison_report
@@ -46,7 +46,7 @@ def run(config: CompareConfig) -> CompareResult:
         return CompareResult(plan)
     for training in trainings:
         check_same_run(training)
-    print(plan, flush=True)
+    print(hide_credentials(plan), flush=True)
     _train_all(trainings, config)
     report = comparison_report.build(trainings)
     return CompareResult(plan, comparison_report.write(report, Path(config.out)))

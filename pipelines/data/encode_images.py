@@ -101,6 +101,10 @@ def checked(samples: Iterable[RawSample], raw: Manifest, path: str) -> Iterator[
         for name in required:
             if getattr(sample, name) is None:
                 raise DataError(f"{path}: sample {sample.key} has no {name}; shard it again")
+        if raw.classes and not 0 <= (sample.class_index or 0) < len(raw.classes):
+            raise DataError(
+                f"{path}: sample {sample.key} has the class {sample.class_index}, of {len(raw.classes)}; shard it again"
+            )
         ids = sample.segmentation
         if ids is None:
             yield sample

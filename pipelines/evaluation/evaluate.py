@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from lfm import storage
-from lfm.data.evaluation_images import FolderImages, open_images, pick
-from lfm.errors import ConfigError, LfmError
+from lfm.data.evaluation_images import FolderImages, ImageSet, open_images, pick
+from lfm.errors import ConfigError
 from lfm.metrics import features
 from lfm.metrics.precision_recall import nearest
+from lfm.metrics.reference import Reference
 from lfm.weights_file import WEIGHTS
 from lfm.world import World
 from pipelines.common import factory
@@ -52,6 +53,7 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
     """
     reference_sets = _load_reference_sets(config, world)
     candidates = _candidates(config, world)
+    real = _open_neighbours(config, reference_sets[0])
     for candidate in candidates:
         for reference_set in reference_sets:
             reference_set.check_comparable(candidate.name, candidate.image_size, candidate.crop)
@@ -87,7 +89,10 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
         "versions": _versions(),
     }
     first_blocks = [next(each.blocks()) for each in files]
-    neighbours = _neighbours(config, reference_sets[0], [block["0.pooled"][:NUM_SHOWN] for block in first_blocks])
+    neighbours = None
+    if real:
+        pooled = [block["0.pooled"][:NUM_SHOWN] for block in first_blocks]
+        neighbours = _nearest_images(real, reference_sets[0].reference, pooled)
     table = report.write(config.out, content, [block["shown"] for block in first_blocks], neighbours)
     return EvaluateResult(plan, content, table)
 
@@ -168,26 +173,32 @@ def _row(candidate: Candidate, files: FeatureFiles, results: Results, inputs: Ev
     }
 
 
-def _neighbours(
-    config: EvaluateConfig, reference_set: ReferenceSet, pooled: list[torch.Tensor]
-) -> list[torch.Tensor] | None:
-    """Return the real images nearest to those with the features `pooled` (n, D), uint8 (n, 3, H, W), for each candidate.
+def _open_neighbours(config: EvaluateConfig, reference_set: ReferenceSet) -> ImageSet | None:
+    """Return the images of the first reference, at the location that the user names: none is opened because a file says so.
 
-    None if the reference has no features, or its images are no longer at their location.
+    Raises:
+        ConfigError: If they are other images, or the reference has no features to compare with.
     """
+    if config.neighbours is None:
+        return None
     reference = reference_set.reference
     header = reference.header
-    if reference.features is None or reference.rows is None:
-        return None
+    if reference.features is None:
+        raise ConfigError(f"`neighbours` {config.neighbours}: {config.reference[0]} has no features of single images")
     size = header.image_size if header.resized else None
-    try:
-        real = open_images(header.source, factory.cache(config.cache), image_size=size, rule=header.rule)
-        if real.digest != header.data_digest:
-            return None
-        rows = [reference.rows[nearest(points, reference.features)].tolist() for points in pooled]
-        return [torch.from_numpy(np.stack(pick(real, part))).permute(0, 3, 1, 2) for part in rows]
-    except LfmError:
-        return None
+    real = open_images(config.neighbours, factory.cache(config.cache), image_size=size, rule=header.rule)
+    if real.digest != header.data_digest:
+        raise ConfigError(
+            f"`neighbours` {config.neighbours}: holds other images than {config.reference[0]} was made of"
+        )
+    return real
+
+
+def _nearest_images(real: ImageSet, reference: Reference, pooled: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the real images nearest to those with the features `pooled` (n, D), uint8 (n, 3, H, W), for each candidate."""
+    assert reference.features is not None and reference.rows is not None, "checked when they were opened"
+    rows = [reference.rows[nearest(points, reference.features)].tolist() for points in pooled]
+    return [torch.from_numpy(np.stack(pick(real, part))).permute(0, 3, 1, 2) for part in rows]
 
 
 def _versions() -> dict[str, str]:

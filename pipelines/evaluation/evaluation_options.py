@@ -66,6 +66,8 @@ class EvaluateConfig:
     """Metrics to compute, such as fd,kid,recall.  [default: all that the inputs allow]"""
     pairs: Annotated[str | None, Flag(metavar="PATH")] = None
     """Ground-truth images, paired by key; enables psnr, ssim, lpips, p-ids, u-ids."""
+    neighbours: Annotated[str | None, Flag(metavar="PATH")] = None
+    """Images of the first reference; the report shows the nearest of them below each image."""
     network: Annotated[tuple[str, ...], Flag(metavar="NAME")] = ()
     """Feature network of a reference, unless it is fd-lite; may be repeated."""
     lpips: Annotated[str | None, Flag(metavar="FILE")] = None

@@ -74,6 +74,7 @@ def finished_images(job: SampleJob, images: Iterable[PlannedImage]) -> dict[str,
     for image in images:
         if image.file in existing:
             note = image_files.note(storage.join(out, image.file))
-            if isinstance(note, dict) and note.get("digest") == job.digest(image):
-                finished[image.file] = int(note["nfe"])
+            nfe = note.get("nfe") if isinstance(note, dict) and note.get("digest") == job.digest(image) else None
+            if isinstance(nfe, int):
+                finished[image.file] = nfe
     return finished

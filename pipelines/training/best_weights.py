@@ -9,6 +9,7 @@ they are larger than with many, and inpainted images are compared as the model g
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from lfm import storage, weights_file
 from lfm.data.manifest import Manifest
 from lfm.data.stream.mixture import Mixture
-from lfm.errors import ConfigError
+from lfm.errors import ConfigError, DataError
 from lfm.metrics.frechet import FeatureSums, frechet_distance
 from lfm.types import Condition
 from lfm.weights_file import WeightsHeader
@@ -29,6 +30,8 @@ from pipelines.common.config_schema import EvaluationConfig, ExperimentConfig
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.ema_sampler import NUM_STEPS, EmaSampler
 from pipelines.training.task_scores import RECOGNISED, TASK_SCORES
+
+logger = logging.getLogger(__name__)
 
 BEST, RECORD = "best.safetensors", "best.json"
 
@@ -70,8 +73,12 @@ class BestRecord:
     def __init__(self, path: str, name: str, evaluation: EvaluationConfig) -> None:
         self.path, self.name = path, name
         self.measurement = evaluation.model_dump(exclude={"every", "task_score", "network", "trust_code"})
-        content = storage.read_json(path) if storage.exists(path) else {}
         self.content: dict[str, Any] = {}
+        try:
+            content = storage.read_json(path) if storage.exists(path) else {}
+        except DataError as error:
+            logger.warning("%s: damaged; the next weights are the best so far", error)
+            return
         if isinstance(content, dict) and "samples_seen" in content:
             self.content = {"num_steps": NUM_STEPS, **content}  # records of before name no steps
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lfm import storage, weights_file
 from lfm.data.stream.mixture import Mixture
-from lfm.errors import ConfigError, DataError
+from lfm.errors import ConfigError, DataError, hide_credentials
 from lfm.models import registry
 from lfm.models.config import ModelConfig
 from lfm.models.network import VelocityNetwork
@@ -170,7 +170,7 @@ def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: R
     guard = StepGuard(config.train.skip_above)
     engine = Engine(prepared.model, prepared.settings, ranks.world, averages(config.train), guard, ranks.store)
     if ranks.world.is_main:
-        print(prepared.plan, flush=True)
+        print(hide_credentials(prepared.plan), flush=True)
         storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
     engine.barrier()
     header = _header(config, mixture, prepared.model.config)

@@ -173,6 +173,8 @@ class LatentStream:
             columns = self._shards.get(group // 2)
             for suffixes, output in zip(self.fields.values(), outputs, strict=True):
                 _copy_rows(columns[suffixes[group % 2]], rows_of_shard, output)
+        if "segmentation" in stored and stored["segmentation"].numpy().max(initial=0) >= self.manifest.num_labels:
+            raise DataError("a segmentation holds class ids beyond the labels of the manifest; encode the shards again")
         return stored
 
     def _to_batch(self, stored: dict[str, Tensor]) -> LatentBatch:
@@ -243,10 +245,11 @@ def _open_columns(mixture: Mixture, first_shards: list[int], cache: Cache, numbe
     classes = shard.class_indices
     if classes is None or source.class_map == ():
         columns["cls"] = torch.full((record.samples,), len(mixture.manifest.classes))  # the null class
-    elif source.class_map is None:
-        columns["cls"] = torch.from_numpy(classes)
-    else:
-        columns["cls"] = torch.tensor(source.class_map)[classes]
+        return columns
+    num_classes = len(source.manifest.classes)
+    if len(classes) and not 0 <= classes.min() <= classes.max() < max(1, num_classes):
+        raise DataError(f"{path}: holds classes beyond the {num_classes} of the manifest; make it again")
+    columns["cls"] = torch.from_numpy(classes) if source.class_map is None else torch.tensor(source.class_map)[classes]
     return columns
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +23,10 @@ from lfm import autoencoder as autoencoders
 from lfm.data import manifest as manifests
 from lfm.data.latent_shards import LatentShard
 from lfm.data.raw_shards import read_raw
+from lfm.errors import DataError
 from lfm.synthetic.scenes import SEGMENT_NAMES
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm
-from tests.support.images import folder_contents
+from tests.support.images import folder_contents, image_bytes, random_pixels
 
 
 def test_latents_are_those_of_the_images_and_mirrors_those_of_the_mirrored_images(small_set: SmallSet) -> None:
@@ -241,3 +246,20 @@ def test_on_a_full_disk_nothing_is_half_there_and_with_room_the_same_command_goe
     whole = folder_contents(small_set.latents)
     assert folder_contents(tmp_path / "full").items() < whole.items(), "whole shards and their records alone"
     assert folder_contents(tmp_path / "latents") == whole
+
+
+@pytest.mark.parametrize("size", [(8, 16), (40_000, 25_000)])
+def test_a_mask_of_another_size_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
+    """Even of 10^9 pixels, which a file of a few bytes may claim."""
+    image, mask = image_bytes(random_pixels(16, 16, 3)), bytearray(image_bytes(random_pixels(16, 16)))
+    mask[16:24] = struct.pack(">II", *size)
+    mask[29:33] = struct.pack(">I", zlib.crc32(mask[12:29]))
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content in (("0.png", image), ("0.mask.png", bytes(mask))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    stream.seek(0)
+    with pytest.raises(DataError, match=r"x.tar: sample 0: "):
+        list(read_raw(stream, "x.tar"))

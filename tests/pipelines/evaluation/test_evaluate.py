@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lfm.data.evaluation_images import open_images
 from lfm.data.random_draws import image_noise
 from lfm.errors import ConfigError
 from lfm.inference import trained_model
@@ -466,3 +467,33 @@ def test_runs_and_images_are_not_mixed(weights: Path, reference: Path, small_set
             ),
             ALONE,
         )
+
+
+def test_no_images_are_opened_because_a_reference_names_them(
+    small_set: SmallSet, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest real images are shown from the folder that the user names, if it holds those of the reference."""
+    opened: list[str] = []
+
+    def recorded(path: str, *args: Any, **kwargs: Any) -> Any:
+        opened.append(path)
+        return open_images(path, *args, **kwargs)
+
+    monkeypatch.setattr(stage, "open_images", recorded)
+    folder = random_images(tmp_path / "images")
+    command = ("evaluate", folder, "--reference", reference, "--out", tmp_path / "out")
+    assert lfm(*command).exit_code == 0
+    assert opened == [str(folder)]
+    with Image.open(tmp_path / "out" / "report.png") as image:
+        height = image.height
+    assert lfm(*command, "--neighbours", small_set.raw).exit_code == 0
+    with Image.open(tmp_path / "out" / "report.png") as image:
+        assert image.height > height
+    assert_one_line(lfm(*command, "--neighbours", folder), "--neighbours", "other images")
+
+
+@pytest.mark.parametrize("content", ['{"pictures": [{"file": "../a.png"}]}', '{"pictures": 3}', "[]"])
+def test_a_record_of_samples_names_images_of_its_folder(reference: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "samples.json").write_text(content)
+    command = ("evaluate", tmp_path, "--reference", reference, "--out", tmp_path / "out")
+    assert_one_line(lfm(*command), tmp_path / "samples.json")

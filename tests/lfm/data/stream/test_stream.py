@@ -228,3 +228,12 @@ def test_a_data_set_without_latents_is_refused(latents: Latents) -> None:
     ):
         with pytest.raises(LfmError, match=r"^here: holds no latents to train on$"):
             LatentStream(single_source("here", manifest), OPTIONS, World(), Cache(Path("/nowhere")))
+
+
+def test_classes_beyond_those_of_the_manifest_are_refused(latents: Latents) -> None:
+    """They would be read outside the table of embeddings, which ends a process on a GPU."""
+    manifest = latents.manifest.model_copy(update={"classes": latents.manifest.classes[:1]})
+    options = replace(OPTIONS, conditions=frozenset({"class"}))
+    stream = LatentStream(single_source(latents.folder, manifest), options, World(), Cache(Path("/nowhere")))
+    with closing(stream), pytest.raises(DataError, match="classes beyond the 1 of the manifest"):
+        stream.batch(0)
