@@ -83,3 +83,10 @@ def test_ablation(tmp_path: Path) -> None:
 
 def test_tasks(tmp_path: Path) -> None:
     assert "with another scene's segmentation" in run_apart("tasks", tmp_path, "--backbone", "unet")
+
+
+def test_record(tmp_path: Path) -> None:
+    """Two steps and two seeds of the recipe and of one entry."""
+    assert "samples to the loss" in run_apart("record", tmp_path)
+    lines = (tmp_path / "record.jsonl").read_text()
+    assert "| paper | 2 |" in (tmp_path / "record.md").read_text() and len(lines.splitlines()) == 2

@@ -4,10 +4,12 @@
 
 v_cond is the velocity under the condition and s the guidance scale; s = 1 means no guidance. v_weak is the velocity of the
 same network under the null condition (classifier-free guidance, Ho & Salimans 2022, with s = 1 + w), or that of a smaller
-or earlier network under the same condition (autoguidance, Karras et al. 2024). An interval in the middle of the times
-costs less and keeps variety (Kynkaanniemi et al. 2024).
+or earlier network under the same condition (autoguidance, Karras et al. 2024), or the second velocity that the network computes
+from its early blocks (internal guidance, arXiv 2512.24176). An interval in the middle of the times costs less and keeps
+variety (Kynkaanniemi et al. 2024).
 
-NFE, the number of function evaluations, counts the evaluations of a network for each image: a guided one counts twice.
+NFE, the number of function evaluations, counts the evaluations of a network for each image: a guided one counts twice,
+except for internal guidance, whose two velocities are of one evaluation.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance applies."""
     weak: Network | None = None
-    """Weaker network for autoguidance; None for classifier-free guidance."""
+    """Weaker network for autoguidance; None for classifier-free or internal guidance."""
+    internal: bool = False
+    """Guide away from the velocity of the network's own early blocks."""
 
 
 class CountedVelocity(Velocity, Protocol):
@@ -69,6 +73,31 @@ class NetworkVelocity:
         return self.network(state, time, self.condition.rows(filled_rows))[: len(rows)]
 
 
+class InternallyGuided:
+    """A network's velocity, extrapolated from that of its early blocks while time is in `interval`.
+
+    Args:
+        network: called with `internal=True`; see `lfm.models.network.VelocityNetwork`.
+        guidance: scale and interval.
+    """
+
+    def __init__(self, network: Callable[..., Tensor], guidance: Guidance) -> None:
+        self.network, self.guidance = network, guidance
+
+    def __call__(self, state: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        final, early = self.network(state, time, condition, internal=True)  # two of (B, C, h, w)
+        low, high = _open_ends(self.guidance.interval)
+        inside = (time >= low) & (time <= high)  # (B,)
+        guided = early + self.guidance.scale * (final - early)
+        return torch.where(inside[:, None, None, None], guided, final)
+
+
+def _open_ends(interval: tuple[float, float]) -> tuple[float, float]:
+    """Return an interval that is open where it ends at 0 or 1, since the last step of torchdiffeq goes beyond 0."""
+    low, high = interval
+    return low if low > 0 else -math.inf, high if high < 1 else math.inf
+
+
 def fill_up(values: Tensor, size: int | None) -> Tensor:
     """Repeat the last row of `values` (B, ...) until there are `size` rows; None leaves them as they are."""
     missing = (size or 0) - len(values)
@@ -89,9 +118,7 @@ class GuidedVelocity:
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.velocity, self.weak, self.scale = velocity, weak, scale
-        low, high = interval
-        # An interval that ends at 0 or 1 is open there, since the last step of torchdiffeq goes beyond 0.
-        self.interval = (low if low > 0 else -math.inf, high if high < 1 else math.inf)
+        self.interval = _open_ends(interval)
 
     @property
     def nfe(self) -> Tensor:

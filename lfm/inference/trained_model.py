@@ -27,7 +27,15 @@ from lfm import weights_file
 from lfm.autoencoder import Autoencoder
 from lfm.data.random_draws import image_noise
 from lfm.errors import ConfigError
-from lfm.flow.guidance import CountedVelocity, Guidance, GuidedVelocity, Network, NetworkVelocity, fill_up
+from lfm.flow.guidance import (
+    CountedVelocity,
+    Guidance,
+    GuidedVelocity,
+    InternallyGuided,
+    Network,
+    NetworkVelocity,
+    fill_up,
+)
 from lfm.flow.null_condition import null_condition
 from lfm.inference.condition_inputs import encode_conditions
 from lfm.models.config import ModelConfig
@@ -140,6 +148,7 @@ class TrainedModel:
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         autoguidance: TrainedModel | None = None,
+        internal_guidance: bool = False,
         batch_size: int = 32,
         **solving: Any,
     ) -> Samples:
@@ -155,6 +164,7 @@ class TrainedModel:
             guidance_scale: 1 means none.
             guidance_interval: times between which guidance applies.
             autoguidance: a weaker model to guide away from, in place of the null condition.
+            internal_guidance: guide away from the velocity of the network's early blocks, in place of the null condition.
             batch_size: images per forward pass; a GPU computes as many even for fewer seeds.
             **solving: `solver`, `num_steps`, `time_shift`, `times`, `atol` and `rtol` of `lfm.solvers.Solving`.
 
@@ -164,7 +174,8 @@ class TrainedModel:
         """
         if not len(seeds):
             raise ConfigError("`seeds`: is empty; pass at least one seed")
-        options, guidance = Solving(**solving), self.guidance(guidance_scale, guidance_interval, autoguidance)
+        options = Solving(**solving)
+        guidance = self.guidance(guidance_scale, guidance_interval, autoguidance, internal_guidance)
         conditions = encode_conditions(
             self.header,
             self.autoencoder,
@@ -191,14 +202,20 @@ class TrainedModel:
         scale: float,
         interval: tuple[float, float] = (0.0, 1.0),
         autoguidance: TrainedModel | None = None,
+        internal: bool = False,
     ) -> Guidance:
-        """Return the settings of guidance by the null condition, or by a weaker model.
+        """Return the settings of guidance by the null condition, by a weaker model, or by the network's early blocks.
 
         Raises:
-            ConfigError: the weaker model has another autoencoder, latent size or condition.
+            ConfigError: the weaker model has another autoencoder, latent size or condition; or the network has no velocity of
+                its early blocks.
         """
+        if internal and autoguidance:
+            raise ConfigError("`autoguidance`, `internal_guidance`: are two ways of guidance; choose one")
+        if internal and not self.header.model.has_internal_velocity:
+            raise ConfigError(f"`internal_guidance`: {self.name} was trained without model.internal_head; leave it out")
         if autoguidance is None:
-            return Guidance(scale, interval)
+            return Guidance(scale, interval, internal=internal)
         pairs = {"autoencoder": (self.header.autoencoder.content_hash, autoguidance.header.autoencoder.content_hash)}
         for name in _SHARED_BY_GUIDANCE:
             pairs[name] = (getattr(self.header.model, name), getattr(autoguidance.header.model, name))
@@ -263,6 +280,8 @@ def guided_velocity(
     Raises:
         ConfigError: the model has no null condition and cannot be guided by itself.
     """
+    if guidance.internal and guidance.scale != 1:
+        return NetworkVelocity(InternallyGuided(network, guidance), condition, count, fill_to)
     velocity = NetworkVelocity(network, condition, count, fill_to)
     if guidance.weak is not None:
         weak = NetworkVelocity(guidance.weak, condition, count, fill_to)

@@ -86,6 +86,16 @@ class ModelConfig:
         return self.condition_dropout > 0
 
     @property
+    def num_blocks_with_tokens(self) -> int:
+        """Number of blocks whose output tokens a loss term may use; 0 for a backbone without tokens."""
+        return 0
+
+    @property
+    def has_internal_velocity(self) -> bool:
+        """Whether the network has a second, weaker velocity from its early blocks, for internal guidance."""
+        return False
+
+    @property
     def input_channels(self) -> int:
         """Channels of the state and the conditions concatenated to it."""
         return self.latent_channels + self.condition_channels + (LABEL_CHANNELS if self.num_labels else 0)

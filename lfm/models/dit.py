@@ -9,9 +9,10 @@ n is a layer normalization without weights. (b1, a1, g1, b2, a2, g2) = W silu(si
 two branches. W is zero at the start, so every block begins as the identity (adaLN-Zero, figure 3 of the paper) and the
 network's first velocity is 0. mlp is two linear layers with a tanh-approximated GELU between them.
 
-Options beyond the paper: rotary positions, normalized queries and keys, RMSNorm, SwiGLU, and token dropout: in training
-some tokens bypass the middle blocks (TREAD, Krause et al. 2025), which makes these blocks cheaper, while every token still
-has a velocity and a loss.
+Options beyond the paper: rotary positions, normalized queries and keys, RMSNorm, SwiGLU, squared ReLU, and token dropout: in
+training some tokens bypass the middle blocks (TREAD, Krause et al. 2025), which makes these blocks cheaper, while every token
+still has a velocity and a loss. With `internal_head` the tokens after a third of the blocks have a final layer of their own,
+whose velocity is trained, too, and from which internal guidance extrapolates (arXiv 2512.24176).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class DiT(VelocityNetwork):
         self.register_buffer("position", position, persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final = FinalLayer(config)
+        self.internal_final = FinalLayer(config) if config.internal_head else None
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -68,7 +70,7 @@ class DiT(VelocityNetwork):
         The weights of the norms of queries and keys are 1.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or "modulation" in name or name.startswith("final"):
+            if name.endswith("bias") or "modulation" in name or name.startswith(("final", "internal_final")):
                 nn.init.zeros_(parameter)
             elif name.startswith(("time_embedding", "class_embedding")):
                 nn.init.normal_(parameter, std=0.02)
@@ -87,6 +89,7 @@ class DiT(VelocityNetwork):
         condition: Condition,
         kept_tokens: Tensor | None = None,
         return_tokens: tuple[int, ...] = (),
+        internal: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         assert all(0 <= index < self.config.depth for index in return_tokens), f"return_tokens {return_tokens}"
         self.check_inputs(state, condition)
@@ -100,14 +103,30 @@ class DiT(VelocityNetwork):
         signal = self.time_embedding(time)  # (B, hidden)
         if self.class_embedding is not None:
             signal = signal + self.class_embedding(condition.class_index)  # (B, hidden)
-        outputs = dict.fromkeys(return_tokens, tokens)  # replaced as the blocks run, each (B, tokens, hidden)
+        inner = (self.config.internal_block,) if internal else ()
+        outputs = dict.fromkeys(
+            (*return_tokens, *inner), tokens
+        )  # replaced as the blocks run, each (B, tokens, hidden)
         tokens = self._run_all_blocks(tokens, signal, rotation, kept_tokens, outputs)  # (B, tokens, hidden)
         velocity = self._unpatchify(self.final(tokens, signal)).float()  # (B, C, h, w)
+        if internal:
+            assert self.internal_final is not None, "checked by the caller: config.has_internal_velocity"
+            early = self._unpatchify(self.internal_final(outputs[self.config.internal_block], signal)).float()
+            velocity = torch.stack([velocity, early])  # (2, B, C, h, w)
         return (velocity, tuple(outputs[index] for index in return_tokens)) if return_tokens else velocity
 
     def compile_blocks(self, **options: Any) -> None:
         for block in self.blocks:
             block.compile(**options)  # the blocks are equal, so that one compiled graph serves all of them
+
+    def hidden_matrices(self) -> dict[str, int]:
+        stacked = {"attention.qkv": 3, "mlp.0": 2 if self.config.mlp == "swiglu" else 1}
+        layers = ("attention.qkv", "attention.projection", "mlp.0", "mlp.2")
+        return {
+            f"blocks.{index}.{layer}.weight": stacked.get(layer, 1)
+            for index in range(self.config.depth)
+            for layer in layers
+        }
 
     def _embed_patches(self, state: Tensor, condition: Condition) -> Tensor:
         """Embed the patches of the state and of the conditions that lie over it: (B, hidden, h/p, w/p)."""

@@ -3,14 +3,14 @@
     x += g1 attention(n(x) (1 + a1) + b1);   x += g2 mlp(n(x) (1 + a2) + b2)
 
 n is a normalization without weights: by mean and standard deviation (layer), or by the root mean square alone (rms, Zhang
-& Sennrich 2019). mlp is W gelu(W x) (gelu), or W (silu(W1 x) W2 x) of two thirds the width (swiglu, Shazeer 2020). See
-`lfm.models.dit`.
+& Sennrich 2019). mlp is W gelu(W x) (gelu), W max(W x, 0)^2 (relu2, So et al. 2021), or W (silu(W1 x) W2 x) of two thirds
+the width (swiglu, Shazeer 2020). See `lfm.models.dit`.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import relu, silu
 
 from lfm.models.attention import SelfAttention
 from lfm.models.dit_config import DiTConfig
@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(width, config.num_heads, config.attention, config.qk_norm)
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * inner if gated else inner),
-            SwiGLU() if gated else nn.GELU(approximate="tanh"),
+            _activation(config),
             nn.Linear(inner, width),
         )
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -37,6 +37,19 @@ class Block(nn.Module):
         mixed = self.attention(_modulate(self.norm(tokens), shift1, scale1), rotation)  # (B, tokens, hidden)
         tokens = tokens + gate1 * mixed  # (B, tokens, hidden)
         return tokens + gate2 * self.mlp(_modulate(self.norm(tokens), shift2, scale2))  # (B, tokens, hidden)
+
+
+def _activation(config: DiTConfig) -> nn.Module:
+    if config.mlp == "swiglu":
+        return SwiGLU()
+    return SquaredReLU() if config.mlp == "relu2" else nn.GELU(approximate="tanh")
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2, elementwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu(x).square()
 
 
 class SwiGLU(nn.Module):

@@ -47,12 +47,14 @@ class DiTArchitecture:
     """Position embedding (beyond the paper): sincos is added to the tokens, rope rotates queries and keys."""
     norm: Literal["layer", "rms"] = "layer"
     """Normalization of the tokens (beyond the paper): LayerNorm or RMSNorm, both without weights."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """Activation of the MLPs (beyond the paper); a SwiGLU MLP has as many parameters as a GELU one."""
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """Activation of the MLPs (beyond the paper); relu2 is a squared ReLU, and a SwiGLU MLP has as many parameters as others."""
     qk_norm: bool = False
     """Normalize queries and keys (beyond the paper), which keeps the attention stable in bf16."""
     token_dropout: Share = 0.0
     """Share of the tokens that bypass the middle blocks in training (beyond the paper)."""
+    internal_head: bool = False
+    """Add a second velocity after a third of the blocks (beyond the paper), for flow.internal_weight and internal guidance."""
 
 
 @dataclass(frozen=True, config=VALIDATED)
@@ -105,10 +107,23 @@ class DiTConfig(DiTArchitecture, ModelConfig):
         return range(margin, self.depth - margin)
 
     @property
+    def num_blocks_with_tokens(self) -> int:
+        return self.depth
+
+    @property
+    def internal_block(self) -> int:
+        """Number of the block after which the second velocity is computed, counted from 0."""
+        return max(1, round(self.depth / 3)) - 1
+
+    @property
+    def has_internal_velocity(self) -> bool:
+        return self.internal_head
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of an MLP; SwiGLU has three matrices, so two thirds of it, rounded up to a multiple of 8."""
         inner = int(self.hidden_size * self.mlp_ratio)
-        return inner if self.mlp == "gelu" else -(-2 * inner // 24) * 8
+        return inner if self.mlp != "swiglu" else -(-2 * inner // 24) * 8
 
     @property
     def flops_per_sample(self) -> int:
@@ -125,7 +140,7 @@ class DiTConfig(DiTArchitecture, ModelConfig):
             patching += (self.segmentation_size * LABEL_CHANNELS) ** 2
         time = FREQUENCY_SIZE * width + width**2
         final = tokens * width * patch_area * self.latent_channels + 2 * width**2
-        return 2 * (patching + time + blocks + final)
+        return 2 * (patching + time + blocks + (1 + self.internal_head) * final)
 
 
 @dataclass(frozen=True, kw_only=True, config=VALIDATED)

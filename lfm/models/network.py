@@ -27,6 +27,7 @@ class VelocityNetwork(nn.Module):
         condition: Condition,
         kept_tokens: Tensor | None = None,
         return_tokens: tuple[int, ...] = (),
+        internal: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Compute the velocity.
 
@@ -37,11 +38,13 @@ class VelocityNetwork(nn.Module):
             kept_tokens: int64 (B, config.num_kept_tokens), numbers of the tokens that the middle blocks process in training;
                 None, as in sampling, means all. Only a backbone with token dropout takes it.
             return_tokens: numbers of blocks whose output tokens a loss term needs, counted from 0.
+            internal: also return the weaker velocity of the early blocks; only where `config.has_internal_velocity`.
 
         Returns:
-            The velocity, float32 (B, C, h, w). With `return_tokens`, a pair of the velocity and a tuple of tokens
-            (B, tokens, hidden), one for each of these blocks in the same order; the velocity is bit for bit the same.
-            Tokens that bypass the middle blocks are returned for these blocks as they entered them.
+            The velocity, float32 (B, C, h, w), or with `internal` both velocities, (2, B, C, h, w). With `return_tokens`, a
+            pair of this and a tuple of tokens (B, tokens, hidden), one for each of these blocks in the same order; the
+            velocity is bit for bit the same. Tokens that bypass the middle blocks are returned for these blocks as they
+            entered them.
 
         Raises:
             ConfigError: the condition is not one that the model was trained with.
@@ -54,6 +57,14 @@ class VelocityNetwork(nn.Module):
         Args:
             options: of `torch.compile`, such as `backend`.
         """
+
+    def hidden_matrices(self) -> dict[str, int]:
+        """Return the names of the weight matrices between hidden features, which the Muon optimizer may update.
+
+        With each name comes the number of matrices that are stacked in the rows of the weight. A backbone without any
+        cannot be trained with Muon.
+        """
+        return {}
 
     @property
     def num_parameters(self) -> int:

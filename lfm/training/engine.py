@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lfm.errors import CheckpointError, ConfigError, on_one_line
 from lfm.training.ema import Ema, temporarily_set
+from lfm.training.muon import STATE, MuonWithAdamW, orthogonal_update
 from lfm.training.step_guard import StepGuard
 from lfm.world import World
 
@@ -65,12 +66,29 @@ def start_processes(world: World, store: Any = None) -> Any:
     return deepspeed
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, hidden_matrices: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups: weight decay for matrices and kernels; none for biases, norms, embeddings.
 
     Without weight decay all parameters are one group.
+
+    Args:
+        model: the network.
+        weight_decay: of matrices and kernels.
+        hidden_matrices: names of the parameters that Muon updates; they are the last group, and each group then has a value
+            `muon`.
     """
-    parameters = list(model.parameters())
+    if hidden_matrices:
+        parameters = dict(model.named_parameters())
+        matrices = [parameters.pop(name) for name in hidden_matrices]
+        groups = _decay_groups(model, list(parameters.values()), weight_decay)
+        groups = [group | {"muon": False} for group in groups]
+        return [*groups, {"params": matrices, "weight_decay": weight_decay, "muon": True}]
+    return _decay_groups(model, list(model.parameters()), weight_decay)
+
+
+def _decay_groups(model: nn.Module, parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     if weight_decay == 0:
         return [{"params": parameters}]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -126,6 +144,8 @@ class Engine:
         averages: names of the averages of the weights.
         guard: decides which steps are skipped, on all ranks alike.
         store: store of `lfm.training.ranks.Ranks`, by which the ranks connect.
+        hidden_matrices: names of the matrices that Muon updates, see `VelocityNetwork.hidden_matrices`; AdamW updates all
+            other parameters, or all without any names.
 
     Raises:
         ConfigError: DeepSpeed refuses the configuration.
@@ -139,12 +159,28 @@ class Engine:
         averages: Sequence[str] = (),
         guard: StepGuard | None = None,
         store: Any = None,
+        hidden_matrices: Mapping[str, int] | None = None,
     ) -> None:
         deepspeed = start_processes(world, store)
         self.world, self.guard = world, guard or StepGuard()
+        optimizer: MuonWithAdamW | None = None
+        self._num_blocks: dict[nn.Parameter, int] = {}  # of the matrices that Muon updates
         try:
-            groups = parameter_groups(model, settings["optimizer"]["params"].get("weight_decay", 0.0))
-            self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
+            groups = parameter_groups(model, settings["optimizer"]["params"].get("weight_decay", 0.0), hidden_matrices)
+            if hidden_matrices:
+                options = {**settings["optimizer"]["params"]}
+                options.pop("torch_adam", None)  # an option of DeepSpeed
+                optimizer = MuonWithAdamW(groups, **options)
+                settings = {key: value for key, value in settings.items() if key != "optimizer"}
+                settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+                self._num_blocks = {
+                    parameter: hidden_matrices[name]
+                    for name, parameter in model.named_parameters()
+                    if name in hidden_matrices
+                }
+            self.engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=groups, optimizer=optimizer, config=settings
+            )
         except (ValueError, TypeError, AssertionError, KeyError, ImportError) as error:
             raise ConfigError(f"deepspeed: refuses the configuration: {on_one_line(error)}") from error
         self.device = self.engine.device
@@ -157,6 +193,8 @@ class Engine:
         _leave_skipping_to_the_guard()
         zero.get_grad_norm_direct = self._gradient_norm_of_partitions
         self._refused: Tensor | None = None  # the guard's decision on the current step
+        if optimizer:
+            optimizer.orthogonalize = self._orthogonalized
         # The hook runs when the norm of the whole gradient is known.
         zero.optimizer.register_step_pre_hook(self._drop_bad_step)
 
@@ -181,6 +219,30 @@ class Engine:
             norm = torch.as_tensor(self.engine.optimizer._global_grad_norm, device=self.masters[0].device)
             self._refused = self.guard.refuse(norm)
         optimizer.found_inf = self._refused  # torch's fused optimizers skip a step where it is 1
+
+    def _orthogonalized(self, master: Tensor, update: Tensor) -> Tensor:
+        """Return the orthogonalized updates of matrices, of which this rank has the partition `update` of one master.
+
+        Each matrix is gathered, and one rank orthogonalizes it for all; all ranks must call it.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameters = next(parameters for each, parameters in self._parameters() if each is master)
+        with temporarily_set([master], [update]):
+            for number, parameter in enumerate(parameters):
+                whole = safe_get_full_fp32_param(parameter)
+                owner = number % self.world.size
+                if owner == self.world.rank:
+                    whole = orthogonal_update(whole, self._num_blocks[parameter])
+                torch.distributed.broadcast(whole := whole.contiguous(), owner)
+                self._set_parameter(parameter, whole)
+            return master.detach().clone()
+
+    def _parameters(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
+        """Return each master with the parameters of whose values it is a partition."""
+        zero = self.engine.optimizer
+        groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
+        return list(zip(self.masters, groups, strict=True))
 
     def _gradient_norm_of_partitions(self, gradients: list[Tensor], *_: Any) -> Tensor:
         """Return the norm over all ranks of this rank's gradients, in one operation in place of two for each tensor.
@@ -310,8 +372,12 @@ class Engine:
             CheckpointError: the files are of another model, or cannot be read.
         """
         optimizer = self.engine.optimizer.optimizer
+        muon_masters = [master for master, parameters in self._parameters() if parameters[0] in self._num_blocks]
         for master in self.masters:
             step = torch.tensor(float(state["adam_steps"]), device=master.device)
+            if any(master is each for each in muon_masters):
+                optimizer.state[master] = {STATE: torch.zeros_like(master)}
+                continue
             moments = {kind: torch.zeros_like(master) for kind in MOMENTS}
             optimizer.state[master] = {"step": step, **moments}
         # The masters come last, since everything else is copied by way of them.
@@ -322,9 +388,14 @@ class Engine:
         self.engine.global_samples = samples_seen  # the clock of DeepSpeed's monitors
 
     def _state(self) -> dict[str, list[Tensor]]:
-        """Return the partitions of masters, moments and averages, by kind."""
+        """Return the partitions of masters, moments and averages, by kind; the second moments of Muon's matrices are 0."""
         state = self.engine.optimizer.optimizer.state
-        moments = {kind: [state[master][kind] for master in self.masters] for kind in MOMENTS}
+        moments = {
+            kind: [
+                state[master][kind] if kind in state[master] else torch.zeros_like(master) for master in self.masters
+            ]
+            for kind in MOMENTS
+        }
         averages = {name: average.average for name, average in self.averages.items()}
         return {MASTER: self.masters, **moments, **averages}
 
@@ -340,20 +411,23 @@ class Engine:
     @torch.no_grad()
     def _set_whole(self, partitions: list[Tensor], tensors: dict[str, Tensor]) -> None:
         """Set partitions, and the masters with them, to whole tensors by parameter name."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
         for name, parameter in self.engine.module.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             if name not in tensors or tensors[name].shape != shape:
                 raise CheckpointError(f"{name}: of another model: the weights have none, or one of another shape")
-            whole = tensors[name].float().to(self.device)
-            if self.stage == 3:  # DeepSpeed cannot set a whole tensor whose size the ranks do not divide
-                length = parameter.partition_numel()
-                padded = nn.functional.pad(whole.flatten(), (0, length * self.world.size - whole.numel()))
-                safe_set_local_fp32_param(parameter, padded[self.world.rank * length :][:length])
-            else:
-                safe_set_full_fp32_param(parameter, whole)
+            self._set_parameter(parameter, tensors[name].float().to(self.device))
         torch._foreach_copy_(partitions, self.masters)
+
+    def _set_parameter(self, parameter: Any, whole: Tensor) -> None:
+        """Set this rank's part of the master of a parameter to that of a whole float32 tensor."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self.stage == 3:  # DeepSpeed cannot set a whole tensor whose size the ranks do not divide
+            length = parameter.partition_numel()
+            padded = nn.functional.pad(whole.flatten(), (0, length * self.world.size - whole.numel()))
+            safe_set_local_fp32_param(parameter, padded[self.world.rank * length :][:length])
+        else:
+            safe_set_full_fp32_param(parameter, whole)
 
     @torch.no_grad()
     def _publish_masters(self) -> None:

@@ -4,6 +4,9 @@
 
     velocity     mean over C, h, w of (predicted - velocity)^2
     direction    mean over h, w of (1 - cosine over C of predicted and velocity)      FasterDiT, Yao et al. 2024
+    internal     mean over C, h, w of (internal - velocity)^2, of the velocity of the early blocks      arXiv 2512.24176
+    layer_sync   1 - mean over the tokens of the cosine of an early block's token with a later block's, which has no
+                 gradient      LayerSync, Haghighi et al. 2025
 
 To add a term, write a function of `LossInputs` and a line in `LOSS_TERMS`, and give it a weight in `training_loss` of
 `pipelines.common.factory`, from a key of the `flow:` section.
@@ -18,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from lfm.flow.path import SIGMA_MIN, direction_error, path_sample, squared_error
 from lfm.types import LatentBatch
@@ -32,6 +36,7 @@ class LossInputs:
     time: Tensor  # (B,) in [0, 1]
     velocity: Tensor  # (B, C, h, w), the target
     predicted: Tensor  # (B, C, h, w), the network's velocity
+    internal: Tensor | None = None  # (B, C, h, w), the velocity of its early blocks, if a term asks for it
     tokens: tuple[
         Tensor, ...
     ] = ()  # each (B, tokens, hidden): outputs of the blocks that the term asks for, in its order
@@ -47,10 +52,27 @@ def direction_term(inputs: LossInputs) -> Tensor:
     return direction_error(inputs.predicted, inputs.velocity)
 
 
+def internal_term(inputs: LossInputs) -> Tensor:
+    """Return the mean squared error of the velocity of the early blocks of each sample, float32 (B,)."""
+    assert inputs.internal is not None, "the term needs it"
+    return squared_error(inputs.internal, inputs.velocity)
+
+
+def layer_sync_term(inputs: LossInputs) -> Tensor:
+    """Return 1 - the mean cosine between an early block's tokens and a later block's of each sample, float32 (B,) in [0, 2].
+
+    Only the early block is moved towards the later one.
+    """
+    early, late = (tokens.float() for tokens in inputs.tokens)  # two of (B, tokens, hidden)
+    return 1 - cosine_similarity(early, late.detach(), -1).mean(-1)
+
+
 LOSS_TERMS: Mapping[str, Callable[[LossInputs], Tensor]] = MappingProxyType(
     {
         "velocity": velocity_term,
         "direction": direction_term,
+        "internal": internal_term,
+        "layer_sync": layer_sync_term,
     }
 )
 
@@ -65,6 +87,8 @@ class LossTerm:
     """Factor of the term; a term of weight 0 is not computed."""
     token_blocks: tuple[int, ...] = ()
     """Numbers of the blocks whose output tokens the term needs, counted from 0."""
+    needs_internal: bool = False
+    """Whether the term needs the velocity of the early blocks."""
 
 
 class TrainingLoss:
@@ -79,6 +103,7 @@ class TrainingLoss:
         self.terms = tuple(term for term in terms if term.weight)
         self.sigma_min = sigma_min
         self.token_blocks = tuple(sorted({block for term in self.terms for block in term.token_blocks}))
+        self.needs_internal = any(term.needs_internal for term in self.terms)
 
     def __call__(
         self, network: Callable[..., Any], batch: LatentBatch, time: Tensor
@@ -95,10 +120,15 @@ class TrainingLoss:
             weight and without gradients.
         """
         example = path_sample(batch.latents, batch.noise, time, self.sigma_min)
-        arguments = (example.state, example.time, batch.condition, batch.kept_tokens)
-        predicted, tokens = network(*arguments, self.token_blocks) if self.token_blocks else (network(*arguments), ())
+        arguments: tuple[Any, ...] = (example.state, example.time, batch.condition, batch.kept_tokens)
+        if self.needs_internal:
+            arguments = (*arguments, self.token_blocks, True)
+        elif self.token_blocks:
+            arguments = (*arguments, self.token_blocks)
+        predicted, tokens = network(*arguments) if self.token_blocks else (network(*arguments), ())
+        predicted, internal = predicted.unbind(0) if self.needs_internal else (predicted, None)
         tokens_of = dict(zip(self.token_blocks, tokens, strict=True))
-        inputs = LossInputs(batch.latents, batch.noise, example.time, example.velocity, predicted)
+        inputs = LossInputs(batch.latents, batch.noise, example.time, example.velocity, predicted, internal)
         losses, means = torch.zeros_like(example.time), {}
         for term in self.terms:
             errors = LOSS_TERMS[term.name](

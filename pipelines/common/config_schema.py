@@ -51,6 +51,7 @@ UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # types of pyd
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Index = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -184,6 +185,12 @@ class FlowConfig(_Section):
     """Shift of the training times; above 1, more of them are near noise, which latents of more tokens need."""
     direction_weight: float = Field(default=0.0, ge=0)
     """Weight of the loss on the direction of the velocity."""
+    internal_weight: float = Field(default=0.0, ge=0)
+    """Weight of the loss on the velocity of the early blocks, which `model.internal_head` adds."""
+    layer_sync_weight: float = Field(default=0.0, ge=0)
+    """Weight of the alignment of an early block's tokens with a later block's."""
+    layer_sync_blocks: tuple[Index, Index] | None = None
+    """Numbers of the early and the later block, from 0, which the alignment needs; such as a third and two thirds of them."""
     coupling_group: PositiveInt = 1
     """Number of samples among which noise is assigned by optimal transport; 1 means independent noise."""
 
@@ -199,8 +206,10 @@ class TrainConfig(_Section):
     """Samples of one optimizer step, on all ranks together."""
     micro_batch: PositiveInt | None = None
     """Samples of one forward pass on one rank; by default all samples of the rank."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer: AdamW, or Muon for the matrices of the blocks and AdamW for the rest (beyond the paper)."""
     learning_rate: PositiveFloat = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warmup: constant, or a cosine that falls to 0 at the last step."""
     warmup_steps: int = Field(default=0, ge=0)

@@ -171,11 +171,30 @@ def stream_options(config: ExperimentConfig, model: ModelConfig) -> StreamOption
     )
 
 
-def training_loss(config: ExperimentConfig) -> TrainingLoss:
-    """Return the training loss, with the terms and weights of the `flow:` section."""
+def training_loss(config: ExperimentConfig, model: ModelConfig) -> TrainingLoss:
+    """Return the training loss, with the terms and weights of the `flow:` section.
+
+    Raises:
+        ConfigError: the network has no internal velocity or blocks that a term needs.
+    """
+    flow = config.flow
+    if bool(flow.internal_weight) != model.has_internal_velocity:
+        raise ConfigError(
+            f"flow.internal_weight {flow.internal_weight:g}: trains the head that model.internal_head adds; set both, or "
+            "neither"
+        )
+    if flow.layer_sync_weight:
+        blocks = flow.layer_sync_blocks
+        if blocks is None or not blocks[0] < blocks[1] < model.num_blocks_with_tokens:
+            raise ConfigError(
+                f"flow.layer_sync_blocks {blocks}: must be an early and a later block, of {model.num_blocks_with_tokens} "
+                "counted from 0, as in [0, 2]"
+            )
     terms = [
         LossTerm("velocity"),
-        LossTerm("direction", config.flow.direction_weight),
+        LossTerm("direction", flow.direction_weight),
+        LossTerm("internal", flow.internal_weight, needs_internal=True),
+        LossTerm("layer_sync", flow.layer_sync_weight, token_blocks=flow.layer_sync_blocks or ()),
     ]
     return TrainingLoss(terms, config.flow.sigma_min)
 

@@ -25,7 +25,7 @@ from pipelines.sampling.sample_plan import PlannedImage, SamplePlan
 # Options that change no image: they are not part of the recipe.
 NO_EFFECT = ("out", "batch_size", "trajectory", "time", "autoencoder", "cache", "overwrite", "dry_run", "num_gpus")
 # Options of later versions: without their key, a recipe means these values.
-ADDED_OPTIONS = {"precision": "fp32"}
+ADDED_OPTIONS = {"precision": "fp32", "guidance": "null"}
 # Options that are distributed over the images: the digest of an image has its own part of each instead.
 PER_IMAGE = ("seeds", "class_index", "image", "mask", "segmentation", "crop", "shards", "rows", "guidance_scale")
 
@@ -74,7 +74,8 @@ class SampleJob:
 
     def guidance(self, scale: float) -> Guidance:
         """Return the guidance of the images of one scale."""
-        return self.model.guidance(scale, self.plan.interval, self.weak)
+        internal = self.plan.config.guidance == "internal"
+        return self.model.guidance(scale, self.plan.interval, self.weak, internal)
 
     @property
     def composites(self) -> bool:

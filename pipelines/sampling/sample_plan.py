@@ -85,6 +85,7 @@ def make_plan(config: SampleConfig) -> SamplePlan:
         for option, value in (
             ("guidance_interval", config.guidance_interval),
             ("autoguidance", config.autoguidance),
+            ("guidance", None if config.guidance == "null" else config.guidance),
         ):
             if value is not None:
                 raise ConfigError(f"`{option}` {value}: has no effect at `guidance_scale` 1; choose another scale")

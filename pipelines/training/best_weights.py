@@ -43,19 +43,17 @@ def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: Worl
         ConfigError: the reference is of another image size or crop rule than the latents, or its network is missing.
         DataError: the file is not a reference.
     """
-    assert config.evaluation, "the experiment is evaluated during training"
-    if config.evaluation.guidance_scale != 1 and not config.condition_dropout:
+    evaluation = config.evaluation
+    assert evaluation, "the experiment is evaluated during training"
+    if evaluation.guidance_scale != 1 and not config.condition_dropout:
         raise ConfigError(
             "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
         )
-    evaluation = config.evaluation
     if evaluation.reference is None:
         return None
+    networks = (evaluation.network,) if evaluation.network else ()
     reference_set = ReferenceSet.load(
-        evaluation.reference,
-        factory.device(world),
-        (evaluation.network,) if evaluation.network else (),
-        trust_code=evaluation.trust_code,
+        evaluation.reference, factory.device(world), networks, trust_code=evaluation.trust_code
     )
     reference_set.check_comparable("the latents", manifest.image_size, manifest.recipe.get("crop"))
     return reference_set

@@ -146,6 +146,7 @@ def _prepare(
     if not all(source.num_samples for source in training.sources):
         raise DataError(f"{mixture.name}: data.skip_shards leaves nothing to train on; name fewer")
     model_config = factory.model_config(config, manifest)
+    factory.training_loss(config, model_config)  # checks its terms
     settings = factory.deepspeed_settings(config, world)
     reference_set = load_reference_set(config, manifest, world) if config.evaluation else None
     torch.manual_seed(config.train.seed)  # used for the initial weights only
@@ -155,6 +156,10 @@ def _prepare(
         check_continues(config, mixture, model, *checkpoint, allow_changes)
     elif initialize_from:
         initial_weights = load_initial_weights(initialize_from, model, manifest)
+    if config.train.optimizer == "muon" and not model.hidden_matrices():
+        raise ConfigError(
+            f"train.optimizer muon: needs matrices, of which the backbone {config.model.backbone} has none; set it to adamw"
+        )
     if factory.compiles_blocks(config):
         model.compile_blocks()
     checkpoint_bytes = (BYTES_PER_PARAMETER + 4 * len(averages(config.train))) * model.num_parameters
@@ -168,7 +173,10 @@ def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: R
     """Start the engine on all ranks, and build the training loop."""
     config = prepared.config
     guard = StepGuard(config.train.skip_above)
-    engine = Engine(prepared.model, prepared.settings, ranks.world, averages(config.train), guard, ranks.store)
+    matrices = prepared.model.hidden_matrices() if config.train.optimizer == "muon" else None
+    engine = Engine(
+        prepared.model, prepared.settings, ranks.world, averages(config.train), guard, ranks.store, matrices
+    )
     if ranks.world.is_main:
         print(hide_credentials(prepared.plan), flush=True)
         storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
@@ -206,9 +214,14 @@ def _describe(
     """Return the plan of a training in one line."""
     manifest = mixture.manifest
     num_samples = config.train.num_steps * config.train.global_batch
+    matrices = ""
+    if config.train.optimizer == "muon":
+        names, parameters = model.hidden_matrices(), dict(model.named_parameters())
+        size = sum(parameters[name].numel() for name in names)
+        matrices = f"{sum(names.values())} matrices of {size:,} parameters by Muon, the rest by AdamW; "
     skipped = f"{len(config.data.skip_shards)} shards left out; " if config.data.skip_shards else ""
     return (
-        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {mixture.name}; {skipped}"
+        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {mixture.name}; {skipped}{matrices}"
         f"{config.train.num_steps:,} steps of {config.train.global_batch} "
         f"({num_samples / manifest.num_samples:.1f} epochs) on {world.size} {'rank' if world.size == 1 else 'ranks'}, "
         f"ZeRO {settings['zero_optimization']['stage']}, {config.train.precision}, from {origin or 'the start'} -> "

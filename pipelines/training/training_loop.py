@@ -81,7 +81,7 @@ class TrainingLoop:
         self.engine, self.world, self.folder = engine, engine.world, folder
         self.checkpoints = CheckpointWriter(engine, folder, config.train.keep_checkpoints)
         self.micro_batch = factory.micro_batch(config, self.world)
-        self.training_loss = factory.training_loss(config)
+        self.training_loss = factory.training_loss(config, header.model)
         training_shards, held_back = mixture.split(config.data.held_back)
         options = factory.stream_options(config, header.model)
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lfm.precision import weights_dtype
+from lfm.training import engine as engine_module
 from lfm.training.ema import decay_after, power_decay_after
 from lfm.training.engine import Engine, HostBuffers, write_parts
 from lfm.training.step_guard import StepGuard
 from lfm.world import World
 from pipelines.common import launcher
 
+HIDDEN_MATRICES = {"2.weight": 3, "0.weight": 1}  # for Muon: 3 blocks of 11 rows, and 1
 BATCH, LEARNING_RATE, CLIPPING, DECAY, WIDTH, WEIGHT_DECAY = 16, 3e-3, 1.0, 0.99, 0.1, 0.5
 
 
@@ -60,11 +62,13 @@ class Run:
         accumulation: int = 1,
         ratio: float = 0.0,
         weight_decay: float = 0.0,
+        hidden_matrices: dict[str, int] | None = None,
     ) -> None:
         self.accumulation, self.world = accumulation, world
         self.dtype = weights_dtype(precision)
         config = settings(zero, precision, world, accumulation, weight_decay)
-        self.engine = Engine(make_model(), config, world, ("ema", "power"), StepGuard(ratio))
+        averages, guard = ("ema", "power"), StepGuard(ratio)
+        self.engine = Engine(make_model(), config, world, averages, guard, hidden_matrices=hidden_matrices)
 
     def step(self, step: int, poison: dict[int, float] | None = None) -> float:
         """One step; on the last rank its loss is multiplied by `poison`. Returns the loss over all ranks."""
@@ -171,6 +175,36 @@ def main() -> None:
     measured["decayed"] += [run.step(step) for step in range(25, 50)]
     run.engine.load(out / "decayed", numbers, 0)
     measured["decayed_again"] = [run.step(step) for step in range(25, 50)] == measured["decayed"][25:]
+
+    # Muon: losses, the number of orthogonalizations over all ranks, resuming, and a step that is skipped.
+    numbers_of_blocks: list[int] = []
+    orthogonal_update = engine_module.orthogonal_update
+
+    def counted(update: Tensor, num_blocks: int) -> Tensor:
+        numbers_of_blocks.append(num_blocks)
+        return orthogonal_update(update, num_blocks)
+
+    engine_module.orthogonal_update = counted
+    run = Run(zero, precision, world, weight_decay=WEIGHT_DECAY, hidden_matrices=HIDDEN_MATRICES)
+    measured["muon"] = [run.step(step) for step in range(25)]
+    counts = run.engine.sum_over_ranks(torch.tensor([len(numbers_of_blocks), sum(numbers_of_blocks)]))
+    measured["orthogonalized"] = counts.tolist()
+    (out / "muon").mkdir(exist_ok=True)
+    run.engine.barrier()
+    numbers, saved = save(run.engine, out / "muon"), run.carried()
+    if world.is_main:
+        (out / "muon" / "numbers.json").write_text(json.dumps(numbers))
+    measured["muon"] += [run.step(step) for step in range(25, 50)]
+    before_step = {name: whole for name, whole in run.carried().items() if not name.startswith(("ema", "power"))}
+    run.step(50, {50: float("nan")})
+    measured["muon_skipped"] = same(before_step, {name: run.carried()[name] for name in before_step})
+    run.engine.load(out / "muon", numbers, 0)
+    measured["muon_loaded"] = same(saved, run.carried())
+    measured["muon_again"] = [run.step(step) for step in range(25, 50)] == measured["muon"][25:]
+    if len(sys.argv) > 4:  # resume from another number of ranks or another stage
+        numbers = json.loads((Path(sys.argv[4]) / "muon" / "numbers.json").read_text())
+        run.engine.load(Path(sys.argv[4]) / "muon", numbers, 0)
+        measured["muon_resumed"] = [run.step(step) for step in range(25, 50)]
 
     # A step that one rank spoils is skipped on all ranks: nothing but the averages changes.
     run = Run(zero, precision, world, ratio=20.0)

@@ -28,11 +28,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
     "rms": {"norm": "rms"},
     "swiglu": {"mlp": "swiglu"},
+    "relu2": {"mlp": "relu2"},
     "qk_norm": {"qk_norm": True},
     "dropping": {"token_dropout": 0.4},
     "checkpointing": {"activation_checkpointing": 2},
 }
-OPTIONS["all"] = {key: value for option in OPTIONS.values() for key, value in option.items()}
+OPTIONS["all"] = {key: value for option in OPTIONS.values() for key, value in option.items()} | {"mlp": "swiglu"}
 each_option = pytest.mark.parametrize("option", OPTIONS)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lfm.training.engine import parameter_groups, start_processes
+from lfm.training.muon import MuonWithAdamW, orthogonal_update
 from lfm.training.step_guard import MEMORY, MOST_SKIPPED_IN_A_ROW, StepGuard
 from lfm.world import World
 from tests.support import engine_worker
@@ -130,6 +131,41 @@ def test_the_losses_are_those_of_plain_pytorch(
     name: str, measurements: dict[str, dict[str, Any]], plain: list[float]
 ) -> None:
     assert measurements[name]["losses"] == pytest.approx(plain, abs=1e-5)
+
+
+def muon_losses() -> list[float]:
+    """Return the losses of a plain loop of Muon and AdamW in one process, on whole matrices."""
+    model = engine_worker.make_model()
+    parameters = dict(model.named_parameters())
+    num_blocks = {parameters[name]: count for name, count in engine_worker.HIDDEN_MATRICES.items()}
+    groups = parameter_groups(model, engine_worker.WEIGHT_DECAY, engine_worker.HIDDEN_MATRICES)
+    optimizer = MuonWithAdamW(groups, lr=engine_worker.LEARNING_RATE)
+    optimizer.orthogonalize = lambda parameter, update: orthogonal_update(update, num_blocks[parameter])
+    losses = []
+    for step in range(50):
+        inputs, targets = engine_worker.batch(step)
+        loss = (model(inputs) - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), engine_worker.CLIPPING)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_muon_is_that_of_one_process_and_resumes(name: str, measurements: dict[str, dict[str, Any]]) -> None:
+    """Each matrix is orthogonalized once in each step, on one rank, and a skipped step changes nothing."""
+    measured, expected = measurements[name], muon_losses()
+    tolerance = 1e-4 if name in FP32 else 0.05
+    assert measured["muon"] == pytest.approx(expected, abs=tolerance)
+    assert abs(expected[-1] - plain_losses(engine_worker.WEIGHT_DECAY)[49]) > 1e-3, "it differs from AdamW"
+    num_matrices, num_blocks = len(engine_worker.HIDDEN_MATRICES), sum(engine_worker.HIDDEN_MATRICES.values())
+    assert measured["orthogonalized"] == [25 * num_matrices, 25 * num_blocks]
+    assert measured["muon_skipped"] and measured["muon_loaded"] and measured["muon_again"]
+    if RUNS[name][3]:
+        assert measured["muon_resumed"] == pytest.approx(measured["muon"][25:], abs=tolerance)
 
 
 @pytest.mark.slow

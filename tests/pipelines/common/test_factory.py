@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lfm.errors import ConfigError
 from lfm.training.loss_terms import LOSS_TERMS
 from lfm.world import World
 from pipelines.common import config_schema, factory
 from tests.support.commands import REPOSITORY
+from tests.support.models import SMALL_DIT
 
 
 @pytest.mark.parametrize(
@@ -57,8 +60,16 @@ def test_the_precision_of_training_is_the_key_then_that_of_the_checkpoint_then_t
 
 def test_every_loss_term_has_a_weight_in_the_configuration() -> None:
     demo = str(REPOSITORY / "configs" / "demo.yaml")
-    loss = factory.training_loss(config_schema.load(demo, ("flow.sigma_min=1e-4", "flow.direction_weight=0.25")))
+    weights = {"direction": 0.25, "internal": 0.5, "layer_sync": 0.75}
+    settings = [f"flow.{name}_weight={weight}" for name, weight in weights.items()]
+    config = config_schema.load(demo, ("flow.sigma_min=1e-4", "flow.layer_sync_blocks=[0, 1]", *settings))
+    with pytest.raises(ConfigError, match="internal_head"):
+        factory.training_loss(config, SMALL_DIT)
+    model = replace(SMALL_DIT, internal_head=True)
+    with pytest.raises(ConfigError, match="layer_sync_blocks"):
+        factory.training_loss(config, replace(model, depth=1))
+    loss = factory.training_loss(config, model)
     assert loss.sigma_min == 1e-4
-    assert {term.name: term.weight for term in loss.terms} == {"velocity": 1.0, "direction": 0.25}
+    assert {term.name: term.weight for term in loss.terms} == {"velocity": 1.0, **weights}
     assert {term.name for term in loss.terms} == set(LOSS_TERMS)
-    assert [term.name for term in factory.training_loss(config_schema.load(demo)).terms] == ["velocity"]
+    assert [term.name for term in factory.training_loss(config_schema.load(demo), SMALL_DIT).terms] == ["velocity"]
