@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -288,16 +288,20 @@ def _read_record(folder: str, shard: str, size: int | None) -> ShardRecord:
     return record
 
 
-def discard_damaged(folder: str) -> None:
+def discard_damaged(folder: str, fits: Callable[[ShardRecord], bool] = lambda record: True) -> None:
     """Remove the records that are damaged or do not fit their tars, so that these shards are made again.
 
     Other files of the folder are left alone.
+
+    Args:
+        fits: whether a record can be that of its shard in this data set.
     """
     sizes = {name: size for name, size in storage.sizes(folder).items() if re.fullmatch(SHARD_FILES, name)}
 
     def discard(shard: str) -> None:
         try:
-            _read_record(folder, shard, sizes[shard])
+            if not fits(_read_record(folder, shard, sizes[shard])):
+                raise DataError(f"{storage.join(folder, _record_name(shard))}: its counts are not those of the shard")
         except DataError as error:
             logger.warning("%s: making the shard again", str(error).split(";")[0])
             storage.remove(storage.join(folder, _record_name(shard)))

@@ -432,7 +432,9 @@ def _check_nodes(content: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(_read_text(path))
+        content = json.loads(_read_text(path))
+        _check_nodes(content)
+        return content
     except ConfigError as error:
         raise ConfigError(f"deepspeed: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -81,9 +81,14 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
         return EncodeResult(summary, None)
     recipe = _recipe(config, raw, autoencoder)
     _begin(config, recipe, world)
-    if world.is_main:
-        manifests.discard_damaged(config.dest)
     sizes = {shard.name: shard.samples for shard in raw.shards}
+    if world.is_main:
+        manifests.discard_damaged(
+            config.dest,
+            lambda record: (
+                record.samples == sizes.get(record.name) and len(record.channel_sums) == autoencoder.latent_channels
+            ),
+        )
 
     def samples_done() -> int:  # by all ranks
         return sum(sizes[name] for name in manifests.done(config.dest))

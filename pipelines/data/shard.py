@@ -170,7 +170,16 @@ class Rejections:
 
 def _write_jobs(config: ShardConfig, jobs: list[ShardJob], own_jobs: list[ShardJob], rejections: Rejections) -> None:
     """Write the shards of this part that are not done, and count the rejects of all shards."""
-    manifests.discard_damaged(config.dest)
+    num_items = {job.name: job.num_items for job in jobs}
+    num_classes = len(jobs[0].source.class_names)
+
+    def fits(record: ShardRecord) -> bool:
+        is_counted = len(record.class_counts) == num_classes and (
+            not num_classes or sum(record.class_counts) <= record.samples
+        )
+        return is_counted and record.samples + len(record.rejects) == num_items.get(record.name)
+
+    manifests.discard_damaged(config.dest, fits)
     done = manifests.done(config.dest)
     for record in manifests.records(config.dest, [job.name for job in jobs if job.name in done]):
         rejections.add(record.rejects)

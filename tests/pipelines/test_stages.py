@@ -106,6 +106,22 @@ def test_a_damaged_shard_is_named_and_made_again(
         assert repair or any(str(tmp_path / "raw" / name) in message for message in named), named
 
 
+@pytest.mark.parametrize(
+    "change", [{"class_counts": [1]}, {"samples": 7}, {"rejects": [{"source": "a", "reason": "b"}]}]
+)
+def test_a_record_with_other_counts_is_made_again(tmp_path: Path, change: dict[str, object]) -> None:
+    """Of a file without a checksum, as they were written before."""
+    source = image_folder(tmp_path / "pictures", 20)
+    command = ("shard", source, tmp_path / "raw", "--image-size", 8, "--samples-per-shard", 8)
+    assert lfm(*command).exit_code == 0
+    before = folder_contents(tmp_path / "raw")
+    record = json.loads((tmp_path / "raw" / "000001.json").read_text())
+    del record["lfm_crc32"]
+    (tmp_path / "raw" / "000001.json").write_text(json.dumps(record | change))
+    assert lfm(*command).exit_code == 0
+    assert folder_contents(tmp_path / "raw") == before
+
+
 def test_overwrite_leaves_what_is_not_ours(small_set: SmallSet, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     shutil.copytree(small_set.raw, raw)
