@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import itertools
 import json
@@ -34,9 +35,7 @@ OWNED_BY_YAML = {
     "checkpoint": "train.checkpoint_every",
 }
 
-LARGEST_BYTES = 128 << 10  # of a file
-MOST_FILES, MOST_NODES, DEEPEST = 50, 10_000, 30
-
+LARGEST_BYTES, MOST_FILES, MOST_NODES, DEEPEST = 128 << 10, 50, 10_000, 30  # of what is read
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # types of pydantic errors
 
 Name = Annotated[str, Field(min_length=1)]
@@ -292,7 +291,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     Raises:
         ConfigError: a file cannot be read, or a key is wrong; names the file, the key and the repair.
     """
-    content = _read_yaml(Path(path))
+    content = _read_yaml(Path(path), (), [])
     for override in overrides:
         _put(content, override)
     config = validate(content, Path(path).name)
@@ -365,14 +364,11 @@ def _known_keys(sections: list[str], backbone: str) -> list[str]:
     return list(section.model_fields)
 
 
-def _read_yaml(path: Path, extending: tuple[Path, ...] = (), files: list[Path] | None = None) -> dict[str, Any]:
+def _read_yaml(path: Path, extending: tuple[Path, ...], files: list[Path]) -> dict[str, Any]:
     """Return the content of a file, merged over the files that it `extends` (a name, or a list) relative to itself.
 
-    Args:
-        extending: the files that extend this one.
-        files: all files that were read.
+    `extending` are the files that extend this one, and `files` all that were read.
     """
-    files = [] if files is None else files
     files.append(path)
     if len(files) > MOST_FILES:
         raise ConfigError(f"{path}: extends: reads more than {MOST_FILES} files; merge some of them")
@@ -385,10 +381,8 @@ def _read_yaml(path: Path, extending: tuple[Path, ...] = (), files: list[Path] |
     names = names if isinstance(names, list) else [names]
     if path.absolute() in extending or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path}: extends: must name other files, without a cycle")
-    below: dict[str, Any] = {}
-    for name in names:
-        below = _merged(below, _read_yaml(path.parent / name, (*extending, path.absolute()), files))
-    return _merged(below, content)
+    below = [_read_yaml(path.parent / name, (*extending, path.absolute()), files) for name in names]
+    return functools.reduce(_merged, [*below, content], {})
 
 
 def _read_text(path: Path) -> str:
@@ -409,17 +403,15 @@ def _merged(below: Any, above: Any) -> Any:
 
 def _parse_yaml(text: str, name: str) -> Any:
     try:
-        content = YAML(typ="safe", pure=True).load(io.StringIO(text))
-        _check_nodes(content)
-        return content
+        return _limited(YAML(typ="safe", pure=True).load(io.StringIO(text)))
     except (YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
-def _check_nodes(content: Any) -> None:
-    """Raise ValueError if a file whose aliases are expanded is too large: each line may double what is above it."""
+def _limited(content: Any) -> Any:
+    """Return content; raise ValueError if it is too large with its aliases expanded: each may double what is above it."""
     waiting, count = [(content, 0)], 0
     while waiting:
         node, depth = waiting.pop()
@@ -428,13 +420,12 @@ def _check_nodes(content: Any) -> None:
             raise ValueError(f"more than {MOST_NODES:,} values or {DEEPEST} levels, with its aliases expanded")
         children = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple | set) else ()
         waiting += [(child, depth + 1) for child in children]
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_read_text(path))
-        _check_nodes(content)
-        return content
+        return _limited(json.loads(_read_text(path)))
     except ConfigError as error:
         raise ConfigError(f"deepspeed: {error}") from error
     except (ValueError, RecursionError) as error:
