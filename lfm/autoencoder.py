@@ -173,9 +173,11 @@ def _check_config(config: dict[str, Any], name: str) -> None:
                 raise ConfigError(f"autoencoder {name}: config.json: {key} {number}: out of range")
         if isinstance(value, list | tuple) and len(value) > MOST_VALUES and key not in STATISTICS:
             raise ConfigError(f"autoencoder {name}: config.json: {key}: {len(value)} values, more than {MOST_VALUES}")
-    scale = config.get("scaling_factor") or 1.0
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     if not isinstance(scale, int | float) or not scale > 0:
         raise ConfigError(f"autoencoder {name}: config.json: scaling_factor {scale}: must be above 0")
+    if not isinstance(shift, int | float):
+        raise ConfigError(f"autoencoder {name}: config.json: shift_factor {shift}: must be a number")
 
 
 def _check_size(model_class: Any, config: dict[str, Any], folder: Path, name: str) -> None:

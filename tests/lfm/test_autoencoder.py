@@ -210,6 +210,21 @@ def test_a_config_that_is_none_is_one_line(copy: Path, config: str) -> None:
     refused(copy)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("scaling_factor", value) for value in (-1, "a", [1], 1e300, float("nan"))),
+        *(("shift_factor", value) for value in ([[]], "a", {"a": 1}, float("inf"))),
+        *(("block_out_channels", value) for value in ([10**9, 8], [-8, 8], [8] * 5000, "a")),
+        *(("layers_per_block", value) for value in (10**6, -1, None)),
+    ],
+)
+def test_a_value_of_the_config_out_of_range_is_one_line(copy: Path, key: str, value: object) -> None:
+    config = json.loads((copy / "config.json").read_text()) | {key: value}
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy)
+
+
 def test_another_kind_of_model_is_one_line(tmp_path: Path) -> None:
     """The folder beside `vae` in a pipeline is `unet`: an easy mistake."""
     unet = import_diffusers().UNet2DModel(
