@@ -27,6 +27,7 @@ from lfm.solvers.stochastic import Normals
 from lfm.types import Velocity
 
 DEFAULT_STEPS, DEFAULT_TOLERANCE = 25, 1e-5
+TYPICAL_ADAPTIVE_EVALUATIONS = 100  # at the default tolerance
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class Solving:
         if self.times is not None:
             return torch.tensor(self.times, dtype=torch.float64)
         return time_grid(self.num_steps or DEFAULT_STEPS, self.time_shift or 1.0)
+
+    @property
+    def expected_evaluations(self) -> int:
+        """Evaluations of the velocity per image: exact for fixed steps, a typical number for an adaptive solver."""
+        solver = SOLVERS[self.solver]
+        return TYPICAL_ADAPTIVE_EVALUATIONS if solver.is_adaptive else solver.evaluations * (len(self.grid) - 1)
 
     def __call__(
         self, velocity: Velocity, noise: Tensor, *, normals: Normals | None = None, on_step: StepCallback = no_callback

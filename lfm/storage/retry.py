@@ -1,4 +1,7 @@
-"""Retries of requests that fail for a transient reason: exponential, jittered pauses, for at most ten minutes."""
+"""Retries of requests that fail for a transient reason: exponential, jittered pauses, for at most ten minutes.
+
+A server that has not answered this process before is retried for one minute alone: its address is probably wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_d
 from lfm.errors import hide_credentials, on_one_line
 
 TIME_LIMIT = 600.0  # seconds
+FIRST_CONTACT_LIMIT = 60.0  # seconds, until a server has answered for the first time
 # The errors of the operating system that may pass. Many libraries raise an OSError without a number.
 _TRANSIENT_NUMBERS = {
     None,
@@ -60,6 +64,7 @@ _TRANSIENT_NAMES = {
 }
 
 T = TypeVar("T")
+_servers_reached: set[str] = set()  # protocol and host of the URLs that have answered a request
 
 
 def with_retries(name: str, request: Callable[[], T], on_retry: Callable[[], None] = lambda: None) -> T:
@@ -68,7 +73,7 @@ def with_retries(name: str, request: Callable[[], T], on_retry: Callable[[], Non
     The pauses are random, so that ranks that failed together do not retry together.
 
     Args:
-        name: the path or URL, for the log.
+        name: the path or URL, for the log; its server has the longer limit once it has answered.
         on_retry: called before each retry.
 
     Raises:
@@ -85,14 +90,22 @@ def with_retries(name: str, request: Callable[[], T], on_retry: Callable[[], Non
         )
         on_retry()
 
+    server = "/".join(name.split("/", 3)[:3])  # s3://bucket
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
         wait=wait_random_exponential(multiplier=1, min=0.2, max=60),
-        stop=stop_before_delay(TIME_LIMIT),
+        stop=stop_before_delay(TIME_LIMIT if server in _servers_reached else FIRST_CONTACT_LIMIT),
         before_sleep=before_sleep,
         reraise=True,
     )
-    return retrying(request)
+    try:
+        result = retrying(request)
+    except Exception as error:
+        if not is_transient(error):  # an answer, such as that there is no such file
+            _servers_reached.add(server)
+        raise
+    _servers_reached.add(server)
+    return result
 
 
 def is_transient(error: BaseException) -> bool:

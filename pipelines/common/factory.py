@@ -154,6 +154,11 @@ def compiles_blocks(config: ExperimentConfig) -> bool:
     """Return whether to compile the network's blocks: as `model.compile` says, by default where it pays and is possible."""
     if config.model.compile is not None:
         return config.model.compile
+    return can_compile_on_gpu()
+
+
+def can_compile_on_gpu() -> bool:
+    """Return whether there are a GPU and the C compiler that torch.compile needs on it."""
     return torch.cuda.is_available() and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 

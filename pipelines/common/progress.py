@@ -70,6 +70,11 @@ class Progress(tqdm):
     def done(self, count: int) -> None:
         self.n = count
 
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        if not self.disable:
+            self.write(text, file=sys.stderr)
+
     def advance(self, count: int, **figures: str) -> None:
         """Count `count` more items; `figures` are shown behind the rate."""
         if figures:

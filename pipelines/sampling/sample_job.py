@@ -19,11 +19,24 @@ from lfm.inference.condition_inputs import Conditions
 from lfm.inference.trained_model import TrainedModel
 from lfm.solvers.batching import StepCallback, no_callback
 from lfm.types import SolverResult
+from pipelines.common import factory
 from pipelines.sampling.read_conditions import read_conditions
 from pipelines.sampling.sample_plan import PlannedImage, SamplePlan
 
+EVALUATIONS_THAT_PAY = 200  # of the network, for compiling its blocks
 # Options that change no image: they are not part of the recipe.
-NO_EFFECT = ("out", "batch_size", "trajectory", "time", "autoencoder", "cache", "overwrite", "dry_run", "num_gpus")
+NO_EFFECT = (
+    "out",
+    "batch_size",
+    "compile",
+    "trajectory",
+    "time",
+    "autoencoder",
+    "cache",
+    "overwrite",
+    "dry_run",
+    "num_gpus",
+)
 # Options of later versions: without their key, a recipe means these values.
 ADDED_OPTIONS = {"precision": "fp32", "guidance": "null"}
 # Options that are distributed over the images: the digest of an image has its own part of each instead.
@@ -125,6 +138,10 @@ def load_job(plan: SamplePlan, device: torch.device) -> SampleJob:
     model = load(config.run, precision=config.precision)
     if config.autoguidance:
         weak = load(config.autoguidance, precision=model.precision)
+    if config.compile and plan.num_evaluations >= EVALUATIONS_THAT_PAY and factory.can_compile_on_gpu():
+        for each in (model, weak):
+            if each:
+                each.compile_blocks()
     conditions, names = read_conditions(config, model, plan.num_seeds)
     if not config.composite and conditions.spatial is None:
         raise ConfigError("--no-composite: there are no known pixels; leave it out")

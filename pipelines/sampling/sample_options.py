@@ -77,6 +77,8 @@ class SampleConfig:
     precision: Annotated[Precision, Section("Options")] = None
     batch_size: Count = 32
     """Images per forward pass; on a GPU the last batch is filled up, so that an image depends on this number alone."""
+    compile: bool = True
+    """On a GPU, compile the network's blocks if it is evaluated 200 times or more.  [default: compile]"""
     trajectory: Literal["png", "gif"] | None = None
     """Also save the intermediate states of the first images."""
     time: bool = False

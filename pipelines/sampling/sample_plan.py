@@ -49,6 +49,15 @@ class SamplePlan:
         """The number of seeds."""
         return len(self.images) // len(self.scales)
 
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of a network for all images, a batch at a time; of an adaptive solver, their typical number.
+
+        Images that exist already are counted, so that a job that resumes is computed as one that was not interrupted.
+        """
+        scales = [batch[0].scale for batch in self.batches(self.images)]
+        return sum(self.solving.expected_evaluations * (1 if scale == 1 else 2) for scale in scales)
+
     def batches(self, images: Sequence[PlannedImage]) -> Iterator[list[PlannedImage]]:
         """Split images into batches of at most `batch_size`, each of one guidance scale."""
         size = self.config.batch_size

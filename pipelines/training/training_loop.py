@@ -7,7 +7,9 @@ interrupted: bit for bit on as many ranks at the same ZeRO stage, and up to roun
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -137,10 +139,24 @@ class TrainingLoop:
             closing(self.checkpoints),
             closing(self.stream.batches(self.samples_seen)) as batches,
         ):
+            if factory.compiles_blocks(self.config) and self.samples_seen < self.total_samples:
+                self._take_compiling_step(batches, stop_request, log, bar)
             while self.samples_seen < self.total_samples and not self.stop_requested:
                 self.take_step(next(batches), stop_request)
                 bar.advance(self.train.global_batch, **self._finish_step(log))
             self.checkpoints.finish()
+
+    def _take_compiling_step(
+        self, batches: Iterator[LatentBatch], stop_request: StopRequest, log: TrainingLog, bar: Progress
+    ) -> None:
+        """Take the first step, in which the blocks are compiled, and say so and how long it took."""
+        bar.note("compiling the blocks of the network in the first step; model.compile=false turns it off")
+        start = time.perf_counter()
+        self.take_step(next(batches), stop_request)
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
+        bar.note(f"first step: {time.perf_counter() - start:.0f} s with compiling")
+        bar.advance(self.train.global_batch, **self._finish_step(log))
 
     def take_step(self, batch: LatentBatch, stop_request: StopRequest) -> None:
         """Take one optimizer step, and let all ranks know its losses and whether a rank is to stop."""
@@ -151,8 +167,8 @@ class TrainingLoop:
         losses: dict[str, list[Tensor]] = defaultdict(list)
         for rows in torch.arange(len(batch.latents), device=batch.latents.device).split(self.micro_batch):
             part = batch.rows(rows)
-            time = shifted_time(TIME_SAMPLERS[self.config.flow.time](part.uniform), self.config.flow.time_shift)
-            loss, terms = self.training_loss(self.engine, part, time)
+            times = shifted_time(TIME_SAMPLERS[self.config.flow.time](part.uniform), self.config.flow.time_shift)
+            loss, terms = self.training_loss(self.engine, part, times)
             self.engine.backward_and_step(loss)
             losses["loss"].append(loss.detach())
             for name, value in terms.items():

@@ -18,7 +18,7 @@ from lfm.inference.trained_model import TrainedModel
 from lfm.models.dit import DiT
 from lfm.synthetic.scenes import CLASS_NAMES
 from lfm.weights_file import WEIGHTS, load_weights, save_weights
-from pipelines.common import image_files
+from pipelines.common import factory, image_files
 from pipelines.data import encode
 from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line, lfm
 
@@ -352,6 +352,37 @@ def test_a_folder_without_a_precision_is_one_of_fp32(tasks: Tasks, tmp_path: Pat
     assert lfm(*common, *flags).exit_code == 0
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("0*.png")} == before
     assert_one_line(lfm(*common, "--precision", "bf16"), "made with different settings: precision")
+
+
+def test_on_a_gpu_blocks_are_compiled_where_the_network_is_evaluated_often(
+    tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether images exist already makes no difference; the images are those of blocks that are not compiled."""
+    compiled: list[int] = []
+
+    def compile_eagerly(network: DiT, **options: object) -> None:
+        compiled.append(1)
+        compile_blocks(network, backend="eager")
+
+    compile_blocks = DiT.compile_blocks
+    monkeypatch.setattr(DiT, "compile_blocks", compile_eagerly)
+    monkeypatch.setattr(factory, "can_compile_on_gpu", lambda: True)
+    common = ("sample", tasks.runs / "class", "--seeds", "0-9", "--batch-size", 1, "--solver", "euler")
+    for name, flags, times in (
+        ("few", ("--num-steps", 19), 0),
+        ("many", ("--num-steps", 20), 1),
+        ("guided", ("--num-steps", 10, "--guidance-scale", 2), 1),
+        ("off", ("--num-steps", 20, "--no-compile"), 0),
+    ):
+        compiled.clear()
+        assert lfm(*common, *flags, "--out", tmp_path / name).exit_code == 0
+        assert len(compiled) == times, name
+    (tmp_path / "many" / "000003.png").unlink()
+    compiled.clear()
+    assert lfm(*common, "--num-steps", 20, "--out", tmp_path / "many").exit_code == 0
+    assert compiled == [1]
+    for path in (tmp_path / "off").glob("0*.png"):
+        assert (pixels_of(path) == pixels_of(tmp_path / "many" / path.name)).all(), path.name
 
 
 def test_on_a_gpu_every_batch_is_filled_up(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
