@@ -272,7 +272,9 @@ def test_compiled_blocks_learn_alike(experiment: Path, tmp_path: Path) -> None:
     runs = {flag: tmp_path / flag for flag in ("true", "false")}
     for flag, run in runs.items():
         settings = (f"run={run}", f"model.compile={flag}", "train.num_steps=6", "model.depth=1")
-        assert train(experiment, *settings, "train.validate_every=3").returncode == 0
+        result = train(experiment, *settings, "train.validate_every=3")
+        assert result.returncode == 0
+        assert ("with compiling" in result.stderr) == (flag == "true")
     first, second = (torch.tensor(losses(run)) for run in runs.values())
     torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
     assert first.unique().numel() == 6
