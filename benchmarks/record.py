@@ -75,6 +75,12 @@ ENTRIES: dict[str, Changes] = {
     "internal velocity 0.5": {"model.internal_head": True, "flow.internal_weight": 0.5},
     "layer alignment 0.2": {"flow.layer_sync_weight": 0.2, "flow.layer_sync_blocks": [0, 2]},
     "squared ReLU": {"model.mlp": "relu2"},
+    "logit-normal, cosine, Muon": {
+        "flow.time": "logit_normal",
+        "train.schedule": "cosine",
+        "train.warmup_steps": 20,
+        "train.optimizer": "muon",
+    },
     "token dropout 0.5": {"model.token_dropout": 0.5},
 }
 

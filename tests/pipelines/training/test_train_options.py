@@ -11,10 +11,19 @@ from lfm.weights_file import load_weights
 from tests.support.commands import REPOSITORY
 from tests.support.training_runs import assert_same_weights, losses, train
 
-MODEL = ("position=rope", "norm=rms", "mlp=swiglu", "qk_norm=true", "token_dropout=0.5", "activation_checkpointing=2")
-FLOW = ("time=logit_normal", "time_shift=2.0", "direction_weight=1.0", "coupling_group=4")
+MODEL = (
+    "position=rope",
+    "norm=rms",
+    "mlp=swiglu",
+    "qk_norm=true",
+    "token_dropout=0.5",
+    "activation_checkpointing=2",
+    "internal_head=true",
+)
+FLOW = ("time=logit_normal", "time_shift=2.0", "direction_weight=1.0", "coupling_group=4", "internal_weight=0.5")
+FLOW += ("layer_sync_weight=0.2", "layer_sync_blocks=[0, 1]")
 OPTIONS = [f"model.{option}" for option in MODEL] + [f"flow.{option}" for option in FLOW]
-OPTIONS += ["condition=none", "condition_dropout=0", "train.schedule=constant"]
+OPTIONS += ["condition=none", "condition_dropout=0", "train.schedule=constant", "train.optimizer=muon"]
 
 
 @pytest.mark.slow
