@@ -223,7 +223,8 @@ def main() -> None:
     if options.dry_run or options.results or options.tune:
         folder = (options.results or out).absolute()
         results, document = folder / "record.jsonl", folder / "record.md"
-    entries, num, num_held_back, overrides = (TUNING if options.tune else ENTRIES), NUM_SCENES, NUM_HELD_BACK, ()
+    entries, num, num_held_back = (TUNING if options.tune else ENTRIES), NUM_SCENES, NUM_HELD_BACK
+    overrides: tuple[str, ...] = ()
     seeds = 1 if options.tune else options.seeds
     if options.dry_run:
         num = num_held_back = 64
