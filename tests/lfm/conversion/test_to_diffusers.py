@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from lfm.conversion.to_diffusers import _INEXPRESSIBLE, to_diffusers
 from lfm.errors import ConfigError
@@ -35,9 +36,21 @@ def test_every_field_is_expressed_or_refused() -> None:
     """A new field of the DiT must be refused by the export, or added here once it is exported."""
     exported = {"latent_channels", "latent_size", "patch_size", "hidden_size", "depth", "num_heads"}
     exported |= {"num_classes", "condition_dropout", "time_scale", "frequency_shift"}
-    without_effect = {"attention", "activation_checkpointing", "token_dropout", "downsample_factor"}
+    without_effect = {"attention", "activation_checkpointing", "token_dropout", "downsample_factor", "internal_head"}
     names = {field.name for field in dataclasses.fields(DiTConfig)}
     assert names == exported | without_effect | set(_INEXPRESSIBLE)
+
+
+def test_an_internal_head_is_left_out() -> None:
+    """It is for training and for guidance by itself; the velocity of the last block does not depend on it."""
+    options: dict[str, Any] = {"num_classes": 8, "condition_dropout": 0.1, "frequency_shift": 1}
+    with_head, without = (DiTConfig(4, 8, 2, 32, 3, 2, **options, internal_head=flag) for flag in (True, False))
+    weights = DiT(with_head).state_dict()
+    plain = {name: weight for name, weight in weights.items() if not name.startswith("internal")}
+    assert len(plain) < len(weights)
+    (first, arguments), (second, plain_arguments) = to_diffusers(weights, with_head), to_diffusers(plain, without)
+    assert arguments == plain_arguments and first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_another_backbone_is_refused() -> None:
