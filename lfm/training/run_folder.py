@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-from lfm import storage
+from lfm import storage, weights_file
 from lfm.errors import CheckpointError, LfmError, on_one_line
 from lfm.training.ranks import Ranks
 from lfm.weights_file import WEIGHTS
@@ -121,6 +121,14 @@ class RunFolder:
                     "%s; put aside as %s, resuming from %s", str(error).split("; ")[0], aside.name, checkpoints[-1].name
                 )
         return None
+
+    def repair_weights(self, checkpoint: Path) -> None:
+        """Replace the weights of the run by those of a checkpoint, if they are missing or damaged."""
+        try:
+            weights_file.load_weights(str(self.path))
+        except CheckpointError as error:
+            logger.warning("%s; taken from %s", str(error).split("; ")[0], checkpoint.name)
+            self._take_weights(checkpoint)
 
     def require_shared(self, ranks: Ranks) -> None:
         """Check that all ranks see the same folder: a file that rank 0 writes must become visible to the others.
@@ -222,16 +230,17 @@ class RunFolder:
         storage.write_json(
             str(temporary / STATE), state.model_copy(update={"files": files}).model_dump(mode="json"), sealed=True
         )
-        with storage.writing(
-            str(self.path / WEIGHTS)
-        ) as weights:  # before the checkpoint: the run's weights are never older
-            shutil.copyfile(temporary / WEIGHTS, weights)
+        self._take_weights(temporary)  # before the checkpoint: the run's weights are never older
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         flush(self.checkpoints)
         for path in self.complete()[:-keep]:
             shutil.rmtree(path)
         return final
+
+    def _take_weights(self, checkpoint: Path) -> None:
+        with storage.writing(str(self.path / WEIGHTS)) as weights:
+            shutil.copyfile(checkpoint / WEIGHTS, weights)
 
 
 def flush(path: Path) -> None:

@@ -7,6 +7,7 @@ so that a run can be resumed, and every rank makes its part without waiting for 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,9 @@ def claim_folder(job: SampleJob, world: World) -> None:
     if not world.is_main:
         return processes.wait_for_json(path, job.recipe)
     storage.sweep(config.out)
+    if not storage.exists(path) and _is_of_samples(config.out):
+        logger.warning("%s: is missing; writing it again", path)
+        return storage.write_json(path, job.recipe, sealed=True)
     try:
         previous = storage.read_json(path) if storage.exists(path) else {"kind": "samples"}
     except DataError as error:
@@ -50,6 +54,14 @@ def claim_folder(job: SampleJob, world: World) -> None:
         for name in _previous_images(previous) & storage.sizes(config.out).keys():
             storage.remove(storage.join(config.out, name))
     manifests.claim(config.out, job.recipe, overwrite=overwrite, owned=OWNED)
+
+
+def _is_of_samples(out: str) -> bool:
+    """Return whether a folder has files, all of which `lfm sample` made: an image has a note with its digest."""
+    files = storage.sizes(out)
+    images = [name for name in files if not re.fullmatch(OWNED, name)]
+    notes = [image_files.note(storage.join(out, name)) for name in images]
+    return bool(files) and all(isinstance(note, dict) and "digest" in note for note in notes)
 
 
 def _previous_images(recipe: dict[str, Any]) -> set[str]:

@@ -78,6 +78,8 @@ def run(
         with folder.only_one() if world.is_main else nullcontext():
             folder.require_shared(ranks)
             checkpoint = _choose_checkpoint(folder, ranks)
+            if checkpoint and world.is_main:
+                folder.repair_weights(checkpoint[0])
             prepared = _prepare(config, mixture, world, folder, checkpoint, initialize_from, allow_changes)
             with float32_arithmetic(prepared.config.train.precision or "fp32", factory.device(world)):
                 loop = _start(mixture, prepared, ranks, folder)

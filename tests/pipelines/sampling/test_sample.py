@@ -309,6 +309,19 @@ def test_a_killed_command_resumes_and_computes_no_image_twice(tasks: Tasks, tmp_
     assert (out / "000001.png").stat().st_mtime_ns == written_at
 
 
+def test_a_folder_whose_recipe_was_removed_is_finished(tasks: Tasks, tmp_path: Path) -> None:
+    command = ("sample", tasks.runs / "class", "--out", tmp_path / "out", "--seeds", "0-3", *STEPS)
+    assert lfm(*command).exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "recipe.json").unlink()
+    (tmp_path / "out" / "000001.png").unlink()
+    assert lfm(*command).exit_code == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "out" / "recipe.json").unlink()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert_one_line(lfm(*command), "out: holds something else than files of lfm")
+
+
 def test_the_python_interface_makes_the_same_images(tasks: Tasks, tmp_path: Path) -> None:
     model = library.load(str(tasks.runs / "both"))
     image, mask, _ = files(tasks)

@@ -58,7 +58,9 @@ def test_a_run_killed_between_copy_and_publication_resumes_from_the_checkpoint_b
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert [path.name for path in (run / "checkpoints").glob("samples-*")] == ["samples-000000000040"]
+    (run / "weights.safetensors").write_bytes(bytes(100))
     result = train(experiment, ranks=2)
+    assert "weights.safetensors: " in result.stderr and "taken from samples-000000000040" in result.stderr
     assert result.returncode == 0 and "from samples-000000000040" in result.stdout, result.stderr
     assert train(experiment, f"run={tmp_path / 'whole'}", ranks=2).returncode == 0
     assert_same_weights(run, tmp_path / "whole")
