@@ -25,7 +25,8 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 def trained_precision(experiment: dict[str, Any]) -> str:
     """Return the precision that a resolved experiment was trained in; fp32 if it does not say."""
-    return str(experiment.get("train", {}).get("precision") or "fp32")
+    train = experiment.get("train")
+    return str((isinstance(train, dict) and train.get("precision")) or "fp32")
 
 
 def weights_dtype(precision: str) -> torch.dtype:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lfm import storage
 from lfm.errors import ConfigError, DataError
@@ -100,6 +100,16 @@ class Member(_Record):
         return math.prod(self.shape) * int(self.dtype[-1])
 
 
+def _not_too_deep(value: Any, levels: int = 50) -> Any:
+    """Return a JSON value of at most so many levels: pydantic cannot write one of 256."""
+    if levels == 0:
+        raise ValueError("is nested too deeply")
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        _not_too_deep(child, levels - 1)
+    return value
+
+
 class Manifest(_Record):
     """A complete data set of shards."""
 
@@ -109,7 +119,7 @@ class Manifest(_Record):
     classes: tuple[ClassRecord, ...] = ()
     fields: tuple[Literal["mask", "segmentation"], ...] = ()  # that every sample has besides image and class
     labels: dict[Annotated[int, Field(ge=0, lt=2**16)], str] = {}  # names of the segmentations' class ids
-    recipe: dict[str, Any]
+    recipe: Annotated[dict[str, Any], AfterValidator(_not_too_deep)]
     parent_digest: str | None = None  # latents: the digest of the raw manifest
     autoencoder: AutoencoderRecord | None = None
     members: tuple[Member, ...] = ()  # latents: equal in all shards
@@ -126,6 +136,10 @@ class Manifest(_Record):
             raise ValueError(f"shards: {next(name for name in names if names.count(name) > 1)} is listed twice")
         if [entry.index for entry in self.classes] != list(range(len(self.classes))):
             raise ValueError("classes: their indices are not 0, 1, 2, ...")
+        if len(self.channel_mean) != len(self.channel_std):
+            raise ValueError("channel_mean and channel_std: of different lengths")
+        if self.kind == "latents" and "latent.npy" not in {member.suffix for member in self.members}:
+            raise ValueError("members: latent.npy is missing")
         for member in self.members:
             if member.suffix == "cls" and (member.shape or not member.dtype.endswith("S8")):
                 raise ValueError("members: cls is not of 8 digits")

@@ -40,8 +40,11 @@ MANIFEST = Manifest(
     autoencoder=AutoencoderRecord(
         name="embedded", content_hash="c", downsample_factor=8, latent_channels=4, scale_factor=0.18215, shift=0.0
     ),
-    members=(Member(suffix="cls", dtype="S8", shape=(), offset=512),),
-    stride=1024,
+    members=(
+        Member(suffix="cls", dtype="S8", shape=(), offset=512),
+        Member(suffix="latent.npy", dtype="<f2", shape=(8, 2, 2), offset=1536),
+    ),
+    stride=2048,
     channel_mean=(0.1, 0.2),
     channel_std=(1.0, 1e-9),
     shards=(SHARD, SHARD.model_copy(update={"name": "000001.tar", "samples": 4})),
@@ -346,13 +349,16 @@ def test_every_number_of_a_manifest_has_limits(path: tuple[Any, ...], value: Any
         (("members", 0, "dtype"), "O", "members.0.dtype"),
         (("members", 0, "dtype"), "V99999999999", "members.0.dtype"),
         (("members", 0, "shape"), [1] * 5, "members.0.shape"),
-        (("members", 0, "offset"), 1020, "reaches beyond its sample"),
+        (("members", 0, "offset"), 2044, "reaches beyond its sample"),
         (("members", 0, "offset"), 8, "reaches beyond its sample"),
         (("stride",), 512, "reaches beyond its sample"),
         (("image_size",), 31623, "image_size"),
         (("shards", 1, "name"), "000000.tar", "000000.tar is listed twice"),
         (("shards", 1, "name"), "../000000.tar", "shards.1.name"),
         (("classes", 1, "index"), 0, "classes: their indices"),
+        (("channel_std",), [1.0], "channel_mean and channel_std"),
+        (("members", 1, "suffix"), "masked.npy", "latent.npy is missing"),
+        (("recipe",), json.loads('{"a":' * 60 + "1" + "}" * 60), "is nested too deeply"),
     ],
 )
 def test_a_layout_that_would_crash_the_reader_is_refused_by_its_key(
