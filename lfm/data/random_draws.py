@@ -12,7 +12,7 @@ digit of Box and Muller's transform); the host would spend more time on it than 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,15 +41,25 @@ def draw(seed: int, sample_numbers: Tensor) -> Draws:
     return Draws(words[..., 0] < 0, uniforms[..., 1], uniforms[..., 2])
 
 
-def draw_noise(seed: int, sample_numbers: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def draw_noise(seed: int, sample_numbers: Tensor, shape: Sequence[int], pair: int = 0) -> tuple[Tensor, Tensor]:
     """Return the posterior's noise and the path's noise, on the device of the sample numbers, int64 (B,).
 
-    Both are float32 (B, *shape), standard normal, independent of each other and within six standard deviations.
+    Both are float32 (B, *shape), standard normal, independent of each other and within six standard deviations. So are
+    further pairs, from 1 on, of each other and of the first.
     """
-    words = _words(seed, sample_numbers, 1 + _SCALARS, math.prod(shape)).view(len(sample_numbers), *shape)
+    count = math.prod(shape)
+    words = _words(seed, sample_numbers, 1 + _SCALARS + pair * count, count).view(len(sample_numbers), *shape)
     radius = (words >> 32).float().mul_(2.0**-32).add_(0.5).clamp_(min=2.0**-26).log_().mul_(-2).sqrt_()
     angle = words.bitwise_and_((1 << 32) - 1).float().mul_(2.0**-32 * 2 * math.pi)
     return angle.cos().mul_(radius), angle.sin_().mul_(radius)
+
+
+def draw_candidates(seed: int, sample_numbers: Tensor, shape: Sequence[int], count: int) -> Iterator[Tensor]:
+    """Yield `count` further noises of each sample, each float32 (B, *shape), independent of those of `draw_noise`."""
+    for number in range(count):
+        if number % 2 == 0:
+            pair = draw_noise(seed, sample_numbers, shape, 1 + number // 2)
+        yield pair[number % 2]
 
 
 def kept_tokens(seed: int, sample_numbers: Tensor, num_tokens: int, num_kept: int) -> Tensor | None:

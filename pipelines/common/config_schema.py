@@ -183,6 +183,8 @@ class FlowConfig(_Section):
     """Numbers of the early and the later block, from 0, which the alignment needs; such as a third and two thirds of them."""
     coupling_group: PositiveInt = 1
     """Number of samples among which noise is assigned by optimal transport; 1 means independent noise."""
+    num_noises: int = Field(default=1, ge=1, le=64)
+    """Number of noises drawn for each sample, of which the one nearest to its data is used; 1 means independent noise."""
 
 
 class TrainConfig(_Section):
@@ -461,6 +463,8 @@ def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> Non
             f"{name}: flow.coupling_group: makes the noise depend on the condition, which sampling does not; "
             "set it to 1, or condition: none"
         )
+    if config.flow.coupling_group > 1 and config.flow.num_noises > 1:
+        raise ConfigError(f"{name}: flow.coupling_group, flow.num_noises: are two ways to assign noise; set one")
     if config.condition_dropout and config.condition == "none":
         raise ConfigError(f"{name}: condition_dropout: needs a condition, as in condition: class")
     if config.evaluation and config.evaluation.task_score and "class" not in config.conditions:

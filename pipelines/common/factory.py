@@ -171,6 +171,7 @@ def stream_options(config: ExperimentConfig, model: ModelConfig) -> StreamOption
         conditions=frozenset(config.conditions),
         condition_dropout=config.condition_dropout,
         coupling_group=config.flow.coupling_group,
+        num_noises=config.flow.num_noises,
         num_tokens=model.num_tokens,
         num_kept_tokens=model.num_kept_tokens,
     )

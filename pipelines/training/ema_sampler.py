@@ -43,6 +43,7 @@ class EmaSampler:
             seed=0,
             condition_dropout=0.0,
             coupling_group=1,
+            num_noises=1,
             global_batch=batch_size,
         )
         cache = factory.cache(self.config.data.cache, self.config.data.cache_gigabytes)

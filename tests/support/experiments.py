@@ -5,6 +5,7 @@ from __future__ import annotations
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, Member
 from tests.support.commands import REPOSITORY
 
+NAMES = ("latent.npy", "mask.npy", "masked.npy", "seg.npy")
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
@@ -20,6 +21,6 @@ def latents_manifest(image_size: int, num_classes: int, downsample_factor: int =
         labels={0: "background", 18: "hat"},
         recipe={},
         autoencoder=record,
-        members=tuple(Member(suffix=x, dtype="u1", shape=(), offset=0) for x in ("mask.npy", "masked.npy", "seg.npy")),
+        members=tuple(Member(suffix=x, dtype="u1", shape=(), offset=0) for x in NAMES),
         shards=(),
     )

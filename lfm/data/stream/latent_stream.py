@@ -23,11 +23,11 @@ from torch import Tensor
 
 from lfm import storage
 from lfm.data.latent_shards import LatentShard, ScatteredColumn
-from lfm.data.random_draws import draw, draw_noise, kept_tokens
+from lfm.data.random_draws import draw, draw_candidates, draw_noise, kept_tokens
 from lfm.data.stream.mixture import MEMBERS_OF_CONDITION, Mixture
 from lfm.data.stream.mixture_order import MixtureOrder
 from lfm.errors import DataError
-from lfm.flow.coupling import couple
+from lfm.flow.coupling import couple, nearest
 from lfm.flow.null_condition import drop_condition
 from lfm.prefetch import ReadAhead, prefetch
 from lfm.storage.cache import Cache, copy_name
@@ -49,6 +49,7 @@ class StreamOptions:
     conditions: frozenset[str] = frozenset()  # of class, inpaint and semantic
     condition_dropout: float = 0.0  # share of samples that get the null condition
     coupling_group: int = 1  # samples whose noise is assigned by optimal transport; divides every rank's part
+    num_noises: int = 1  # noises of each sample, of which the nearest to its data is taken
     num_tokens: int = 0  # tokens of a latent
     num_kept_tokens: int = 0  # number of them that the model's middle blocks see
 
@@ -185,6 +186,7 @@ class LatentStream:
         numbers = stored["number"]
         posterior_noise, noise = draw_noise(options.seed, numbers, mean.shape[1:])
         latents = (mean + std * posterior_noise - self.shift) * self.scale
+        noise = nearest(latents, noise, draw_candidates(options.seed, numbers, mean.shape[1:], options.num_noises - 1))
         condition = drop_condition(
             Condition(stored.get("class"), self._spatial(stored), self._segmentation(stored)),
             stored["dropped"],

@@ -75,11 +75,17 @@ def test_differences_name_every_changed_key() -> None:
         ("flow.time_shift=0", "flow.time_shift"),
         ("flow.direction_weight=-1", "flow.direction_weight"),
         ("flow.coupling_group=4", "flow.coupling_group: makes the noise depend on the condition"),
+        ("flow.num_noises=0", "flow.num_noises"),
     ],
 )
 def test_an_option_beyond_its_range_names_its_key(change: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         configs.load(str(REPOSITORY / "configs" / "demo.yaml"), [change])
+
+
+def test_two_ways_to_assign_noise_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"flow.coupling_group, flow.num_noises: are two ways"):
+        configs.load(str(REPOSITORY / "configs" / "pictures_256.yaml"), ["flow.coupling_group=4", "flow.num_noises=2"])
 
 
 def test_groups_that_do_not_fit_a_ranks_part_are_refused_naming_the_key() -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from lfm.data.random_draws import draw, draw_noise, kept_tokens
+from lfm.data.stream.latent_stream import StreamOptions
 from lfm.types import LatentBatch
 from lfm.world import World
 from tests.support.latents import OPTIONS, Latents
@@ -33,10 +34,11 @@ def by_number(*batches: LatentBatch) -> LatentBatch:
     return whole.rows(whole.sample_numbers.argsort())
 
 
+@pytest.mark.parametrize("options", [WITH_BOTH, replace(WITH_BOTH, coupling_group=1, num_noises=3)])
 @pytest.mark.parametrize("start", [0, 24, 8_000_000])
-def test_neither_depends_on_the_world(latents: Latents, start: int) -> None:
-    alone = by_number(latents.stream(WITH_BOTH).batch(start))
-    shared = by_number(*(latents.stream(WITH_BOTH, World(rank, rank, 2)).batch(start) for rank in range(2)))
+def test_neither_depends_on_the_world(latents: Latents, start: int, options: StreamOptions) -> None:
+    alone = by_number(latents.stream(options).batch(start))
+    shared = by_number(*(latents.stream(options, World(rank, rank, 2)).batch(start) for rank in range(2)))
     for name in ("sample_numbers", "latents", "noise", "uniform", "kept_tokens"):
         assert torch.equal(getattr(alone, name), getattr(shared, name)), name
 
@@ -57,6 +59,16 @@ def test_only_the_pairing_of_noise_changes_and_only_within_a_group(latents: Late
             assert torch.equal(pairs.sum(1), torch.ones(GROUP, dtype=torch.int64))
             moved += GROUP - int(pairs.diag().sum())
     assert moved > 20
+
+
+def test_the_nearest_of_several_noises_changes_the_noise_alone(latents: Latents) -> None:
+    plain, chosen = (
+        by_number(latents.stream(replace(WITH_BOTH, coupling_group=1, num_noises=count)).batch(0)) for count in (1, 4)
+    )
+    for name in ("sample_numbers", "latents", "uniform", "kept_tokens"):
+        assert torch.equal(getattr(chosen, name), getattr(plain, name)), name
+    before, after = ((batch.latents - batch.noise).flatten(1).norm(dim=1) for batch in (plain, chosen))
+    assert (after <= before).all() and (after < before).any()
 
 
 @settings(max_examples=25, deadline=None)
