@@ -19,7 +19,16 @@ NULL_CLASS = 1000  # of diffusers' DiTPipeline, whatever the number of classes
 _REPAIR = "export to safetensors instead"
 
 # Fields of a DiTConfig that change the function and that DiTTransformer2DModel does not have.
-_INEXPRESSIBLE = ("condition_channels", "num_labels", "mlp_ratio", "position", "norm", "mlp", "qk_norm")
+_INEXPRESSIBLE = (
+    "condition_channels",
+    "num_labels",
+    "mlp_ratio",
+    "position",
+    "norm",
+    "mlp",
+    "qk_norm",
+    "value_residual",
+)
 # Modules of DiTTransformer2DModel and ours, with a weight and a bias each; those of a block once for each block.
 _MODULES = {"pos_embed.proj": "patch_embedding", "proj_out_1": "final.modulation.1", "proj_out_2": "final.linear"}
 _BLOCK_MODULES = {

@@ -27,6 +27,8 @@ from lfm.models.embeddings import rotate
 
 logger = logging.getLogger(__name__)
 
+VALUE_MIX = 0.5  # both learned factors of a value residual at the start
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Tensor:
     """Compute the attention of query, key and value (B, tokens, heads, head_dim), in the same shape.
@@ -96,9 +98,18 @@ class SelfAttention(nn.Module):
 
     With `qk_norm` queries and keys are divided by their root mean square over head_dim and scaled by learned weights.
     With weights of 1, no scaled product exceeds sqrt(head_dim) (Henry et al. 2020; Esser et al. 2024).
+
+    With `value_residual` the values are m1 first_value + m2 value, with learned scalars m1 and m2 (Zhou et al. 2024).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, backend: str = "auto", qk_norm: bool = False) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        backend: str = "auto",
+        qk_norm: bool = False,
+        value_residual: bool = False,
+    ) -> None:
         super().__init__()
         assert hidden_size % num_heads == 0, f"hidden_size {hidden_size}, num_heads {num_heads}"
         self.num_heads = num_heads
@@ -108,9 +119,23 @@ class SelfAttention(nn.Module):
         head_dim = hidden_size // num_heads
         self.query_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.value_mix = nn.Parameter(torch.full((2,), VALUE_MIX)) if value_residual else None
 
-    def forward(self, tokens: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """Attend among `tokens`, whose positions are in `rotation`, the result of `embeddings.rotation_of`."""
+    def forward(
+        self,
+        tokens: Tensor,
+        rotation: Tensor | None = None,
+        first_value: Tensor | None = None,
+        return_value: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend among the tokens.
+
+        Args:
+            tokens: (B, tokens, hidden_size).
+            rotation: their positions, the result of `embeddings.rotation_of`.
+            first_value: values of the first block, (B, tokens, heads, head_dim), for `value_residual`.
+            return_value: also return the values, (B, tokens, heads, head_dim).
+        """
         query, key, value = (
             self.qkv(tokens)  # (B, tokens, 3 * hidden_size)
             .unflatten(-1, (3, self.num_heads, -1))  # (B, tokens, 3, heads, head_dim)
@@ -119,5 +144,9 @@ class SelfAttention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)  # the same shapes
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)  # the same shapes
+        if self.value_mix is not None:
+            assert first_value is not None, "needed by `value_residual`"
+            value = self.value_mix[0] * first_value + self.value_mix[1] * value  # (B, tokens, heads, head_dim)
         mixed = attend(query, key, value, self.backend)  # (B, tokens, heads, head_dim)
-        return self.projection(mixed.flatten(2))  # (B, tokens, hidden_size)
+        result = self.projection(mixed.flatten(2))  # (B, tokens, hidden_size)
+        return (result, value) if return_value else result

@@ -9,10 +9,11 @@ n is a layer normalization without weights. (b1, a1, g1, b2, a2, g2) = W silu(si
 two branches. W is zero at the start, so every block begins as the identity (adaLN-Zero, figure 3 of the paper) and the
 network's first velocity is 0. mlp is two linear layers with a tanh-approximated GELU between them.
 
-Options beyond the paper: rotary positions, normalized queries and keys, RMSNorm, SwiGLU, squared ReLU, and token dropout: in
-training some tokens bypass the middle blocks (TREAD, Krause et al. 2025), which makes these blocks cheaper, while every token
-still has a velocity and a loss. With `internal_head` the tokens after a third of the blocks have a final layer of their own,
-whose velocity is trained, too, and from which internal guidance extrapolates (arXiv 2512.24176).
+Options beyond the paper: rotary positions, normalized queries and keys, RMSNorm, SwiGLU, squared ReLU, values of the attention
+mixed with those of the first block (value residual, Zhou et al. 2024), and token dropout: in training some tokens bypass the
+middle blocks (TREAD, Krause et al. 2025), which makes these blocks cheaper, while every token still has a velocity and a loss.
+With `internal_head` the tokens after a third of the blocks have a final layer of their own, whose velocity is trained, too, and
+from which internal guidance extrapolates (arXiv 2512.24176).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lfm.models.attention import VALUE_MIX
 from lfm.models.dit_blocks import Block, FinalLayer
 from lfm.models.dit_config import FREQUENCY_SIZE, DiTConfig
 from lfm.models.embeddings import (
@@ -59,7 +61,9 @@ class DiT(VelocityNetwork):
         rope = config.position == "rope"
         position = grid_coordinates(side, side) if rope else sincos_position_embedding(width, side, side)
         self.register_buffer("position", position, persistent=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config, takes_value=config.value_residual and index > 0) for index in range(config.depth)
+        )
         self.final = FinalLayer(config)
         self.internal_final = FinalLayer(config) if config.internal_head else None
         self.initialize_weights()
@@ -76,6 +80,8 @@ class DiT(VelocityNetwork):
                 nn.init.normal_(parameter, std=0.02)
             elif name == "segmentation_embedding.table.weight":
                 nn.init.normal_(parameter)  # on the scale of the latents to which it is concatenated
+            elif name.endswith("value_mix"):
+                nn.init.constant_(parameter, VALUE_MIX)
             elif "_norm" in name:
                 nn.init.ones_(parameter)
             else:
@@ -147,19 +153,25 @@ class DiT(VelocityNetwork):
     ) -> Tensor:
         """Run all blocks, the middle ones on the kept tokens only; the others bypass them unchanged."""
         middle = self.config.middle_blocks
-        tokens = self._run_blocks(range(middle.start), tokens, signal, rotation, outputs)
+        tokens, value = self._run_blocks(range(middle.start), tokens, signal, rotation, outputs)
         if kept_tokens is None:
-            tokens = self._run_blocks(middle, tokens, signal, rotation, outputs)
+            tokens, value = self._run_blocks(middle, tokens, signal, rotation, outputs, value)
         else:
             places = kept_tokens[..., None].expand(-1, -1, tokens.shape[-1])  # (B, kept, hidden)
             kept_rotation = None if rotation is None else rotation[:, kept_tokens]  # (2, B, kept, 1, head_dim / 2)
             inputs = tokens.gather(1, places)  # (B, kept, hidden)
-            processed = self._run_blocks(middle, inputs, signal, kept_rotation, outputs)  # (B, kept, hidden)
+            kept_value = None
+            if value is not None:
+                kept_value = value.gather(1, kept_tokens[..., None, None].expand(-1, -1, *value.shape[2:]))
+            processed, _ = self._run_blocks(
+                middle, inputs, signal, kept_rotation, outputs, kept_value
+            )  # (B, kept, hidden)
             for index in middle:
                 if index in outputs:
                     outputs[index] = tokens.scatter(1, places, outputs[index])  # (B, tokens, hidden)
             tokens = tokens.scatter(1, places, processed)  # (B, tokens, hidden)
-        return self._run_blocks(range(middle.stop, self.config.depth), tokens, signal, rotation, outputs)
+        last = range(middle.stop, self.config.depth)
+        return self._run_blocks(last, tokens, signal, rotation, outputs, value)[0]
 
     def _run_blocks(
         self,
@@ -168,18 +180,26 @@ class DiT(VelocityNetwork):
         signal: Tensor,
         rotation: Tensor | None,
         outputs: dict[int, Tensor],
-    ) -> Tensor:
-        """Run some blocks, and store their outputs under the numbers that are keys of `outputs`."""
+        value: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run some blocks, and store their outputs under the numbers that are keys of `outputs`.
+
+        Returns:
+            The tokens; and the values of the first block, (B, tokens, heads, head_dim), that later ones need: those of
+            `value`, or of block 0 if it is among `blocks`.
+        """
         every = self.config.activation_checkpointing
         for index in blocks:
-            inputs = (tokens, signal, rotation)
+            is_first = self.config.value_residual and index == 0
+            inputs = (tokens, signal, rotation, value, is_first)
             if every and index % every == 0 and torch.is_grad_enabled():
-                tokens = checkpoint(self.blocks[index], *inputs, use_reentrant=False)
+                result = checkpoint(self.blocks[index], *inputs, use_reentrant=False)
             else:
-                tokens = self.blocks[index](*inputs)
+                result = self.blocks[index](*inputs)
+            tokens, value = result if is_first else (result, value)
             if index in outputs:
                 outputs[index] = tokens
-        return tokens
+        return tokens, value
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Return patches (B, tokens, p * p * C) as a latent (B, C, h, w)."""

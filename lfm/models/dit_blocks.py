@@ -17,14 +17,19 @@ from lfm.models.dit_config import DiTConfig
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each modulated and gated by the signal: (B, tokens, hidden) -> the same."""
+    """Attention, then an MLP, each modulated and gated by the signal: (B, tokens, hidden) -> the same.
 
-    def __init__(self, config: DiTConfig) -> None:
+    Args:
+        config: of the DiT.
+        takes_value: mix the values of the first block into those of this one (`config.value_residual`).
+    """
+
+    def __init__(self, config: DiTConfig, takes_value: bool = False) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.mlp_width
         gated = config.mlp == "swiglu"
         self.norm = _norm(config)
-        self.attention = SelfAttention(width, config.num_heads, config.attention, config.qk_norm)
+        self.attention = SelfAttention(width, config.num_heads, config.attention, config.qk_norm, takes_value)
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * inner if gated else inner),
             _activation(config),
@@ -32,11 +37,24 @@ class Block(nn.Module):
         )
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, tokens: Tensor, signal: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        signal: Tensor,
+        rotation: Tensor | None = None,
+        first_value: Tensor | None = None,
+        return_value: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the tokens, and with `return_value` also the values of the attention; see `SelfAttention`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal)[:, None].chunk(6, -1)  # (B, 1, hidden)
-        mixed = self.attention(_modulate(self.norm(tokens), shift1, scale1), rotation)  # (B, tokens, hidden)
+        inputs = _modulate(self.norm(tokens), shift1, scale1)  # (B, tokens, hidden)
+        mixed = self.attention(inputs, rotation, first_value, return_value)  # (B, tokens, hidden)
+        value = None
+        if return_value:
+            mixed, value = mixed
         tokens = tokens + gate1 * mixed  # (B, tokens, hidden)
-        return tokens + gate2 * self.mlp(_modulate(self.norm(tokens), shift2, scale2))  # (B, tokens, hidden)
+        tokens = tokens + gate2 * self.mlp(_modulate(self.norm(tokens), shift2, scale2))  # (B, tokens, hidden)
+        return tokens if value is None else (tokens, value)
 
 
 def _activation(config: DiTConfig) -> nn.Module:

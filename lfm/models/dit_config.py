@@ -51,6 +51,8 @@ class DiTArchitecture:
     """Activation of the MLPs (beyond the paper); relu2 is a squared ReLU, and a SwiGLU MLP has as many parameters as others."""
     qk_norm: bool = False
     """Normalize queries and keys (beyond the paper), which keeps the attention stable in bf16."""
+    value_residual: bool = False
+    """Mix the values of the first block's attention into those of all others (beyond the paper)."""
     token_dropout: Share = 0.0
     """Share of the tokens that bypass the middle blocks in training (beyond the paper)."""
     internal_head: bool = False

@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "swiglu": {"mlp": "swiglu"},
     "relu2": {"mlp": "relu2"},
     "qk_norm": {"qk_norm": True},
+    "value_residual": {"value_residual": True},
     "dropping": {"token_dropout": 0.4},
     "checkpointing": {"activation_checkpointing": 2},
 }
@@ -103,6 +104,28 @@ def test_options_survive_saving_and_loading(option: str, tmp_path: Path) -> None
     again.load_state_dict(tensors)
     assert header.model == model.config
     assert torch.equal(velocity(again), velocity(model))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_values_of_later_blocks_are_mixed_with_those_of_the_first(dropout: float) -> None:
+    config = configured("value_residual", depth=5, token_dropout=dropout)
+    model, plain = randomized_dit(config), DiT(dataclasses.replace(config, value_residual=False))
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "value_mix" not in name})
+    mixes = [block.attention.value_mix for block in model.blocks[1:]]
+    assert model.blocks[0].attention.value_mix is None
+    kept = kept_tokens(config)
+    for factors, is_same in (((0.0, 1.0), True), ((0.5, 0.5), False)):
+        with torch.no_grad():
+            for mix in mixes:
+                mix.copy_(torch.tensor(factors))
+            assert torch.allclose(velocity(model, kept), velocity(plain, kept), atol=1e-6) == is_same
+    attention = SelfAttention(8, num_heads=2, value_residual=True)
+    tokens = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    first = torch.randn(2, 5, 2, 4, generator=torch.Generator().manual_seed(1))
+    own = attention.qkv(tokens).chunk(3, -1)[2].unflatten(-1, (2, 4))
+    result, value = attention(tokens, None, first, True)
+    torch.testing.assert_close(value, 0.5 * first + 0.5 * own)
+    assert result.shape == tokens.shape
 
 
 @settings(max_examples=30, deadline=None)
@@ -248,7 +271,8 @@ def test_compiled_blocks_share_their_graphs_and_keep_names_and_velocity(option: 
     model.compile_blocks(backend=graphs)
     torch.testing.assert_close(velocity(model, kept_tokens(model.config)), expected)
     assert list(model.state_dict()) == names
-    assert 1 <= graphs.frame_count <= 3  # all tokens, kept tokens: not one for each block
+    # All tokens, kept tokens, and the first block with a value residual: not one for each block.
+    assert 1 <= graphs.frame_count <= 3 + model.config.value_residual
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
