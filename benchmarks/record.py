@@ -1,16 +1,16 @@
 """The record: how many samples and how much time each technique needs for what the paper's recipe reaches.
 
-    python benchmarks/record.py OUT [--latents LATENTS] [--only NAME ...] [--seeds 3] [--tune] [--dry-run]
+    python benchmarks/record.py OUT [--latents LATENTS] [--only NAME ...] [--seeds 3] [--long] [--tune] [--dry-run]
 
 Trains the paper's recipe, and every entry of `ENTRIES`, which changes it, on drawn scenes with `lfm compare`: on the same
 samples, noise and times, several seeds each. LATENTS are latents of scenes, of which the last shard is held back; by default
 they are made in OUT as `lfm demo` makes them. --tune trains `TUNING` instead, one seed each: the values among which those of
-the recipe were chosen. All of it resumes.
+the recipe were chosen. --long trains three times as long, with `LONG_ENTRIES` and `LONG_TUNING`. All of it resumes.
 
-Each finished entry is written to record.jsonl beside this file, or in OUT with --results; from all lines there
-the table of docs/record.md and its plot are made. The target is the mean of the recipe's last measurements over its seeds. Its
-ratio of samples is where the mean curve of an entry reaches it; the ratio of CPU seconds multiplies it by the ratio of the
-CPU time per sample. --dry-run trains one entry for two steps, and writes into OUT alone.
+Each finished entry is written to record.jsonl beside this file (record_long.jsonl with --long), or in OUT with --results;
+from all lines there the table of docs/record.md and its plot are made. The target is the mean of the recipe's last
+measurements over its seeds. Its ratio of samples is where the mean curve of an entry reaches it; the ratio of CPU seconds
+multiplies it by the ratio of the CPU time per sample. --dry-run trains one entry for two steps, and writes into OUT alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pipelines.demo import draw_scenes
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent
-BASE, BEGIN, END = "paper", "<!-- table: begin -->", "<!-- table: end -->"
+BASE = "paper"
 NUM_SCENES, NUM_HELD_BACK = 4096, 512  # the demo's scenes, and as many more for the validation loss
 METRICS = {"validation_loss": False, "recognised": True}  # whether higher is better
 
@@ -92,6 +92,31 @@ TUNING: dict[str, Changes] = {
 }
 
 
+LONG: Changes = {"train.num_steps": 960, "train.validate_every": 240, "evaluation.every": 240}
+"""What the longer budget changes of the recipe and of every entry."""
+
+LONG_ENTRIES: dict[str, Changes] = {
+    "logit-normal times, Muon": {"flow.time": "logit_normal", "train.optimizer": "muon"},
+    "logit-normal times, Muon, internal velocity 0.5": {
+        "flow.time": "logit_normal",
+        "train.optimizer": "muon",
+        "model.internal_head": True,
+        "flow.internal_weight": 0.5,
+    },
+    "logit-normal times, Muon, layer alignment 0.2": {
+        "flow.time": "logit_normal",
+        "train.optimizer": "muon",
+        "flow.layer_sync_weight": 0.2,
+        "flow.layer_sync_blocks": [0, 2],
+    },
+}
+
+LONG_TUNING: dict[str, Changes] = {
+    **{f"learning rate {rate:g}": {"train.learning_rate": rate} for rate in (2e-3, 8e-3)},
+    "cosine schedule, warmup": {"train.schedule": "cosine", "train.warmup_steps": 20},
+}
+
+
 def scenes(folder: Path, num: int, num_held_back: int) -> Path:
     """Return latents of drawn scenes, made once, whose last shard holds `num_held_back` samples."""
     images, raw, latents = folder / "scenes", folder / "raw", folder / "latents"
@@ -114,11 +139,13 @@ def write_config(folder: Path, name: str, changes: Changes) -> Path:
     return path
 
 
-def measure(out: Path, name: str, changes: Changes, seeds: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+def measure(
+    out: Path, name: str, changes: Changes, seeds: int, overrides: tuple[str, ...], budget: Changes
+) -> dict[str, Any]:
     """Train the recipe and one entry as far as they are not trained yet, and return the entry's line of the record."""
-    configs = [write_config(out / "configs", BASE, {"run": "unused"})]
+    configs = [write_config(out / "configs", BASE, {"run": "unused", **budget})]
     if name != BASE:
-        configs.append(write_config(out / "configs", name, {"run": "unused", **changes}))
+        configs.append(write_config(out / "configs", name, {"run": "unused", **budget, **changes}))
     config = CompareConfig(tuple(map(str, configs)), str(out / "runs"), seeds=seeds, overrides=overrides, num_gpus=1)
     compare(config)
     trainings = [training for training in plan_trainings(config) if training.name == configs[-1].stem]
@@ -188,11 +215,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def write_document(results: dict[str, dict[str, Any]], document: Path) -> None:
-    """Replace the table of the document, and draw its plot beside it."""
-    text = document.read_text() if document.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+def write_document(results: dict[str, dict[str, Any]], document: Path, name: str) -> None:
+    """Replace the table of this name in the document, and draw its plot NAME.png beside it."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = document.read_text() if document.exists() else f"{begin}\n{end}\n"
+    before, found, rest = text.partition(begin)
+    assert found, f"{document} has no {begin}"
+    document.write_text(f"{before}{begin}\n{table(results)}\n{end}{rest.partition(end)[2]}")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, len(METRICS))
     for panel, metric in zip(panels, METRICS, strict=True):
@@ -205,25 +234,28 @@ def write_document(results: dict[str, dict[str, Any]], document: Path) -> None:
         panel.set_ylabel(metric)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
-    figure.savefig(document.with_suffix(".png"), dpi=110)
+    figure.savefig(document.with_name(f"{name}.png"), dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--latents", type=Path)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {'; '.join(ENTRIES)}; by default all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of entries; by default all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--long", action="store_true", help="train three times as long")
     parser.add_argument("--tune", action="store_true", help="train the candidates of the recipe instead, one seed each")
     parser.add_argument("--results", type=Path, help="folder of record.jsonl and record.md; by default those here")
     parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
-    out = options.out.absolute()
-    results, document = HERE / "record.jsonl", CHECKOUT / "docs" / "record.md"
+    out, name = options.out.absolute(), "record_long" if options.long else "record"
+    latents_folder, out = out, out / "long" if options.long else out
+    results, document = HERE / f"{name}.jsonl", CHECKOUT / "docs" / "record.md"
     if options.dry_run or options.results or options.tune:
         folder = (options.results or out).absolute()
-        results, document = folder / "record.jsonl", folder / "record.md"
-    entries, num, num_held_back = (TUNING if options.tune else ENTRIES), NUM_SCENES, NUM_HELD_BACK
+        results, document = folder / f"{name}.jsonl", folder / f"{name}.md"
+    tuning, record, budget = (LONG_TUNING, LONG_ENTRIES, LONG) if options.long else (TUNING, ENTRIES, {})
+    entries, num, num_held_back = (tuning if options.tune else record), NUM_SCENES, NUM_HELD_BACK
     overrides: tuple[str, ...] = ()
     seeds = 1 if options.tune else options.seeds
     if options.dry_run:
@@ -232,14 +264,14 @@ def main() -> None:
         options.only = [next(iter(entries))]
     if set(options.only or ()) - set(entries):
         parser.error(f"entries are {'; '.join(entries)}")
-    latents = options.latents or scenes(out, num, num_held_back)
+    latents = options.latents or scenes(latents_folder, num, num_held_back)
     overrides = (f"data.shards={latents.absolute()}", *overrides)
-    for name in (BASE, *(options.only or entries)):
-        line = measure(out, name, entries.get(name, {}), seeds, overrides)
-        if read_results(results).get(name) != line:
+    for entry in (BASE, *(options.only or entries)):
+        line = measure(out, entry, entries.get(entry, {}), seeds, overrides, budget)
+        if read_results(results).get(entry) != line:
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        write_document(read_results(results), document)
+        write_document(read_results(results), document, name)
     print(table(read_results(results)))
 
 

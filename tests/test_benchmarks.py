@@ -85,6 +85,12 @@ def test_tasks(tmp_path: Path) -> None:
     assert "with another scene's segmentation" in run_apart("tasks", tmp_path, "--backbone", "unet")
 
 
+def test_placebo(tmp_path: Path) -> None:
+    """Two steps of two configurations."""
+    assert "not paired: train.seed differs" in run_apart("placebo", tmp_path)
+    assert list(json.loads((tmp_path / "placebo.json").read_text())["configurations"]) == ["recipe", "placebo"]
+
+
 def test_record(tmp_path: Path) -> None:
     """Two steps and two seeds of the recipe and of one entry."""
     assert "samples to the loss" in run_apart("record", tmp_path)
