@@ -96,6 +96,11 @@ class ModelConfig:
         return False
 
     @property
+    def has_latent_head(self) -> bool:
+        """Whether the network predicts the clean latent from its early blocks in training."""
+        return False
+
+    @property
     def input_channels(self) -> int:
         """Channels of the state and the conditions concatenated to it."""
         return self.latent_channels + self.condition_channels + (LABEL_CHANNELS if self.num_labels else 0)

@@ -13,7 +13,8 @@ Options beyond the paper: rotary positions, normalized queries and keys, RMSNorm
 mixed with those of the first block (value residual, Zhou et al. 2024), and token dropout: in training some tokens bypass the
 middle blocks (TREAD, Krause et al. 2025), which makes these blocks cheaper, while every token still has a velocity and a loss.
 With `internal_head` the tokens after a third of the blocks have a final layer of their own, whose velocity is trained, too, and
-from which internal guidance extrapolates (arXiv 2512.24176).
+from which internal guidance extrapolates (arXiv 2512.24176). With `latent_head` a small head predicts the clean latent from the
+same tokens, in training only (arXiv 2601.17830).
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class DiT(VelocityNetwork):
         )
         self.final = FinalLayer(config)
         self.internal_final = FinalLayer(config) if config.internal_head else None
+        self.latent_head = None
+        if config.latent_head:
+            self.latent_head = nn.Sequential(
+                nn.Linear(width, width), nn.SiLU(), nn.Linear(width, patch**2 * config.latent_channels)
+            )
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -96,6 +102,7 @@ class DiT(VelocityNetwork):
         kept_tokens: Tensor | None = None,
         return_tokens: tuple[int, ...] = (),
         internal: bool = False,
+        latent: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         assert all(0 <= index < self.config.depth for index in return_tokens), f"return_tokens {return_tokens}"
         self.check_inputs(state, condition)
@@ -109,16 +116,21 @@ class DiT(VelocityNetwork):
         signal = self.time_embedding(time)  # (B, hidden)
         if self.class_embedding is not None:
             signal = signal + self.class_embedding(condition.class_index)  # (B, hidden)
-        inner = (self.config.internal_block,) if internal else ()
+        inner = (self.config.internal_block,) if internal or latent else ()
         outputs = dict.fromkeys(
             (*return_tokens, *inner), tokens
         )  # replaced as the blocks run, each (B, tokens, hidden)
         tokens = self._run_all_blocks(tokens, signal, rotation, kept_tokens, outputs)  # (B, tokens, hidden)
         velocity = self._unpatchify(self.final(tokens, signal)).float()  # (B, C, h, w)
+        heads = []
         if internal:
             assert self.internal_final is not None, "checked by the caller: config.has_internal_velocity"
-            early = self._unpatchify(self.internal_final(outputs[self.config.internal_block], signal)).float()
-            velocity = torch.stack([velocity, early])  # (2, B, C, h, w)
+            heads.append(self.internal_final(outputs[self.config.internal_block], signal))  # (B, tokens, p * p * C)
+        if latent:
+            assert self.latent_head is not None, "checked by the caller: config.has_latent_head"
+            heads.append(self.latent_head(outputs[self.config.internal_block]))  # (B, tokens, p * p * C)
+        if heads:
+            velocity = torch.stack([velocity, *(self._unpatchify(head).float() for head in heads)])
         return (velocity, tuple(outputs[index] for index in return_tokens)) if return_tokens else velocity
 
     def compile_blocks(self, **options: Any) -> None:

@@ -57,6 +57,8 @@ class DiTArchitecture:
     """Share of the tokens that bypass the middle blocks in training (beyond the paper)."""
     internal_head: bool = False
     """Add a second velocity after a third of the blocks (beyond the paper), for flow.internal_weight and internal guidance."""
+    latent_head: bool = False
+    """Predict the clean latent after a third of the blocks in training (beyond the paper), for flow.latent_weight."""
 
 
 @dataclass(frozen=True, config=VALIDATED)
@@ -122,6 +124,10 @@ class DiTConfig(DiTArchitecture, ModelConfig):
         return self.internal_head
 
     @property
+    def has_latent_head(self) -> bool:
+        return self.latent_head
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of an MLP; SwiGLU has three matrices, so two thirds of it, rounded up to a multiple of 8."""
         inner = int(self.hidden_size * self.mlp_ratio)
@@ -142,7 +148,8 @@ class DiTConfig(DiTArchitecture, ModelConfig):
             patching += (self.segmentation_size * LABEL_CHANNELS) ** 2
         time = FREQUENCY_SIZE * width + width**2
         final = tokens * width * patch_area * self.latent_channels + 2 * width**2
-        return 2 * (patching + time + blocks + (1 + self.internal_head) * final)
+        latent_head = self.latent_head * tokens * (width**2 + width * patch_area * self.latent_channels)
+        return 2 * (patching + time + blocks + (1 + self.internal_head) * final + latent_head)
 
 
 @dataclass(frozen=True, kw_only=True, config=VALIDATED)

@@ -28,6 +28,7 @@ class VelocityNetwork(nn.Module):
         kept_tokens: Tensor | None = None,
         return_tokens: tuple[int, ...] = (),
         internal: bool = False,
+        latent: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Compute the velocity.
 
@@ -39,11 +40,12 @@ class VelocityNetwork(nn.Module):
                 None, as in sampling, means all. Only a backbone with token dropout takes it.
             return_tokens: numbers of blocks whose output tokens a loss term needs, counted from 0.
             internal: also return the weaker velocity of the early blocks; only where `config.has_internal_velocity`.
+            latent: also return the early blocks' prediction of the clean latent; only where `config.has_latent_head`.
 
         Returns:
-            The velocity, float32 (B, C, h, w), or with `internal` both velocities, (2, B, C, h, w). With `return_tokens`, a
-            pair of this and a tuple of tokens (B, tokens, hidden), one for each of these blocks in the same order; the
-            velocity is bit for bit the same. Tokens that bypass the middle blocks are returned for these blocks as they
+            The velocity, float32 (B, C, h, w); with `internal`, `latent` or both, it and these in this order, (n, B, C, h, w).
+            With `return_tokens`, a pair of this and a tuple of tokens (B, tokens, hidden), one for each of these blocks in the
+            same order; the velocity is bit for bit the same. Tokens that bypass the middle blocks are returned for these blocks as they
             entered them.
 
         Raises:

@@ -76,8 +76,9 @@ class UNet(VelocityNetwork):
         kept_tokens: Tensor | None = None,
         return_tokens: tuple[int, ...] = (),
         internal: bool = False,
+        latent: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        assert kept_tokens is None and not internal, "the U-Net has no token dropout, and one velocity"
+        assert kept_tokens is None and not internal and not latent, "the U-Net has no token dropout, and one velocity"
         self.check_inputs(state, condition)
         signal = self.time_embedding(time)  # (B, embedding)
         if self.class_embedding is not None:

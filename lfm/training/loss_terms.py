@@ -5,6 +5,8 @@
     velocity     mean over C, h, w of (predicted - velocity)^2
     direction    mean over h, w of (1 - cosine over C of predicted and velocity)      FasterDiT, Yao et al. 2024
     internal     mean over C, h, w of (internal - velocity)^2, of the velocity of the early blocks      arXiv 2512.24176
+    latent       mean over C, h, w of the smooth L1 error of the clean latent, predicted by the early blocks      SRA 2, Wang
+                 et al. 2026, arXiv 2601.17830
     layer_sync   1 - mean over the tokens of the cosine of an early block's token with a later block's, which has no
                  gradient      LayerSync, Haghighi et al. 2025
 
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
 from lfm.flow.path import SIGMA_MIN, direction_error, path_sample, squared_error
 from lfm.types import LatentBatch
@@ -37,6 +39,7 @@ class LossInputs:
     velocity: Tensor  # (B, C, h, w), the target
     predicted: Tensor  # (B, C, h, w), the network's velocity
     internal: Tensor | None = None  # (B, C, h, w), the velocity of its early blocks, if a term asks for it
+    latent: Tensor | None = None  # (B, C, h, w), the clean latent that its early blocks predict, if a term asks for it
     tokens: tuple[
         Tensor, ...
     ] = ()  # each (B, tokens, hidden): outputs of the blocks that the term asks for, in its order
@@ -58,6 +61,12 @@ def internal_term(inputs: LossInputs) -> Tensor:
     return squared_error(inputs.internal, inputs.velocity)
 
 
+def latent_term(inputs: LossInputs) -> Tensor:
+    """Return the mean smooth L1 error of the clean latent that the early blocks predict of each sample, float32 (B,)."""
+    assert inputs.latent is not None, "the term needs it"
+    return smooth_l1_loss(inputs.latent, inputs.data, reduction="none").flatten(1).mean(1)
+
+
 def layer_sync_term(inputs: LossInputs) -> Tensor:
     """Return 1 - the mean cosine between an early block's tokens and a later block's of each sample, float32 (B,) in [0, 2].
 
@@ -72,6 +81,7 @@ LOSS_TERMS: Mapping[str, Callable[[LossInputs], Tensor]] = MappingProxyType(
         "velocity": velocity_term,
         "direction": direction_term,
         "internal": internal_term,
+        "latent": latent_term,
         "layer_sync": layer_sync_term,
     }
 )
@@ -89,6 +99,8 @@ class LossTerm:
     """Numbers of the blocks whose output tokens the term needs, counted from 0."""
     needs_internal: bool = False
     """Whether the term needs the velocity of the early blocks."""
+    needs_latent: bool = False
+    """Whether the term needs the clean latent that the early blocks predict."""
 
 
 class TrainingLoss:
@@ -104,6 +116,7 @@ class TrainingLoss:
         self.sigma_min = sigma_min
         self.token_blocks = tuple(sorted({block for term in self.terms for block in term.token_blocks}))
         self.needs_internal = any(term.needs_internal for term in self.terms)
+        self.needs_latent = any(term.needs_latent for term in self.terms)
 
     def __call__(
         self, network: Callable[..., Any], batch: LatentBatch, time: Tensor
@@ -121,14 +134,18 @@ class TrainingLoss:
         """
         example = path_sample(batch.latents, batch.noise, time, self.sigma_min)
         arguments: tuple[Any, ...] = (example.state, example.time, batch.condition, batch.kept_tokens)
-        if self.needs_internal:
-            arguments = (*arguments, self.token_blocks, True)
+        if self.needs_internal or self.needs_latent:
+            arguments = (*arguments, self.token_blocks, self.needs_internal, self.needs_latent)
         elif self.token_blocks:
             arguments = (*arguments, self.token_blocks)
         predicted, tokens = network(*arguments) if self.token_blocks else (network(*arguments), ())
-        predicted, internal = predicted.unbind(0) if self.needs_internal else (predicted, None)
+        internal = latent = None
+        if self.needs_internal or self.needs_latent:
+            predicted, *heads = predicted.unbind(0)
+            internal = heads[0] if self.needs_internal else None
+            latent = heads[-1] if self.needs_latent else None
         tokens_of = dict(zip(self.token_blocks, tokens, strict=True))
-        inputs = LossInputs(batch.latents, batch.noise, example.time, example.velocity, predicted, internal)
+        inputs = LossInputs(batch.latents, batch.noise, example.time, example.velocity, predicted, internal, latent)
         losses, means = torch.zeros_like(example.time), {}
         for term in self.terms:
             errors = LOSS_TERMS[term.name](

@@ -177,6 +177,8 @@ class FlowConfig(_Section):
     """Weight of the loss on the direction of the velocity."""
     internal_weight: float = Field(default=0.0, ge=0)
     """Weight of the loss on the velocity of the early blocks, which `model.internal_head` adds."""
+    latent_weight: float = Field(default=0.0, ge=0)
+    """Weight of the loss on the clean latent that the early blocks predict by the head of `model.latent_head`."""
     layer_sync_weight: float = Field(default=0.0, ge=0)
     """Weight of the alignment of an early block's tokens with a later block's."""
     layer_sync_blocks: tuple[Index, Index] | None = None

@@ -181,13 +181,17 @@ def training_loss(config: ExperimentConfig, model: ModelConfig) -> TrainingLoss:
     """Return the training loss, with the terms and weights of the `flow:` section.
 
     Raises:
-        ConfigError: the network has no internal velocity or blocks that a term needs.
+        ConfigError: the network has no head or blocks that a term needs.
     """
     flow = config.flow
     if bool(flow.internal_weight) != model.has_internal_velocity:
         raise ConfigError(
             f"flow.internal_weight {flow.internal_weight:g}: trains the head that model.internal_head adds; set both, or "
             "neither"
+        )
+    if bool(flow.latent_weight) != model.has_latent_head:
+        raise ConfigError(
+            f"flow.latent_weight {flow.latent_weight:g}: trains the head that model.latent_head adds; set both, or neither"
         )
     if flow.layer_sync_weight:
         blocks = flow.layer_sync_blocks
@@ -200,6 +204,7 @@ def training_loss(config: ExperimentConfig, model: ModelConfig) -> TrainingLoss:
         LossTerm("velocity"),
         LossTerm("direction", flow.direction_weight),
         LossTerm("internal", flow.internal_weight, needs_internal=True),
+        LossTerm("latent", flow.latent_weight, needs_latent=True),
         LossTerm("layer_sync", flow.layer_sync_weight, token_blocks=flow.layer_sync_blocks or ()),
     ]
     return TrainingLoss(terms, config.flow.sigma_min)

@@ -36,17 +36,21 @@ def test_every_field_is_expressed_or_refused() -> None:
     """A new field of the DiT must be refused by the export, or added here once it is exported."""
     exported = {"latent_channels", "latent_size", "patch_size", "hidden_size", "depth", "num_heads"}
     exported |= {"num_classes", "condition_dropout", "time_scale", "frequency_shift"}
-    without_effect = {"attention", "activation_checkpointing", "token_dropout", "downsample_factor", "internal_head"}
+    without_effect = {"attention", "activation_checkpointing", "token_dropout", "downsample_factor"}
+    without_effect |= {"internal_head", "latent_head"}
     names = {field.name for field in dataclasses.fields(DiTConfig)}
     assert names == exported | without_effect | set(_INEXPRESSIBLE)
 
 
-def test_an_internal_head_is_left_out() -> None:
+@pytest.mark.parametrize("head", ["internal", "latent"])
+def test_a_head_of_the_early_blocks_is_left_out(head: str) -> None:
     """It is for training and for guidance by itself; the velocity of the last block does not depend on it."""
     options: dict[str, Any] = {"num_classes": 8, "condition_dropout": 0.1, "frequency_shift": 1}
-    with_head, without = (DiTConfig(4, 8, 2, 32, 3, 2, **options, internal_head=flag) for flag in (True, False))
+    with_head, without = (
+        DiTConfig(4, 8, 2, 32, 3, 2, **options, **{f"{head}_head": flag}) for flag in (True, False)
+    )
     weights = DiT(with_head).state_dict()
-    plain = {name: weight for name, weight in weights.items() if not name.startswith("internal")}
+    plain = {name: weight for name, weight in weights.items() if not name.startswith(head)}
     assert len(plain) < len(weights)
     (first, arguments), (second, plain_arguments) = to_diffusers(weights, with_head), to_diffusers(plain, without)
     assert arguments == plain_arguments and first.keys() == second.keys()

@@ -1,4 +1,4 @@
-"""Tests of the second velocity of the early blocks, its loss, and internal guidance."""
+"""Tests of the heads of the early blocks, a velocity and a clean latent, of their losses, and of internal guidance."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lfm.types import Condition, LatentBatch
 from tests.support.models import SMALL_DIT, dit_inputs, randomized_dit
 
 INTERNAL = dataclasses.replace(SMALL_DIT, depth=4, internal_head=True)
+BOTH = dataclasses.replace(INTERNAL, latent_head=True)
 
 
 @pytest.fixture
@@ -52,6 +53,42 @@ def test_a_model_without_the_head_has_the_weights_of_before() -> None:
     assert sum(shared) > len(shared) / 2, "zeros, at least; the others are drawn in the same order"
 
 
+@pytest.mark.parametrize("flags", [(False, True), (True, True)])
+def test_the_latent_head_changes_no_velocity_and_needs_the_early_blocks_alone(flags: tuple[bool, bool]) -> None:
+    state, time, classes = dit_inputs()
+    model = randomized_dit(BOTH)
+    heads = model(state, time, Condition(classes), None, (), *flags)
+    assert heads.shape == (1 + sum(flags), *state.shape)
+    assert torch.equal(heads[0], model(state, time, Condition(classes)))
+    if flags[0]:
+        assert torch.equal(heads[1], model(state, time, Condition(classes), None, (), True)[1])
+    reached = torch.autograd.grad(heads[-1].square().sum(), list(model.parameters()), allow_unused=True)
+    pairs = zip(model.named_parameters(), reached, strict=True)
+    names = {name for (name, _), grad in pairs if grad is not None and grad.any()}
+    assert {name.split(".")[1] for name in names if name.startswith("blocks")} == {"0"}
+    assert not any("final" in name for name in names) and any(name.startswith("latent_head") for name in names)
+    torch.manual_seed(0)
+    with_head = DiT(BOTH).state_dict()
+    torch.manual_seed(0)
+    without = DiT(INTERNAL).state_dict()
+    shared = [name for name, tensor in without.items() if torch.equal(tensor, with_head[name])]
+    assert len(shared) > len(without) / 2, "zeros, at least; the others are drawn in the same order"
+
+
+def test_the_latent_term_is_the_smooth_l1_error_of_the_data() -> None:
+    state, time, classes = dit_inputs()
+    noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(3))
+    batch = LatentBatch(torch.arange(len(state)), 3 * state, noise, time, Condition(classes))
+    model = randomized_dit(BOTH)
+    loss, means = TrainingLoss([LossTerm("velocity"), LossTerm("latent", 0.5, needs_latent=True)])(model, batch, time)
+    example = path_sample(batch.latents, noise, time)
+    velocity, latent = model(example.state, example.time, batch.condition, None, (), False, True)
+    error = (latent - batch.latents).abs()
+    expected = torch.where(error < 1, 0.5 * error**2, error - 0.5).mean()
+    torch.testing.assert_close(means["latent"], expected)
+    torch.testing.assert_close(loss, (velocity - example.velocity).square().mean() + 0.5 * expected)
+
+
 def test_the_operations_are_counted(model: DiT) -> None:
     state, time, classes = dit_inputs()
     counts = []
@@ -61,6 +98,10 @@ def test_the_operations_are_counted(model: DiT) -> None:
         counts.append(counter.get_total_flops())
     without = dataclasses.replace(INTERNAL, internal_head=False)
     assert counts[1] - counts[0] == len(state) * (INTERNAL.flops_per_sample - without.flops_per_sample) > 0
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        randomized_dit(BOTH)(state, time, Condition(classes), None, (), True, True)
+    added = counter.get_total_flops() - counts[1]
+    assert added == len(state) * (BOTH.flops_per_sample - INTERNAL.flops_per_sample) > 0
 
 
 def test_the_loss_is_the_error_of_both_velocities_and_its_gradients_are_right(model: DiT) -> None:

@@ -60,12 +60,14 @@ def test_the_precision_of_training_is_the_key_then_that_of_the_checkpoint_then_t
 
 def test_every_loss_term_has_a_weight_in_the_configuration() -> None:
     demo = str(REPOSITORY / "configs" / "demo.yaml")
-    weights = {"direction": 0.25, "internal": 0.5, "layer_sync": 0.75}
+    weights = {"direction": 0.25, "internal": 0.5, "latent": 0.125, "layer_sync": 0.75}
     settings = [f"flow.{name}_weight={weight}" for name, weight in weights.items()]
     config = config_schema.load(demo, ("flow.sigma_min=1e-4", "flow.layer_sync_blocks=[0, 1]", *settings))
     with pytest.raises(ConfigError, match="internal_head"):
         factory.training_loss(config, SMALL_DIT)
-    model = replace(SMALL_DIT, internal_head=True)
+    with pytest.raises(ConfigError, match="latent_head"):
+        factory.training_loss(config, replace(SMALL_DIT, internal_head=True))
+    model = replace(SMALL_DIT, internal_head=True, latent_head=True)
     with pytest.raises(ConfigError, match="layer_sync_blocks"):
         factory.training_loss(config, replace(model, depth=1))
     loss = factory.training_loss(config, model)

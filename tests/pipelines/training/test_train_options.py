@@ -19,10 +19,11 @@ MODEL = (
     "token_dropout=0.5",
     "activation_checkpointing=2",
     "internal_head=true",
+    "latent_head=true",
     "value_residual=true",
 )
 FLOW = ("time=logit_normal", "time_shift=2.0", "direction_weight=1.0", "coupling_group=4", "internal_weight=0.5")
-FLOW += ("layer_sync_weight=0.2", "layer_sync_blocks=[0, 1]")
+FLOW += ("layer_sync_weight=0.2", "layer_sync_blocks=[0, 1]", "latent_weight=0.5")
 OPTIONS = [f"model.{option}" for option in MODEL] + [f"flow.{option}" for option in FLOW]
 OPTIONS += ["condition=none", "condition_dropout=0", "train.schedule=constant", "train.optimizer=muon"]
 
