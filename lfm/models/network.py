@@ -45,8 +45,8 @@ class VelocityNetwork(nn.Module):
         Returns:
             The velocity, float32 (B, C, h, w); with `internal`, `latent` or both, it and these in this order, (n, B, C, h, w).
             With `return_tokens`, a pair of this and a tuple of tokens (B, tokens, hidden), one for each of these blocks in the
-            same order; the velocity is bit for bit the same. Tokens that bypass the middle blocks are returned for these blocks as they
-            entered them.
+            same order; the velocity is bit for bit the same. Tokens that bypass the middle blocks are returned for these
+            blocks as they entered them.
 
         Raises:
             ConfigError: the condition is not one that the model was trained with.

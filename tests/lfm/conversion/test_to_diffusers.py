@@ -46,9 +46,7 @@ def test_every_field_is_expressed_or_refused() -> None:
 def test_a_head_of_the_early_blocks_is_left_out(head: str) -> None:
     """It is for training and for guidance by itself; the velocity of the last block does not depend on it."""
     options: dict[str, Any] = {"num_classes": 8, "condition_dropout": 0.1, "frequency_shift": 1}
-    with_head, without = (
-        DiTConfig(4, 8, 2, 32, 3, 2, **options, **{f"{head}_head": flag}) for flag in (True, False)
-    )
+    with_head, without = (DiTConfig(4, 8, 2, 32, 3, 2, **options, **{f"{head}_head": flag}) for flag in (True, False))
     weights = DiT(with_head).state_dict()
     plain = {name: weight for name, weight in weights.items() if not name.startswith(head)}
     assert len(plain) < len(weights)
