@@ -152,6 +152,8 @@ class AutoencoderConfig:
     """Learning rate of the optimizer."""
     kl_weight: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the KL divergence in the loss."""
+    equivariance: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the reconstruction of rotated and smaller images from latents that were rotated and made smaller."""
     ema_decay: Annotated[float, PythonOnly()] = 0.999
     """Decay of the exponential moving average of the weights per step."""
     latent_channels: Count = 4

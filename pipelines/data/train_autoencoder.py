@@ -1,9 +1,12 @@
 """`lfm autoencoder`: train or fine-tune a diffusers AutoencoderKL on raw shards (Kingma and Welling, 2014).
 
-    loss = mean |x - y| + 2 mean (x - y)^2 + kl_weight KL(posterior || standard normal)
+    loss = error(x, decoded(z)) + equivariance error(T x, decoded(T z)) + kl_weight KL(posterior || standard normal)
+    error(x, y) = mean |x - y| + 2 mean (x - y)^2
 
-x is the image in [-1, 1], y the reconstruction of one sample of its posterior; the KL divergence, too, is a mean over its
-elements. The exported weights are an exponential moving average, and the scale factor gives the latents unit deviation.
+z is a sample of the posterior of the image x, which is in [-1, 1]; the KL divergence, too, is a mean over its elements. T,
+drawn for each step, rotates by a multiple of 90 degrees and scales down, to a quarter of the size at least (EQ-VAE, Kouzelis et
+al. 2025).
+The exported weights are an exponential moving average, and the scale factor gives the latents unit deviation.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from lfm import storage
 from lfm.autoencoder import import_diffusers, to_levels, to_unit_range
@@ -40,6 +44,7 @@ CONFIG = "config.json"
 FILES = r"training\.pt|config\.json|recipe\.json|diffusion_pytorch_model\.safetensors"
 SCALE_IMAGES = 512  # for measuring the scale factor
 WARMUP_STEPS = 50
+SMALLEST_SCALE = 0.25  # of the transformed latents
 LAST_RATE = 0.05  # the learning rate of the last step, as a share of the highest
 
 
@@ -100,6 +105,8 @@ def _check(config: AutoencoderConfig, world: World) -> None:
 def _recipe(config: AutoencoderConfig, sources: Sequence[ShuffledImages]) -> dict[str, Any]:
     """Everything that decides the weights. The keys are part of the file format."""
     free = {"raws", "dest", "cache", "save_every", "overwrite", "dry_run"}
+    if not config.equivariance:
+        free.add("equivariance")  # as recipes from before this option
     options = {key: value for key, value in asdict(config).items() if key not in free}
     return {"kind": "autoencoder", "raws": [source.images.digest for source in sources], **options}
 
@@ -234,11 +241,23 @@ class AutoencoderTrainer:
             posterior = self.model.encode(images).latent_dist
             mean, std, log_variance = posterior.mean.float(), posterior.std.float(), posterior.logvar.float()
             noise = torch.randn(mean.shape, generator=generator).to(self.device)
-            reconstruction = self.model.decode(mean + std * noise).sample
-        error = reconstruction.float() - images
+            latents = mean + std * noise
+            reconstruction = self.model.decode(latents).sample
         divergence = 0.5 * (mean**2 + std**2 - 1 - log_variance).mean()
-        loss = error.abs().mean() + 2 * (error**2).mean() + self.config.kl_weight * divergence
+        loss = _error(images, reconstruction) + self.config.kl_weight * divergence
+        if self.config.equivariance:
+            loss = loss + self.config.equivariance * self._equivariance_error(images, latents, generator)
         return loss, reconstruction
+
+    def _equivariance_error(self, images: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the error between transformed images and what the decoder makes of latents that were transformed alike."""
+        largest = latents.shape[-1]
+        smallest = math.ceil(SMALLEST_SCALE * largest)
+        turns = int(torch.randint(4, (), generator=generator))
+        size = int(torch.randint(smallest, largest + 1, (), generator=generator))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            decoded = self.model.decode(transformed(latents, turns, size)).sample
+        return _error(transformed(images, turns, size * images.shape[-1] // largest), decoded)
 
     def _save(self) -> None:
         with self.ema.in_place():
@@ -262,3 +281,16 @@ class AutoencoderTrainer:
             self.step = state["step"]
         except Exception as error:  # pickle raises anything
             raise CheckpointError(f"{self.state_path}: cannot be read; remove it to start again") from error
+
+
+def transformed(values: Tensor, turns: int, size: int) -> Tensor:
+    """Rotate images or latents (B, C, H, H) by `turns` times 90 degrees, and scale them to (B, C, size, size)."""
+    rotated = torch.rot90(values, turns, (2, 3))
+    if size == values.shape[-1]:
+        return rotated
+    return interpolate(rotated.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _error(images: Tensor, reconstruction: Tensor) -> Tensor:
+    error = reconstruction.float() - images
+    return error.abs().mean() + 2 * (error**2).mean()

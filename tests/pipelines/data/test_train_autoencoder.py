@@ -14,7 +14,13 @@ from lfm.data.evaluation_images import ShardedImages
 from lfm.errors import ConfigError, DataError
 from lfm.storage.cache import Cache
 from lfm.world import World
-from pipelines.data.train_autoencoder import AutoencoderConfig, AutoencoderTrainer, ShuffledImages, run
+from pipelines.data.train_autoencoder import (
+    AutoencoderConfig,
+    AutoencoderTrainer,
+    ShuffledImages,
+    run,
+    transformed,
+)
 from tests.support.commands import ALONE, SmallSet, assert_one_line, lfm
 
 
@@ -23,10 +29,11 @@ def config(small_set: SmallSet, dest: Path, **changes: object) -> AutoencoderCon
     return AutoencoderConfig((str(small_set.raw),), str(dest), **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("equivariance", [0.0, 0.5])
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
-    small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equivariance: float
 ) -> None:
-    run(config(small_set, tmp_path / "a"), ALONE)
+    run(config(small_set, tmp_path / "a", equivariance=equivariance), ALONE)
     step = AutoencoderTrainer._train_step
 
     def killed(self: AutoencoderTrainer, images: torch.Tensor) -> float:
@@ -36,13 +43,42 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(AutoencoderTrainer, "_train_step", killed)
-        run(config(small_set, tmp_path / "b"), ALONE)
-    run(config(small_set, tmp_path / "b"), ALONE)
+        run(config(small_set, tmp_path / "b", equivariance=equivariance), ALONE)
+    run(config(small_set, tmp_path / "b", equivariance=equivariance), ALONE)
     one, other = (autoencoders.load(str(tmp_path / name)) for name in "ab")
     assert one.content_hash == other.content_hash
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
         "config.json", "diffusion_pytorch_model.safetensors", "recipe.json"
     ]  # fmt: skip
+
+
+def test_equivariance_brings_the_decoder_of_transformed_latents_near_the_transformed_images(
+    small_set: SmallSet, tmp_path: Path
+) -> None:
+    raw = ShardedImages(str(small_set.raw), manifests.load(str(small_set.raw), "raw"), Cache())
+    images = autoencoders.to_unit_range(ShuffledImages(raw, 0).at(0, 40))
+    errors = {}
+    for weight in (0.0, 1.0):
+        dest = tmp_path / str(weight)
+        run(config(small_set, dest, num_steps=60, learning_rate=3e-3, equivariance=weight), ALONE)
+        assert ("equivariance" in storage.read_json(str(dest / "recipe.json"))) == bool(weight)
+        model = autoencoders.load(str(dest)).model
+        with torch.no_grad():
+            latents = model.encode(images).latent_dist.mean
+            decoded = model.decode(transformed(latents, 1, 4)).sample
+            errors[weight] = float((decoded - transformed(images, 1, 8)).square().mean())
+    assert errors[1.0] < 0.9 * errors[0.0]
+
+
+def test_a_transformation_rotates_exactly_and_keeps_the_mean() -> None:
+    values = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for turns in range(4):
+        assert torch.equal(transformed(values, turns, 8), values.rot90(turns, (2, 3)))
+        small = transformed(values, turns, 4)
+        assert small.shape == (2, 3, 4, 4)
+        torch.testing.assert_close(transformed(values, 0, 4).rot90(turns, (2, 3)), small)
+    constant = torch.full((1, 1, 8, 8), 0.3)
+    torch.testing.assert_close(transformed(constant, 1, 3), torch.full((1, 1, 3, 3), 0.3))
 
 
 def test_the_precision_is_recorded_and_tf32_is_fp32_without_a_gpu(small_set: SmallSet, tmp_path: Path) -> None:
