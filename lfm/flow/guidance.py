@@ -4,7 +4,8 @@
 
 v_cond is the velocity under the condition and s the guidance scale; s = 1 means no guidance. v_weak is the velocity of the
 same network under the null condition (classifier-free guidance, Ho & Salimans 2022, with s = 1 + w), or that of a smaller
-or earlier network under the same condition (autoguidance, Karras et al. 2024), or the second velocity that the network computes
+or earlier network under the same condition (autoguidance, Karras et al. 2024), or that of the same network with token
+dropout as in training (sparse guidance), or the second velocity that the network computes
 from its early blocks (internal guidance, arXiv 2512.24176). An interval in the middle of the times costs less and keeps
 variety (Kynkaanniemi et al. 2024).
 
@@ -37,7 +38,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance applies."""
     weak: Network | None = None
-    """Weaker network for autoguidance; None for classifier-free or internal guidance."""
+    """Weaker network, for autoguidance or sparse guidance; None for classifier-free or internal guidance."""
     internal: bool = False
     """Guide away from the velocity of the network's own early blocks."""
 

@@ -13,7 +13,7 @@ Classes, masks and segmentation maps are cycled over the seeds, so 16 seeds and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lfm import autoencoder as autoencoders
 from lfm import weights_file
 from lfm.autoencoder import Autoencoder
-from lfm.data.random_draws import image_noise
+from lfm.data.random_draws import image_noise, kept_tokens
 from lfm.errors import ConfigError
 from lfm.flow.guidance import (
     CountedVelocity,
@@ -162,6 +162,7 @@ class TrainedModel:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         autoguidance: TrainedModel | None = None,
         internal_guidance: bool = False,
+        sparse_guidance: bool = False,
         batch_size: int = 32,
         **solving: Any,
     ) -> Samples:
@@ -178,6 +179,7 @@ class TrainedModel:
             guidance_interval: times between which guidance applies.
             autoguidance: a weaker model to guide away from, in place of the null condition.
             internal_guidance: guide away from the velocity of the network's early blocks, in place of the null condition.
+            sparse_guidance: guide away from the velocity with token dropout as in training, in place of the null condition.
             batch_size: images per forward pass; a GPU computes as many even for fewer seeds.
             **solving: `solver`, `num_steps`, `time_shift`, `times`, `atol` and `rtol` of `lfm.solvers.Solving`.
 
@@ -188,15 +190,9 @@ class TrainedModel:
         if not len(seeds):
             raise ConfigError("`seeds`: is empty; pass at least one seed")
         options = Solving(**solving)
-        guidance = self.guidance(guidance_scale, guidance_interval, autoguidance, internal_guidance)
-        conditions = encode_conditions(
-            self.header,
-            self.autoencoder,
-            class_index,
-            _stack(images, ndim=3),
-            _stack(masks, ndim=2),
-            _stack(segmentations, ndim=2),
-        )
+        guidance = self.guidance(guidance_scale, guidance_interval, autoguidance, internal_guidance, sparse_guidance)
+        image_stack, masks, segmentations = _stack(images, ndim=3), _stack(masks, ndim=2), _stack(segmentations, ndim=2)
+        conditions = encode_conditions(self.header, self.autoencoder, class_index, image_stack, masks, segmentations)
         pixels, latents, nfe = [], [], []
         for first in range(0, len(seeds), batch_size):
             numbers = range(first, min(first + batch_size, len(seeds)))
@@ -216,17 +212,25 @@ class TrainedModel:
         interval: tuple[float, float] = (0.0, 1.0),
         autoguidance: TrainedModel | None = None,
         internal: bool = False,
+        sparse: bool = False,
     ) -> Guidance:
-        """Return the settings of guidance by the null condition, by a weaker model, or by the network's early blocks.
+        """Return the settings of guidance by the null condition, a weaker model, the network's early blocks, or dropped tokens.
 
         Raises:
             ConfigError: the weaker model has another autoencoder, latent size or condition; or the network has no velocity of
-                its early blocks.
+                its early blocks or was trained without token dropout.
         """
-        if internal and autoguidance:
-            raise ConfigError("`autoguidance`, `internal_guidance`: are two ways of guidance; choose one")
+        ways = {"autoguidance": autoguidance, "internal_guidance": internal, "sparse_guidance": sparse}
+        chosen = [f"`{name}`" for name, value in ways.items() if value]
+        if len(chosen) > 1:
+            raise ConfigError(f"{', '.join(chosen)}: are different ways of guidance; choose one")
         if internal and not self.header.model.has_internal_velocity:
             raise ConfigError(f"`internal_guidance`: {self.name} was trained without model.internal_head; leave it out")
+        model = self.header.model
+        if sparse and model.num_kept_tokens == model.num_tokens:
+            raise ConfigError(f"`sparse_guidance`: {self.name} was trained without model.token_dropout; leave it out")
+        if sparse:
+            return Guidance(scale, interval, TokenDropped(self.network, model))
         if autoguidance is None:
             return Guidance(scale, interval, internal=internal)
         pairs = {"autoencoder": (self.header.autoencoder.content_hash, autoguidance.header.autoencoder.content_hash)}
@@ -276,6 +280,22 @@ class TrainedModel:
         """Decode scaled latents (B, C, h, w) to images uint8 (B, H, W, 3); on a GPU as a batch of `batch_size`, if not None."""
         filled = fill_up(latents, batch_size if self.fills_batches else None)
         return self.autoencoder.decode(filled)[: len(latents)].permute(0, 2, 3, 1).cpu().numpy()
+
+
+class TokenDropped:
+    """A network with token dropout as in training, which makes it weaker and cheaper.
+
+    Which tokens are kept is drawn anew for each time, and is the same for all images, so that an image does not depend on
+    the others of its batch.
+    """
+
+    def __init__(self, network: Callable[..., Tensor], config: ModelConfig) -> None:
+        self.network, self.config = network, config
+
+    def __call__(self, state: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        numbers = (time.double() * 2**24).round().long()  # (B,)
+        tokens = kept_tokens(0, numbers, self.config.num_tokens, self.config.num_kept_tokens)  # (B, tokens)
+        return self.network(state, time, condition, tokens)
 
 
 def guided_velocity(

@@ -87,8 +87,8 @@ class SampleJob:
 
     def guidance(self, scale: float) -> Guidance:
         """Return the guidance of the images of one scale."""
-        internal = self.plan.config.guidance == "internal"
-        return self.model.guidance(scale, self.plan.interval, self.weak, internal)
+        way = self.plan.config.guidance
+        return self.model.guidance(scale, self.plan.interval, self.weak, way == "internal", way == "sparse")
 
     @property
     def composites(self) -> bool:

@@ -60,8 +60,9 @@ class SampleConfig:
     """Times between which to apply guidance, such as 0.2,0.8.  [default: 0,1]"""
     autoguidance: Annotated[str | None, Flag(metavar="RUN")] = None
     """Guide away from this weaker model instead of the null condition."""
-    guidance: Literal["null", "internal"] = "null"
-    """Guide away from the null condition, or at no extra cost from the early blocks of a model with model.internal_head."""
+    guidance: Literal["null", "internal", "sparse"] = "null"
+    """Guide away from the null condition, at no extra cost from the early blocks of a model with model.internal_head, or from
+    the velocity with dropped tokens of a model with model.token_dropout."""
     solver: Annotated[str, Section("Solver")] = "heun"
     """ODE or SDE solver: euler, midpoint, heun, rk4, ab2, sde, dopri5, bosh3, ..."""
     num_steps: Count | None = None
