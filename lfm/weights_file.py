@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, field
 from typing import Annotated, Any
@@ -19,6 +20,18 @@ from lfm.models.config import ModelConfig
 from lfm.models.network import VelocityNetwork
 
 WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class SourceRecord:
+    """The weights from which a run started."""
+
+    name: str
+    """Path or URL."""
+    digest: str
+    """Of its tensors, see `digest`."""
+    samples_seen: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """That the source had seen."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -43,6 +56,8 @@ class WeightsHeader:
     missing_pixels: Annotated[str, Field(pattern="^(grey|black)$")] = "grey"
     """Condition of inpainting: "grey" in place of missing pixels and a mask of 0 and 1, or "black" and a mask of -1 and 1 at
     the first pixel of each latent element, in the paper's checkpoints."""
+    initialized_from: SourceRecord | None = None
+    """The weights from which the run started, or None."""
 
     def to_json(self) -> str:
         """Serialize to one line of JSON."""
@@ -51,6 +66,8 @@ class WeightsHeader:
             "autoencoder": self.autoencoder.model_dump(),
             "classes": [entry.model_dump() for entry in self.classes],
         }
+        if self.initialized_from is None:
+            del content["initialized_from"]
         return json.dumps(content)
 
     @staticmethod
@@ -79,6 +96,15 @@ class WeightsHeader:
         if model.num_classes not in (None, len(header.classes)):
             raise ConfigError(f"{len(header.classes)} classes do not fit the model, of {model.num_classes}")
         return header
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    """Return the sha256 of names, types, shapes and values of tensors, whatever file they are in."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def save_weights(path: str, tensors: dict[str, Tensor], header: WeightsHeader) -> None:

@@ -7,7 +7,7 @@ modules import no torch.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY
+from dataclasses import KW_ONLY, asdict
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -36,6 +36,10 @@ class ModelConfig:
     """Fields that change how fast the network computes and with how much memory, and nothing else."""
     training_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that change the network in training, but not the velocity of trained weights."""
+    adaptable_fields: ClassVar[frozenset[str]] = frozenset(
+        {"latent_size", "num_classes", "condition_dropout", "condition_channels", "num_labels", "downsample_factor"}
+    )
+    """Fields in which the network may differ from that whose weights it starts from; see `lfm.models.adaptation`."""
 
     latent_channels: Annotated[int, Field(ge=1, le=1024)]
     latent_size: Annotated[int, Field(ge=1, le=16_384)]
@@ -69,6 +73,11 @@ class ModelConfig:
             first = error.errors()[0]
             value = "" if first["type"] == "missing" else f" {first['input']}"
             raise ConfigError(f"`{first['loc'][0]}`{value}: {first['msg'].lower()}") from error
+
+    def structure(self) -> dict[str, Any]:
+        """Return by name what must be equal in two networks, if the weights of one are to be adapted to the other."""
+        free = self.execution_fields | self.training_fields | self.adaptable_fields
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lfm.models.adaptation import Adaptation
 from lfm.models.attention import VALUE_MIX
+from lfm.models.dit_adaptation import adapt_dit
 from lfm.models.dit_blocks import Block, FinalLayer
 from lfm.models.dit_config import FREQUENCY_SIZE, DiTConfig
 from lfm.models.embeddings import (
@@ -145,6 +147,10 @@ class DiT(VelocityNetwork):
             for index in range(self.config.depth)
             for layer in layers
         }
+
+    @staticmethod
+    def adapt(adaptation: Adaptation) -> None:
+        adapt_dit(adaptation)
 
     def _embed_patches(self, state: Tensor, condition: Condition) -> Tensor:
         """Embed the patches of the state and of the conditions that lie over it: (B, hidden, h/p, w/p)."""

@@ -69,6 +69,12 @@ class DiTConfig(DiTArchitecture, ModelConfig):
         ConfigError: names the fields that are out of range or contradict each other.
     """
 
+    adaptable_fields: ClassVar[frozenset[str]] = ModelConfig.adaptable_fields | {
+        "patch_size",
+        "internal_head",
+        "latent_head",
+    }
+
     patch_size: Annotated[int, Field(ge=1, le=1024)]
     """Height and width of a patch of latent elements, which becomes one token."""
     hidden_size: Annotated[int, Field(ge=1, le=65_536)]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lfm.errors import ConfigError
+from lfm.models.adaptation import Adaptation
 from lfm.models.config import ModelConfig
 from lfm.types import Condition
 
@@ -15,7 +16,7 @@ class VelocityNetwork(nn.Module):
     """Base class of all backbones: state, time and condition -> velocity.
 
     A backbone takes its configuration, a `ModelConfig`, as its only argument, and defines `forward`. It may define
-    `compile_blocks`.
+    `compile_blocks`, and `adapt`, the rules by which it starts from weights of another configuration.
     """
 
     config: ModelConfig
@@ -67,6 +68,14 @@ class VelocityNetwork(nn.Module):
         cannot be trained with Muon.
         """
         return {}
+
+    @staticmethod
+    def adapt(adaptation: Adaptation) -> None:
+        """Set those weights that differ between the network and the source of its first weights, each by a rule.
+
+        Raises:
+            CheckpointError: there is no rule for a difference.
+        """
 
     @property
     def num_parameters(self) -> int:

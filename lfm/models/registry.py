@@ -8,12 +8,15 @@ import pkgutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lfm.errors import ConfigError
+from lfm.errors import CheckpointError, ConfigError
 from lfm.models.config import BackboneOptions, ModelConfig
 from lfm.models.dit_config import DiTConfig, DiTOptions
 from lfm.models.unet_config import UNetConfig, UNetOptions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lfm.models.adaptation import Adaptation, NewClasses, Rows
     from lfm.models.network import VelocityNetwork
 
 DEFAULT_BACKBONE = "dit"  # of experiments and weights files that name none
@@ -45,6 +48,34 @@ def build_network(config: ModelConfig) -> VelocityNetwork:
     """Build the network of a configuration with initial weights, in training mode."""
     network: VelocityNetwork = pkgutil.resolve_name(BACKBONES[backbone_name(config)].network)(config)
     return network
+
+
+def adapt_weights(
+    network: VelocityNetwork,
+    weights: dict[str, Tensor],
+    source: ModelConfig,
+    *,
+    class_rows: Rows = (),
+    label_rows: Rows = (),
+    new_classes: NewClasses = "mean",
+) -> Adaptation:
+    """Return first weights of a network from those of a source of another configuration, and by which rules.
+
+    Raises:
+        CheckpointError: there is no rule for a difference; names its key on both sides.
+    """
+    from lfm.models.adaptation import Adaptation, changed_field
+
+    own = network.config
+    if type(own) is not type(source):
+        raise CheckpointError(f"its backbone is {backbone_name(source)}, and {backbone_name(own)} here")
+    if changed := changed_field(own, source):
+        raise CheckpointError("its {} is {}, and {} here".format(*changed))
+    initial = network.state_dict()
+    adaptation = Adaptation(own, source, weights, initial, class_rows, label_rows, new_classes)
+    network.adapt(adaptation)
+    adaptation.take_the_rest()
+    return adaptation
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:

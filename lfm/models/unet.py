@@ -25,6 +25,13 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, one_hot, silu
 from torch.utils.checkpoint import checkpoint
 
+from lfm.models.adaptation import (
+    Adaptation,
+    adapt_class_projection,
+    adapt_class_table,
+    adapt_input_channels,
+    adapt_segmentation,
+)
 from lfm.models.attention import SelfAttention
 from lfm.models.embeddings import ClassEmbedding, SegmentationEmbedding, TimeEmbedding
 from lfm.models.network import VelocityNetwork
@@ -107,6 +114,21 @@ class UNet(VelocityNetwork):
     def compile_blocks(self, **options: Any) -> None:
         for block in [*self.encoder, *self.middle, *self.decoder]:
             block.compile(**options)
+
+    @staticmethod
+    def adapt(adaptation: Adaptation) -> None:
+        adapt_input_channels(adaptation, "input.weight")
+        if "class_embedding.projection.weight" in {**adaptation.initial, **adaptation.weights}:
+            adapt_class_projection(adaptation, "class_embedding.projection.weight")
+        else:
+            adapt_class_table(adaptation, "class_embedding.table.weight", "time_embedding.mlp.2.bias")
+        adapt_segmentation(adaptation, "segmentation_embedding")
+        if adaptation.config.latent_size != adaptation.source.latent_size:
+            adaptation.note(
+                "size",
+                f"convolutions over {adaptation.config.latent_size} elements in place of "
+                f"{adaptation.source.latent_size}",
+            )
 
     def _concatenate(self, state: Tensor, condition: Condition) -> Tensor:
         """Concatenate the state and the conditions that lie over it: (B, input channels, h, w)."""

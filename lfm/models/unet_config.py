@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -103,6 +103,15 @@ class UNetConfig(UNetArchitecture, ModelConfig):
                     f"`{name}` {self.num_heads or self.channels_of_head}: does not divide the {shape.out_channels} "
                     f"channels of level {shape.level}"
                 )
+
+    def structure(self) -> dict[str, Any]:
+        """See `ModelConfig.structure`: attention must be at the same levels, whatever the size of the latent is."""
+        structure = super().structure()
+        levels = sorted(self.latent_size // size for size in self.attention_resolutions)
+        structure["attention_resolutions"] = f"latent_size / {levels}"
+        if self.num_classes is None:
+            del structure["class_embedding"]
+        return structure
 
     @property
     def channels_of_head(self) -> int:

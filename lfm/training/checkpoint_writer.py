@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class CheckpointWriter:
             code_version=header.code_version,
             config=header.config,
             engine=copy.numbers,
+            prediction=header.prediction,
+            initialized_from=asdict(header.initialized_from) if header.initialized_from else None,
         )
         temporary = self.folder.checkpoints / self.folder.temporary_tag(header.samples_seen)
         self._publishes = False

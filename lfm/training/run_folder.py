@@ -56,6 +56,8 @@ class RunState(BaseModel):
     code_version: str
     config: dict[str, Any]  # the resolved experiment
     engine: dict[str, Any] = {}  # returned by `Engine.save`
+    prediction: str = "velocity"  # of the network, as in the header of the weights
+    initialized_from: dict[str, Any] | None = None  # the source of the first weights, as in the header of the weights
     files: dict[str, int] = {}  # crc32 of every other file
 
 

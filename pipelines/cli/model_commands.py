@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from lfm.errors import ConfigError
 from pipelines.cli.stage_command import echo, show, stage_command, with_flags
 from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.demo.demo_options import DemoConfig
@@ -67,16 +68,24 @@ def train_hint(rest: tuple[str, ...]) -> None:
 def train(options: TrainOptions) -> None:
     """Train a model on latent shards. Run the same command to resume."""
     from pipelines.common import config_schema, launcher
+    from pipelines.training.initialization import Initialization
     from pipelines.training.train import run
 
     experiment = config_schema.load(options.config, options.overrides)
     world = launcher.world()
+    initialization = None
+    if options.initialize_from:
+        initialization = Initialization(
+            options.initialize_from, options.class_map, options.new_classes, options.other_latents
+        )
+    elif options.class_map or options.other_latents or options.new_classes != "mean":
+        raise ConfigError("`class_map`, `new_classes`, `other_latents`: set `initialize_from`, to which they belong")
     result = run(
         experiment,
         world,
         dry_run=options.dry_run,
         allow_changes=options.allow_changes,
-        initialize_from=options.initialize_from,
+        initialization=initialization,
     )
     if options.dry_run:
         echo(config_schema.as_yaml(experiment))

@@ -376,7 +376,7 @@ def _read_yaml(path: Path, extending: tuple[Path, ...], files: list[Path]) -> di
     files.append(path)
     if len(files) > MOST_FILES:
         raise ConfigError(f"{path}: extends: reads more than {MOST_FILES} files; merge some of them")
-    content = _parse_yaml(_read_text(path), str(path)) or {}
+    content = parse_yaml(read_text(path), str(path)) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
     if isinstance(content.get("deepspeed"), str):
@@ -389,9 +389,9 @@ def _read_yaml(path: Path, extending: tuple[Path, ...], files: list[Path]) -> di
     return functools.reduce(_merged, [*below, content], {})
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: str | Path, largest: int = LARGEST_BYTES) -> str:
     try:
-        return storage.read_bytes(str(path), LARGEST_BYTES).decode()
+        return storage.read_bytes(str(path), largest).decode()
     except (StorageError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {str(error).removeprefix(f'{path}: ')}") from error
 
@@ -405,7 +405,8 @@ def _merged(below: Any, above: Any) -> Any:
     return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
-def _parse_yaml(text: str, name: str) -> Any:
+def parse_yaml(text: str, name: str) -> Any:
+    """Return the content of YAML or JSON; raises ConfigError, naming `name` and the line."""
     try:
         return _limited(YAML(typ="safe", pure=True).load(io.StringIO(text)))
     except (YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
@@ -429,7 +430,7 @@ def _limited(content: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return _limited(json.loads(_read_text(path)))
+        return _limited(json.loads(read_text(path)))
     except ConfigError as error:
         raise ConfigError(f"deepspeed: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -445,7 +446,7 @@ def _put(content: dict[str, Any], override: str) -> None:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise ConfigError(f"--set {override}: {section} is a value without keys")
-    content[last] = _parse_yaml(value, f"--set {override}")
+    content[last] = parse_yaml(value, f"--set {override}")
 
 
 def _check(config: ExperimentConfig, settings: dict[str, Any], name: str) -> None:

@@ -17,7 +17,7 @@ from lfm.autoencoder import Autoencoder
 from lfm.data.random_draws import image_noise
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.data.stream.mixture import Mixture
-from lfm.flow.guidance import Guidance
+from lfm.flow.guidance import Guidance, Network
 from lfm.inference.trained_model import guided_velocity
 from lfm.models.config import ModelConfig
 from lfm.training.engine import Engine
@@ -32,8 +32,11 @@ SOLVER, NUM_STEPS = "heun", 25  # of previews
 class EmaSampler:
     """Generates latents and images with the network of an engine; used inside `engine.averaged`."""
 
-    def __init__(self, config: ExperimentConfig, model: ModelConfig, engine: Engine, autoencoder: Autoencoder) -> None:
+    def __init__(
+        self, config: ExperimentConfig, model: ModelConfig, engine: Engine, autoencoder: Autoencoder, network: Network
+    ) -> None:
         self.config, self.model, self.engine, self.autoencoder = config, model, engine, autoencoder
+        self.network = network  # the engine, as a velocity network
         self.micro_batch = factory.micro_batch(config, engine.world)
 
     def open_stream(self, mixture: Mixture, batch_size: int, world: World) -> LatentStream:
@@ -55,7 +58,7 @@ class EmaSampler:
         """Return one latent for each seed, float32 (B, C, h, w); all ranks must call it with as many seeds."""
         noise = torch.from_numpy(image_noise(seeds, self.model.latent_shape)).to(self.engine.device)
         guidance = Guidance(guidance_scale)
-        velocity = guided_velocity(self.engine, self.model, condition.to(noise.device), len(seeds), guidance)
+        velocity = guided_velocity(self.network, self.model, condition.to(noise.device), len(seeds), guidance)
         return solvers.solve(SOLVER, velocity, noise, num_steps=num_steps)
 
     def decode(self, latents: Tensor) -> Tensor:

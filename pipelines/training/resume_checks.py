@@ -1,14 +1,11 @@
-"""Checks before training resumes from a checkpoint, or starts from the weights of another run."""
+"""Checks before training resumes from a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lfm import weights_file
-from lfm.data.manifest import Manifest
 from lfm.data.stream.mixture import Mixture
 from lfm.errors import CheckpointError, ConfigError, DataError
 from lfm.models import registry
@@ -39,30 +36,16 @@ FREE_KEYS = {
 FREE_SECTIONS = {"deepspeed", "evaluation"}
 
 
-def load_initial_weights(source: str, model: VelocityNetwork, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """Load the EMA weights of another run for this model.
-
-    Raises:
-        CheckpointError: they are of another model, or of latents of another autoencoder.
-    """
-    weights, header = weights_file.load_weights(source)
-    check_same_network(f"`initialize_from` {source}", header, model)
-    if manifest.autoencoder is None or header.autoencoder.content_hash != manifest.autoencoder.content_hash:
-        raise CheckpointError(
-            f"`initialize_from` {source}: was trained on latents of {header.autoencoder.name}, another autoencoder; "
-            "encode with that one"
-        )
-    return weights
-
-
-def check_same_network(source: str, header: WeightsHeader, model: VelocityNetwork) -> None:
+def check_same_network(
+    source: str, header: WeightsHeader, model: VelocityNetwork, prediction: str = "velocity"
+) -> None:
     """Check that weights are of the same function as `model`; equal shapes are not enough.
 
     Raises:
         CheckpointError: names `source` and the first field that differs.
     """
     free = model.config.execution_fields | model.config.training_fields
-    theirs, ours = _function_of(header.model, header.prediction), _function_of(model.config, "velocity")
+    theirs, ours = _function_of(header.model, header.prediction), _function_of(model.config, prediction)
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         if name not in free and theirs.get(name) != ours.get(name):
             raise CheckpointError(
@@ -108,7 +91,7 @@ def check_continues(
             "set `allow_changes` to resume nevertheless"
         )
     if any(change.startswith(("model.", "condition")) for change in changes):
-        check_same_network(resumed_from, weights_file.load_weights(resumed_from)[1], model)
+        check_same_network(resumed_from, weights_file.load_weights(resumed_from)[1], model, state.prediction)
 
 
 def _changes(config: ExperimentConfig, recorded: ExperimentConfig) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lfm import storage, weights_file
 from lfm.data.stream.mixture import Mixture
@@ -21,15 +20,16 @@ from lfm.training.engine import BYTES_PER_PARAMETER, Engine
 from lfm.training.ranks import Ranks
 from lfm.training.run_folder import RunFolder, RunState
 from lfm.training.step_guard import StepGuard
-from lfm.weights_file import WeightsHeader
+from lfm.weights_file import SourceRecord, WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig, differences
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import load_reference_set
+from pipelines.training.initialization import Initialization, InitialWeights, load_initial_weights
 from pipelines.training.mixture_plan import describe_mixture
-from pipelines.training.resume_checks import check_continues, load_initial_weights
+from pipelines.training.resume_checks import check_continues
 from pipelines.training.training_loop import TrainingLoop, averages
 
 CONFIG = "config.json"
@@ -51,7 +51,7 @@ def run(
     *,
     dry_run: bool = False,
     allow_changes: bool = False,
-    initialize_from: str | None = None,
+    initialization: Initialization | None = None,
 ) -> TrainResult:
     """Train to the configured number of steps, from the newest checkpoint if there is one.
 
@@ -60,7 +60,7 @@ def run(
         world: this process among the ranks.
         dry_run: check everything, and do nothing.
         allow_changes: resume although the configuration has changed.
-        initialize_from: run folder or weights file whose EMA weights a run without checkpoints starts from.
+        initialization: the weights that a run without checkpoints starts from, and how they are adapted.
 
     Raises:
         ConfigError, DataError, CheckpointError: raised before training if the cause can be known before.
@@ -73,17 +73,18 @@ def run(
         folder = RunFolder(config.run)
         if dry_run:
             checkpoint = _choose_checkpoint(folder, ranks, dry_run=True)
-            prepared = _prepare(config, mixture, world, folder, checkpoint, initialize_from, allow_changes)
+            prepared = _prepare(config, mixture, world, folder, checkpoint, initialization, allow_changes)
             return TrainResult(prepared.plan)
         with folder.only_one() if world.is_main else nullcontext():
             folder.require_shared(ranks)
             checkpoint = _choose_checkpoint(folder, ranks)
             if checkpoint and world.is_main:
                 folder.repair_weights(checkpoint[0])
-            prepared = _prepare(config, mixture, world, folder, checkpoint, initialize_from, allow_changes)
+            prepared = _prepare(config, mixture, world, folder, checkpoint, initialization, allow_changes)
             with float32_arithmetic(prepared.config.train.precision or "fp32", factory.device(world)):
                 loop = _start(mixture, prepared, ranks, folder)
-                loop.run(checkpoint[0] if checkpoint else None, prepared.initial_weights)
+                initial = prepared.initial
+                loop.run(checkpoint[0] if checkpoint else None, initial.weights if initial else None)
             loop.engine.close()
     if loop.stop_requested:
         raise KeyboardInterrupt
@@ -99,7 +100,9 @@ class PreparedTraining:
     model: VelocityNetwork
     settings: dict[str, Any]  # DeepSpeed's configuration
     reference_set: ReferenceSet | None  # for a distance during training
-    initial_weights: dict[str, Tensor] | None  # of another run
+    initial: InitialWeights | None  # from a source
+    prediction: str  # of the network: velocity or noise
+    record: SourceRecord | None  # of the source of the first weights
 
 
 def _require_equal_configuration(config: ExperimentConfig, ranks: Ranks) -> None:
@@ -138,7 +141,7 @@ def _prepare(
     world: World,
     folder: RunFolder,
     checkpoint: tuple[Path, RunState] | None,
-    initialize_from: str | None,
+    initialization: Initialization | None,
     allow_changes: bool,
 ) -> PreparedTraining:
     """Check everything that can be checked before training, and build the network."""
@@ -153,11 +156,15 @@ def _prepare(
     reference_set = load_reference_set(config, manifest, world) if config.evaluation else None
     torch.manual_seed(config.train.seed)  # used for the initial weights only
     model = registry.build_network(model_config)
-    initial_weights = None
+    initial, prediction, record = None, "velocity", None
     if checkpoint:
         check_continues(config, mixture, model, *checkpoint, allow_changes)
-    elif initialize_from:
-        initial_weights = load_initial_weights(initialize_from, model, manifest)
+        state = checkpoint[1]
+        prediction = state.prediction
+        record = SourceRecord(**state.initialized_from) if state.initialized_from else None
+    elif initialization:
+        initial = load_initial_weights(initialization, model, manifest, config.flow.time_shift)
+        prediction, record = initial.prediction, initial.record
     if config.train.optimizer == "muon" and not model.hidden_matrices():
         raise ConfigError(
             f"train.optimizer muon: needs matrices, of which the backbone {config.model.backbone} has none; set it to adamw"
@@ -166,9 +173,10 @@ def _prepare(
         model.compile_blocks()
     checkpoint_bytes = (BYTES_PER_PARAMETER + 4 * len(averages(config.train))) * model.num_parameters
     folder.require_space(checkpoint_bytes, config.train.keep_checkpoints, 4 * model.num_parameters)
-    origin = checkpoint[0].name if checkpoint else initialize_from
-    plan = "\n".join([_describe(config, mixture, model, world, settings, origin), *describe_mixture(config, training)])
-    return PreparedTraining(plan, config, model, settings, reference_set, initial_weights)
+    origin = checkpoint[0].name if checkpoint else initialization.source if initialization else None
+    lines = [_describe(config, mixture, model, world, settings, origin), *describe_mixture(config, training)]
+    plan = "\n".join([*lines, initial.table] if initial else lines)
+    return PreparedTraining(plan, config, model, settings, reference_set, initial, prediction, record)
 
 
 def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder) -> TrainingLoop:
@@ -183,7 +191,11 @@ def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: R
         print(hide_credentials(prepared.plan), flush=True)
         storage.write_json(str(folder.path / CONFIG), config.model_dump(mode="json"))
     engine.barrier()
-    header = _header(config, mixture, prepared.model.config)
+    header = replace(
+        _header(config, mixture, prepared.model.config),
+        prediction=prepared.prediction,
+        initialized_from=prepared.record,
+    )
     return TrainingLoop(config, mixture, header, engine, folder, prepared.reference_set)
 
 

@@ -22,6 +22,7 @@ from lfm.data.stream.latent_stream import LatentStream
 from lfm.data.stream.mixture import Mixture
 from lfm.errors import DataError
 from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
+from lfm.models.noise_prediction import as_velocity
 from lfm.training.checkpoint_writer import CheckpointWriter
 from lfm.training.ema import decay_after, power_decay_after
 from lfm.training.engine import Engine
@@ -84,6 +85,7 @@ class TrainingLoop:
         self.checkpoints = CheckpointWriter(engine, folder, config.train.keep_checkpoints)
         self.micro_batch = factory.micro_batch(config, self.world)
         self.training_loss = factory.training_loss(config, header.model)
+        self.network = as_velocity(engine, header.prediction, engine.device)
         training_shards, held_back = mixture.split(config.data.held_back)
         options = factory.stream_options(config, header.model)
         cache = factory.cache(config.data.cache, config.data.cache_gigabytes)
@@ -92,7 +94,7 @@ class TrainingLoop:
         self.distances: tuple[str, ...] = ()
         if self.train.validate_every or config.evaluation:
             decoder = factory.matching_autoencoder(header.autoencoder, None, self.world, mixture.name)
-            sampler = EmaSampler(config, header.model, engine, decoder)
+            sampler = EmaSampler(config, header.model, engine, decoder, self.network)
             if self.train.validate_every:
                 self.evaluators.append(Validation(sampler, training_shards, held_back))
             if config.evaluation:
@@ -168,7 +170,7 @@ class TrainingLoop:
         for rows in torch.arange(len(batch.latents), device=batch.latents.device).split(self.micro_batch):
             part = batch.rows(rows)
             times = shifted_time(TIME_SAMPLERS[self.config.flow.time](part.uniform), self.config.flow.time_shift)
-            loss, terms = self.training_loss(self.engine, part, times)
+            loss, terms = self.training_loss(self.network, part, times)
             self.engine.backward_and_step(loss)
             losses["loss"].append(loss.detach())
             for name, value in terms.items():

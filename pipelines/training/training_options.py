@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,8 +19,14 @@ class TrainOptions:
     """Replace a value of the YAML file, as in train.num_steps=10; may be repeated."""
     allow_changes: bool = False
     """Resume from a checkpoint of a different configuration."""
-    initialize_from: Annotated[str | None, Flag(metavar="RUN")] = None
-    """Start from the EMA weights of a run folder or weights file."""
+    initialize_from: Annotated[str | None, Flag(metavar="SOURCE")] = None
+    """Start from the EMA weights of a run, checkpoint or weights file, adapted where the network differs from it."""
+    class_map: Annotated[str | None, Flag(metavar="FILE")] = None
+    """JSON, YAML or CSV: classes at whose rows own classes begin, by name or index; by default those of the same names."""
+    new_classes: Literal["mean", "null"] = "mean"
+    """Row at which classes begin that the source does not have: the mean of all rows, or the null row."""
+    other_latents: bool = False
+    """Start from weights that were trained on latents of another autoencoder."""
     local_rank: Annotated[int | None, Flag("--local_rank", hidden=True)] = None
     """Passed by the deepspeed launcher and not used; the environment holds it too."""
     dry_run: DryRun = False

@@ -83,7 +83,9 @@ class Validation:
             for rows in torch.arange(len(batch.latents), device=self.engine.device).split(self.sampler.micro_batch):
                 part = batch.rows(rows)
                 example = path_sample(part.latents, part.noise, uniform_time(part.uniform), self.sigma_min)
-                errors = squared_error(self.engine(example.state, example.time, part.condition), example.velocity)
+                errors = squared_error(
+                    self.sampler.network(example.state, example.time, part.condition), example.velocity
+                )
                 total += torch.stack([errors.sum(), torch.tensor(float(len(errors)), device=errors.device)])
         self.engine.sum_over_ranks(total)
         return float(total[0] / total[1])
