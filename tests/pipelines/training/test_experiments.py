@@ -52,6 +52,7 @@ UNETS = {
     "celebamask_hq_256_semantic_unet": (2, 356.1, 12),  # theirs 8: our embedding of a map has 8 channels, theirs 4
 }
 UNET = "_unet"
+PRESETS = {"small": 32, "base": 130, "large": 457}  # millions of parameters, as stated in their heads
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -91,6 +92,18 @@ def test_the_networks_are_of_the_published_size_and_the_batch_divides_over_the_s
     assert config.run == f"runs/{name}", "each experiment has a run folder of its own"
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_stated_size_and_trains_on_one_gpu_or_eight(name: str) -> None:
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    config = configs.load(str(path))
+    with torch.device("meta"):
+        model = registry.build_network(factory.model_config(config, latents_manifest(256, 0, 8)))
+    assert round(model.num_parameters / 1e6) == PRESETS[name]
+    assert f", {PRESETS[name]} million parameters" in path.read_text() and config.run == f"runs/{name}"
+    for size in (1, 2, 8):
+        assert factory.micro_batch(config, World(size=size)) >= 1
+
+
 @pytest.mark.parametrize("name", UNETS)
 def test_the_papers_unets_train_on_the_data_of_the_experiment_that_they_vary(name: str) -> None:
     gpus, millions, channels = UNETS[name]
@@ -109,7 +122,7 @@ def test_the_papers_unets_train_on_the_data_of_the_experiment_that_they_vary(nam
 
 
 def test_every_experiment_of_the_paper_has_two_variants_and_the_first_has_no_option_beyond_the_paper() -> None:
-    others = {"demo", "demo_unet", "mixture_64", "pictures_64", "pictures_256", *UNETS}
+    others = {"demo", "demo_unet", "mixture_64", "pictures_64", "pictures_256", *PRESETS, *UNETS}
     assert {path.stem for path in SHIPPED} == others | {stem + suffix for stem in PAPER for suffix in ("", MODERN)}
     for stem in PAPER:
         paper, modern = (configs.load(str(REPOSITORY / "configs" / f"{stem}{x}.yaml")) for x in ("", MODERN))
@@ -127,7 +140,7 @@ def test_experiments_share_parts_and_extend_no_other_experiment_but_the_one_they
     for path in SHIPPED:
         extended = re.findall(r"[\w/]+\.yaml", "".join(re.findall(r"^extends: (.*)$", path.read_text(), re.M)))
         original = f"{path.stem.removesuffix(MODERN).removesuffix(UNET)}.yaml"
-        parts = {f"parts/{part}.yaml" for part in ("paper", "modern", "unet_edm", "unet_guided")}
+        parts = {f"parts/{part}.yaml" for part in ("paper", "modern", "images", "unet_edm", "unet_guided")}
         allowed = parts | ({original} if path.stem.endswith((MODERN, UNET)) else set())
         assert set(extended) <= allowed, path.name
 
