@@ -37,12 +37,17 @@ def read_imagenet(tree: Tree, split: str | None) -> Source:
     chosen = data.subtree(split or "")
     if not chosen.images:
         raise DataError(f"{chosen.root}: no images there; name the folder that holds ILSVRC or train and val")
+    if tree.choices.classes == "none":
+        return Source(chosen.root, tuple(map(SourceItem, chosen.images)), read=tree.read, about=tree.about)
     solution = _validation_classes(tree, chosen) if any("/" not in name for name in chosen.images) else None
     items = []
     for name in chosen.images:
         wordnet_id = name.split("/")[0] if solution is None else solution.get(stem(name), "")
         if wordnet_id not in index:
-            raise DataError(f"{storage.join(chosen.root, name)}: its class is not known; remove it or name its class")
+            raise DataError(
+                f"{storage.join(chosen.root, name)}: its class is not known; move it into the folder of its class, name the "
+                "class in a table and choose `labels`, or choose `classes` none"
+            )
         items.append(SourceItem(name, index[wordnet_id]))
     class_names = tuple(names.get(wordnet_id, wordnet_id) for wordnet_id in wordnet_ids)
     tree.about.labels_from = "names of folders" if solution is None else "LOC_val_solution.csv"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lfm import storage
 from lfm.data.sources import readers
-from lfm.data.sources.names import stem
+from lfm.data.sources.names import SPLIT, stem
 from lfm.data.sources.source import About, Choices, Source
 from lfm.errors import ConfigError, DataError
 
@@ -129,8 +130,12 @@ def in_order(names: Iterable[str], choices: Choices) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name))
 
 
-def read_table(content: bytes, path: str) -> list[Row]:
-    """Return the rows of a table: CSV or TSV with a head, JSON lines, or parquet.
+def read_table(content: bytes, path: str, files: Container[str] = ()) -> list[Row]:
+    """Return the rows of a table: CSV or TSV, JSON lines, or parquet.
+
+    Args:
+        files: names of images; a CSV whose first line has one of them, and no known name of a column, has no head, and its
+            columns are called 1, 2 and so on.
 
     Raises:
         DataError: it cannot be read.
@@ -145,9 +150,7 @@ def read_table(content: bytes, path: str) -> list[Row]:
         elif suffix == ".json":
             rows = json.loads(text)
         else:
-            head = text.partition("\n")[0]
-            delimiter = max(",;\t", key=head.count)
-            rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+            rows = _read_csv(text, files)
     except (ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a table ({str(error)[:80]}); write it as CSV in UTF-8") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -155,6 +158,17 @@ def read_table(content: bytes, path: str) -> list[Row]:
             f"{path}: has no rows with names of columns; write it as CSV with a head such as file_name,label"
         )
     return rows
+
+
+def _read_csv(text: str, files: Container[str]) -> list[Row]:
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    delimiter = delimiter if delimiter in first else " "
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    head = next(reader, [])
+    has_head = column_of(head, FILE_KEYS) is not None or not any(_file(plain_path(cell)) in files for cell in head)
+    columns = head if has_head else [str(number) for number in range(1, len(head) + 1)]
+    return list(csv.DictReader(io.StringIO(text), None if has_head else columns, delimiter=delimiter))
 
 
 def plain_path(name: Any) -> str:
@@ -193,48 +207,117 @@ def label_column(columns: Sequence[str], choices: Choices, about: About, where: 
 def with_labels(source: Source, choices: Choices) -> Source:
     """Return a source with the classes of the table `choices.labels`, whose rows name its files.
 
-    A row's file is the name of an image, without its folders or suffix if that is unique.
+    The column of file names is the one whose values are the most names of images. The column of labels is known by its
+    name, or because there is no other. A table without a head has the columns 1, 2 and so on.
 
     Raises:
         ConfigError, DataError: the table has no such columns, or an image is not in it or twice.
     """
     path = str(choices.labels)
-    rows = read_table(storage.read_bytes(path), path)
-    columns = list(rows[0]) if rows else []
+    names = [readers.inner_name(item.image) for item in source.items]
+    files = {key for name in names for key in (_file(name), stem(_file(name)))}
+    rows = read_table(storage.read_bytes(path), path, files)
+    columns = [name for name in (rows[0] if rows else ()) if name]
     column = label_column(columns, choices, source.about, path)
-    file_column = column_of([name for name in columns if name != column], FILE_KEYS)
-    if column is None or file_column is None:
-        missing = "file names (file_name)" if file_column is None else "labels (label)"
+    file_column = _file_column([name for name in columns if name != column], rows, files)
+    if file_column is None:
         raise ConfigError(
-            f"{path}: has no column of {missing}, only {', '.join(map(str, columns))}; see `label_column`"
+            f"{path}: no column holds names of the images, such as {names[0] if names else 'a.png'}; its columns are "
+            f"{', '.join(map(str, columns))}"
         )
+    others = [name for name in columns if name != file_column]
+    if column is None and len(others) != 1:
+        raise ConfigError(
+            f"{path}: any of {', '.join(map(str, others)) or 'no columns'} may hold labels; choose one with `label_column`"
+        )
+    column = column or others[0]
     table: dict[str, Label] = {}
     for row in rows:
         name, label = plain_path(row[file_column]), as_label(row[column], f"{path}: {row[file_column]}")
         if table.setdefault(name, label) != label:
             raise DataError(f"{path}: {name} has the labels {table[name]} and {label}; remove one of the rows")
-    labels = _matched(source, table, path)
-    indices, names = classes(labels, choices, path)
+    labels = _matched(source, names, table, path)
+    indices, class_names = classes(labels, choices, path)
     items = tuple(replace(item, class_index=index) for item, index in zip(source.items, indices, strict=True))
     source.about.labels_from = f"column {column} of {path}"
-    return replace(source, items=items, class_names=names)
+    source.about.used |= {path, str(Path(path).resolve())}
+    return replace(source, items=items, class_names=class_names)
 
 
-def _matched(source: Source, table: Mapping[str, Label], path: str) -> list[Label]:
-    """Return the label of every item: its row names the whole path, or its end as far as that is unique."""
-    names = [readers.inner_name(item.image) for item in source.items]
-    keys = (lambda name: name, stem, lambda name: name.rpartition("/")[2], lambda name: stem(name.rpartition("/")[2]))
-    for key in keys:
-        by_key = [key(name) for name in names]
-        if any(name in table for name in by_key):
+def _file(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _file_column(columns: Sequence[str], rows: Sequence[Row], files: Container[str]) -> str | None:
+    """Return the column whose values are the most names of images; of equal ones, that of the better known name."""
+    ranks = {column: rank for rank, key in enumerate(FILE_KEYS) if (column := column_of(columns, (key,)))}
+    counts = {name: sum(_file(plain_path(row.get(name))) in files for row in rows) for name in columns}
+    best = max(counts, key=lambda name: (counts[name], -ranks.get(name, len(FILE_KEYS))), default=None)
+    return best if best is not None and (counts[best] or best in ranks) else None
+
+
+def _matched(source: Source, names: Sequence[str], table: Mapping[str, Label], path: str) -> list[Label]:
+    """Return the label of every item.
+
+    Its row is the one whose path has the most folders in common with the image's path, from the end: the row may leave out
+    the first folders or the suffix, or name folders above the collection, such as those of another machine.
+    """
+    ends = _ends(table)
+    matches: list[str | None] = []
+    for keys in (list(names), [stem(name) for name in names]):
+        matches = [key if key in table else None for key in keys]
+        if not all(matches):  # rows need not be relative to the collection
+            matches = [_row(source.root, key, ends, path) for key in keys]
+        if any(matches):
             break
-    if len(set(by_key)) < len(by_key):
-        twice = next(name for name in by_key if by_key.count(name) > 1)
-        raise DataError(f"{path}: {twice} may be any of several images; write their paths with folders")
-    if missing := [name for name, entry in zip(names, by_key, strict=True) if entry not in table]:
+    if missing := [name for name, row in zip(names, matches, strict=True) if row is None]:
+        example = f"; its rows are such as {min(table)}" if len(missing) == len(names) and table else ""
         raise DataError(
-            f"{path}: {len(missing)} of {len(names)} images have no label, the first: {missing[0]}; add a row for each"
+            f"{path}: {len(missing)} of {len(names)} images have no label, the first: {missing[0]}{example}; add a row for each"
         )
-    if extra := set(table) - set(by_key):
+    rows = [row for row in matches if row is not None]
+    if len(set(rows)) < len(rows):
+        twice = next(row for row, count in Counter(rows).items() if count > 1)
+        raise DataError(f"{path}: {twice} may be any of several images; write their paths with folders")
+    if extra := set(table) - set(rows):
         source.about.notes.append(f"{path}: {len(extra)} rows belong to no image, such as {min(extra)}")
-    return [table[entry] for entry in by_key]
+    return [table[row] for row in rows]
+
+
+def _ends(table: Iterable[str]) -> dict[str, list[str]]:
+    """Return the rows by each end of their paths: `b/c.png` and `c.png` of `a/b/c.png`, and the path itself."""
+    ends: dict[str, list[str]] = defaultdict(list)
+    for row in table:
+        parts = row.split("/")
+        for start in range(len(parts)):
+            ends["/".join(parts[start:])].append(row)
+    return ends
+
+
+def _row(root: str, name: str, ends: Mapping[str, list[str]], path: str) -> str | None:
+    """Return the row of an image: the one of the longest common end, unless its next folder is another split.
+
+    Raises:
+        DataError: several rows have that end.
+    """
+    parts = [*plain_path(root).rstrip("/").split("/"), *name.split("/")]
+    depth = name.count("/") + 1
+    for start in range(len(parts)):
+        end = "/".join(parts[start:])
+        rows = ends.get(end, [])
+        if len(parts) - start < depth:  # the row leaves folders out, but may name no other ones
+            rows = [row for row in rows if row == end]
+        rows = [row for row in rows if not _is_other_split(row, end, parts[start - 1] if start else "")]
+        if len(rows) > 1 and end not in rows:
+            raise DataError(
+                f"{path}: {rows[0]} and {rows[1]} may both be {name}; name the images with the same folders"
+            )
+        if rows:
+            return end if end in rows else rows[0]
+    return None
+
+
+def _is_other_split(row: str, end: str, folder: str) -> bool:
+    """Whether the row of a path that ends with `end` names a split above it, and the image lies in another one."""
+    above = row.removesuffix(end).rstrip("/").rpartition("/")[2]
+    return bool(SPLIT.fullmatch(above) and SPLIT.fullmatch(folder)) and above.lower() != folder.lower()
