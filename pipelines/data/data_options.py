@@ -121,6 +121,8 @@ class InspectConfig:
     """Path or hub id of the autoencoder of the latents, if it has moved."""
     raw: Annotated[str | None, Flag(metavar="PATH")] = None
     """Compare with the raw shards that were encoded: print PSNR and SSIM, and show the originals on the sheet."""
+    interpolations: Annotated[int | None, Field(ge=2, le=4096)] = None
+    """Also measure the distance of decoded interpolations of this many latents, by fd-lite."""
     cache: Annotated[CacheFolder, Section("Options")] = None
     plan: Annotated[bool, Section("Training order")] = False
     """Only list the samples that training reads next."""

@@ -65,6 +65,8 @@ def run(config: InspectConfig, world: World) -> InspectResult:
         originals = _originals(config.raw, config.path, manifest, cache, len(images))
         lines.append(_similarity(originals, images))
         images = np.stack([originals, images], axis=1).reshape(-1, *images.shape[1:])  # each original before its copy
+    if config.interpolations is not None:
+        lines.append(_interpolations(config, manifest, cache, world))
     sheet = image_files.grid(images, enlarge=max(1, SMALLEST_SIDE // manifest.image_size))
     image_files.save(sheet, config.out)
     return InspectResult("\n".join(lines))
@@ -73,8 +75,8 @@ def run(config: InspectConfig, world: World) -> InspectResult:
 def _refuse_unused_options(config: InspectConfig, manifest: Manifest) -> None:
     used = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
     of_the_order = used & {"at", "seed", "window", "skip_shard"}
-    of_the_sheet = used & {"verify", "raw", "autoencoder", "out"}
-    of_latents = used & {"raw", "autoencoder"}
+    of_latents = used & {"raw", "autoencoder", "interpolations"}
+    of_the_sheet = of_latents | used & {"verify", "out"}
     if config.plan and of_the_sheet:
         raise ConfigError(f"{_named(of_the_sheet)}: not used with `plan`, which only lists samples; leave it out")
     if not config.plan and of_the_order:
@@ -176,6 +178,33 @@ def _decoded_images(config: InspectConfig, manifest: Manifest, cache: Cache, wor
         for means in _posterior_means(config.path, manifest, shard, cache):
             latents = (torch.from_numpy(means.astype(np.float32)) - record.shift) * record.scale_factor
             yield from autoencoder.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _interpolations(config: InspectConfig, manifest: Manifest, cache: Cache, world: World) -> str:
+    """Return the distance of decoded interpolations of the first latents, in words."""
+    import torch
+
+    from lfm.metrics import features
+    from pipelines.data.latent_interpolations import interpolation_distance
+
+    record, count = manifest.autoencoder, min(config.interpolations or 0, manifest.num_samples)
+    if record is None or count < 2:
+        raise DataError(f"{config.path}: `interpolations` needs two latents and their autoencoder")
+    autoencoder = factory.matching_autoencoder(record, config.autoencoder, world, config.path)
+    network = features.load(features.FD_LITE, autoencoder.device)
+    shards = (_posterior_means(config.path, manifest, shard, cache) for shard in manifest.shards)
+    means = np.concatenate(
+        list(islice(chain.from_iterable(shards), -(-count // DECODED_TOGETHER) + len(manifest.shards)))
+    )
+    latents = (torch.from_numpy(means[:count].astype(np.float32)) - record.shift) * record.scale_factor
+    originals = None
+    if config.raw is not None:
+        images = _originals(config.raw, config.path, manifest, cache, count)
+        originals = torch.from_numpy(images).permute(0, 3, 1, 2)
+    result = interpolation_distance(autoencoder, latents, originals, network)
+    others = "the decoded latents" if originals is None else "the images"
+    itself = "" if originals is None else f" (decoded latents: {result.reconstructed:.4f})"
+    return f"decoded interpolations of {count} latents: KID {result.interpolated:.4f} to {others}{itself}"
 
 
 def _posterior_means(folder: str, manifest: Manifest, shard: ShardRecord, cache: Cache) -> Iterator[np.ndarray]:
