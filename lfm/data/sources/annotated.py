@@ -25,13 +25,11 @@ from lfm.data.sources.names import (
     plain_stem,
     stem,
 )
-from lfm.data.sources.segmentation_layouts import labels_of
+from lfm.data.sources.segmentation_layouts import check_masks, labels_of
 from lfm.data.sources.source import Layout, Source, Tree, choose_split
-from lfm.data.transforms import Rejected, decode_mask
-from lfm.errors import ConfigError, StorageError
+from lfm.errors import ConfigError
 from lfm.types import SourceItem
 
-SAMPLES = 8  # masks whose content is checked
 # Annotations that are neither holes nor class ids.
 _OTHER_KINDS = ("color", "instanceids", "instance", "instances", "segmentationobject", "matte")
 Key = tuple[str, ...]
@@ -105,7 +103,7 @@ def read_annotated(tree: Tree, split: str | None) -> Source:
     masks, maps = _chosen(tree, families)
     parts = {part: _pairs(tree, images, families, part) for part in (masks, maps) if part}
     if masks and not tree.choices.mask_files:
-        _check_masks(tree, masks, list(parts[masks].values()))
+        check_masks(tree, masks, list(parts[masks].values()))
     if not parts and (choices := tree.choices).mask_files != "none" and choices.map_files != "none":
         raise ConfigError(
             f"{tree.root}: {', '.join(sorted(families)[:4])} hold neither holes nor class ids by their names; choose "
@@ -175,17 +173,15 @@ def _chosen(tree: Tree, families: dict[str, list[str]]) -> tuple[str | None, str
     ]
     masks = [name for name in candidates if "mask" in name.lower() or "hole" in name.lower()]
     maps = [name for name in candidates if name not in masks]
+    chosen = {field: _family(tree, families, field) for field in ("mask_files", "map_files")}
     result: list[str | None] = []
     for field, choice, names, other in (
-        ("mask_files", choices.mask_files, masks, choices.map_files),
-        ("map_files", choices.map_files, maps, choices.mask_files),
+        ("mask_files", choices.mask_files, masks, chosen["map_files"]),
+        ("map_files", choices.map_files, maps, chosen["mask_files"]),
     ):
-        names = [name for name in names if other is None or name.lower() != other.lower()]
-        if choice and choice != "none":
-            same = [name for name in families if name.lower() == choice.lower()]
-            if not same:
-                raise ConfigError(f"{tree.root}: `{field}` {choice}: no such annotations; {', '.join(families)}")
-            result.append(same[0])
+        names = [name for name in names if name != other]
+        if chosen[field]:
+            result.append(chosen[field])
         elif choice == "none" or not names:
             result.append(None)
         elif len(names) == 1:
@@ -198,8 +194,28 @@ def _chosen(tree: Tree, families: dict[str, list[str]]) -> tuple[str | None, str
     return result[0], result[1]
 
 
+def _family(tree: Tree, families: dict[str, list[str]], field: str) -> str | None:
+    """Return the family that the user chose by its name, or by the end of its name; None if there is no choice.
+
+    Raises:
+        ConfigError: there is none of that name, or several.
+    """
+    choice = getattr(tree.choices, field)
+    if choice in (None, "none"):
+        return None
+    end = choice.lower().lstrip("_-. ")
+    exact = [name for name in families if name.lower() in (choice.lower(), end)]
+    same = exact or [name for name in families if name.lower().endswith(end)]
+    if len(same) != 1:
+        wrong = "several end so" if same else "no such annotations"
+        raise ConfigError(f"{tree.root}: `{field}` {choice}: {wrong}; one of {', '.join(sorted(same or families))}")
+    return same[0]
+
+
 def _keys(name: str, *, family: str | None = None) -> list[Key]:
     """Return the path of an image by which its annotation is known: as it is, and without the end of its stem.
+
+    Folders that are splits are left out, since all files are of one split.
 
     Args:
         family: that of an annotation.
@@ -207,7 +223,7 @@ def _keys(name: str, *, family: str | None = None) -> list[Key]:
     *folders, file = name.split("/")
     inner = stem(file)
     inner = stem(inner) if is_image(inner) else inner
-    folder = tuple(part for part in map(_plain, folders) if part)
+    folder = tuple(part for part in map(_plain, folders) if part and not SPLIT.fullmatch(part))
     if family is None:
         plain = plain_stem(inner)
     else:
@@ -231,7 +247,7 @@ def _pairs(tree: Tree, images: list[str], families: dict[str, list[str]], family
     for name in families[family]:
         keys = _keys(name, family=family)
         image = next((image_of[key] for key in keys if key in image_of), None)
-        image = image or next((by_file[key[-1]] for key in keys if key[-1] in by_file), None)
+        image = image or next((by_file[key[-1]] for key in keys if _agree(by_file.get(key[-1]), key)), None)
         if image is None:
             alone.append(name)
         elif image in pairs:
@@ -253,28 +269,26 @@ def _pairs(tree: Tree, images: list[str], families: dict[str, list[str]], family
     return pairs
 
 
-def _check_masks(tree: Tree, family: str, names: list[str]) -> None:
-    """Refuse files whose name says mask and whose pixels are class ids."""
-    for name in names[:: max(1, len(names) // SAMPLES)]:
-        try:
-            decode_mask(tree.read(tree.root, name))
-        except StorageError:
-            continue
-        except Rejected as error:
-            if error.reason in ("not binary", "of several colours"):
-                raise ConfigError(
-                    f"{tree.root}/{name}: may be a mask of holes ({error}), or a segmentation; choose `map_files` {family} "
-                    f"or `mask_files` {family}"
-                ) from error
+def _agree(image: str | None, annotation: Key) -> bool:
+    """Whether the folders of an annotation are some of those of an image, or the other way round."""
+    if image is None:
+        return False
+    folders, others = set(_keys(image)[0][:-1]), set(annotation[:-1])
+    return folders <= others or others <= folders
 
 
 def _base(tree: Tree, images: Iterable[str]) -> Source:
     """Return the images alone. Folders, such as the cities of Cityscapes, are classes only if the user says so."""
     images = sorted(images)
-    plain = {name: "/".join([*filter(None, map(_plain, name.split("/")[:-1])), name.split("/")[-1]]) for name in images}
-    folders = {path.split("/")[0] for path in plain.values() if "/" in path and not SPLIT.fullmatch(path.split("/")[0])}
+    plain = {
+        name: [part for part in map(_plain, name.split("/")[:-1]) if part and not SPLIT.fullmatch(part)]
+        for name in images
+    }
+    while plain and all(len(folders) > 1 for folders in plain.values()) and len({f[0] for f in plain.values()}) == 1:
+        plain = {name: folders[1:] for name, folders in plain.items()}  # a folder that wraps everything
+    folders = {folders[0] for folders in plain.values() if folders}
     if tree.choices.classes == "folders":
-        first = {name: _first_folder(path) for name, path in plain.items()}
+        first = {name: folders[0] if folders else "." for name, folders in plain.items()}
         of_class = replace(tree, root="", names=tuple(f"{folder}/{name}" for name, folder in first.items()))
         base = read_folder(of_class, None)
         items = tuple(replace(item, image=item.image.partition("/")[2]) for item in base.items)
@@ -284,11 +298,6 @@ def _base(tree: Tree, images: Iterable[str]) -> Source:
             f"folders of images ({', '.join(sorted(folders)[:3])}) are not taken for classes; `classes` folders does"
         )
     return Source(tree.root, tuple(map(SourceItem, images)))
-
-
-def _first_folder(path: str) -> str:
-    parts = [part for part in path.split("/")[:-1] if not SPLIT.fullmatch(part)]
-    return parts[0] if parts else "."
 
 
 def _recognizes(tree: Tree) -> bool:

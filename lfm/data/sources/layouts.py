@@ -46,6 +46,7 @@ LAYOUTS: dict[str, Layout] = {
 
 READ_FROM_ARCHIVES = set(LAYOUTS) - {"lmdb", "lsun", "hf", "webdataset", "zip"}
 READ_FROM_CONTAINERS = set(LAYOUTS) - READ_FROM_ARCHIVES
+NAME_FILES = ("annotated", "webdataset", "zip")  # layouts whose masks and segmentations the user may name
 GENERAL = ("annotated", "folder")  # layouts that a tree has only if it has no other, the first one first
 
 
@@ -67,7 +68,7 @@ def read(root: str, layout: str = "auto", split: str | None = None, choices: Cho
         raise ConfigError(f"`layout` {layout}: unknown; one of auto, {', '.join(LAYOUTS)}")
     tree = _open(root, replace(choices, classes="none", label_column=None) if choices.labels else choices)
     inner, layout, read_layout = recognize(tree, layout)
-    source = replace(read_layout(inner, split), layout=layout, about=tree.about)
+    source = replace(_read(inner, layout, read_layout, split), layout=layout, about=tree.about)
     if choices.labels:
         source = with_labels(source, choices)
     tree.about.unused += tree.unused(source)
@@ -86,8 +87,30 @@ def _read_archive(tree: Tree, split: str | None) -> Source:
     if layout not in READ_FROM_ARCHIVES:
         raise DataError(f"{tree.root}: holds the layout {layout}, which is read from a folder only; unpack it")
     tree.about.notes.append(f"the archive holds the layout {layout}")
-    source = read_layout(inner, split)
+    source = _read(inner, layout, read_layout, split)
     tree.about.unused += tree.unused(source)
+    return source
+
+
+def _read(tree: Tree, layout: str, read_layout: Callable[[Tree, str | None], Source], split: str | None) -> Source:
+    """Return the source of a layout, without the annotations that the user leaves out.
+
+    Raises:
+        ConfigError: the user has named annotations, and the layout reads others.
+    """
+    choices = tree.choices
+    if choices.names_files and layout not in NAME_FILES:
+        field = "map_files" if choices.map_files not in (None, "none") else "mask_files"
+        raise ConfigError(
+            f"{tree.root}: `{field}` {getattr(choices, field)}: the layout {layout} reads no files of that name; leave it "
+            "out, or choose `layout` annotated"
+        )
+    source = read_layout(tree, split)
+    if choices.map_files == "none":
+        items = tuple(replace(item, segmentation=None) for item in source.items)
+        source = replace(source, items=items, labels={})
+    if choices.mask_files == "none":
+        source = replace(source, items=tuple(replace(item, mask=None) for item in source.items))
     return source
 
 
@@ -140,10 +163,21 @@ def recognize(tree: Tree, layout: str = "auto") -> tuple[Tree, str, Callable[[Tr
     while True:
         name = _recognized(tree) if layout == "auto" else layout
         wrapper = _wrapper(tree)
-        if wrapper is None or (name != "folder" and LAYOUTS[name].recognizes(tree)):
+        if wrapper is None or (
+            name != "folder" and LAYOUTS[name].recognizes(tree) and not _is_special(tree, wrapper, layout)
+        ):
             return tree, name, LAYOUTS[name].read
         tree.about.notes.append(f"looked through the folder {wrapper}, which holds everything")
         tree = tree.subtree(wrapper)
+
+
+def _is_special(tree: Tree, wrapper: str, layout: str) -> bool:
+    """Whether a folder that wraps everything, or one in it, has a special layout, and the tree around it a general one."""
+    if layout != "auto" or _recognized(tree) not in GENERAL:
+        return False
+    inner = tree.subtree(wrapper)
+    deeper = _wrapper(inner)
+    return _recognized(inner) not in GENERAL or (deeper is not None and _is_special(inner, deeper, layout))
 
 
 def _wrapper(tree: Tree) -> str | None:

@@ -10,12 +10,15 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 from lfm.data.palettes import PALETTES, Colours
 from lfm.data.transforms import ID_MODES, Rejected, decode_colours, decode_ids, load_map
 from lfm.errors import ConfigError, DataError
+
+LEAST_GAP_OF_SHADES = 16
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,12 @@ def choose_rule(
             "the maps are palette images whose palettes differ, so one index has several colours; choose `palette` "
             f"{', '.join(PALETTES)} if the colours mean the class, or `palette` indices if the indices do"
         )
+    if pixels.are_shades and not (labels or palette or ignores_white):
+        levels = ", ".join(map(str, sorted(pixels.ids)[:6]))
+        raise ConfigError(
+            f"the maps hold the grey levels {levels}, which may be shades of a soft mask, or ids; choose `palette` indices if "
+            "they are ids, or `map_files` none"
+        )
     names = {label for label, name in labels.items() if name != "unlabelled"}
     if pixels.ids == {0, 255} and (not labels or names == {0, 1}):
         binary = {0: labels.get(0, "background"), 1: labels.get(1, "foreground")}
@@ -123,6 +132,16 @@ class _Pixels:
     num_maps: int = 0
     num_coloured: int = 0
     indices_differ: bool = False
+
+    @property
+    def are_shades(self) -> bool:
+        """Whether the levels are few, lie far apart and reach from black to white: no ids that anyone would choose."""
+        levels = sorted(self.ids)
+        if self.colour_of_index or levels[:1] != [0] or levels[-1:] != [255]:
+            return False
+        if len(levels) == 3:
+            return levels[1] in (127, 128)
+        return len(levels) > 3 and min(after - before for before, after in pairwise(levels)) >= LEAST_GAP_OF_SHADES
 
     @classmethod
     def of(cls, contents: Sequence[bytes]) -> _Pixels:

@@ -23,7 +23,7 @@ _JUNK_FOLDER = re.compile(r"__MACOSX|@eaDir|\.[^.].*|\$RECYCLE\.BIN|thumbs|thumb
 _JUNK_FILE = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
 # A folder whose images are annotations of others, and one whose images they belong to.
-_MASK_WORDS = r"masks?|holes?|inpaint(ing)?_?masks?"
+_MASK_WORDS = r"masks?|holes|inpaint(ing)?_?masks?"
 _MAP_WORDS = (
     r"annotations?|anno?s?|labels?|labelids|labelled\w*|labeled\w*|labelimages?|seg|segs|segments?|segmentations?"
     r"|segmentationclass\w*|segmentationobjects?|instances?|semantic\w*|gt|gts|gtfine|gtcoarse|ground[_\- ]?truths?"

@@ -8,9 +8,10 @@ from functools import partial
 from lfm import storage
 from lfm.data.sources.class_folders import read_folder
 from lfm.data.sources.map_rules import parse_palette
-from lfm.data.sources.names import stem
+from lfm.data.sources.names import SPLIT, stem
 from lfm.data.sources.source import UNLABELLED, Layout, Source, Tree, choose_split, read_text
-from lfm.errors import ConfigError, DataError
+from lfm.data.transforms import Rejected, decode_mask
+from lfm.errors import ConfigError, DataError, StorageError
 from lfm.types import SourceItem
 
 # Folders of images and of their maps, by the names that collections give them.
@@ -66,6 +67,7 @@ FACE_PARTS_OFFICIAL = (
 )
 
 
+SAMPLES = 8  # masks whose content is checked
 PALETTE_FILES = ("class_dict.csv", "label_colors.txt", "labelmap.txt", "palette.txt")
 
 
@@ -148,6 +150,9 @@ def read_paired(tree: Tree, split: str | None, default_labels: dict[int, str] | 
 
 
 def _recognizes_pairs(tree: Tree) -> bool:
+    """Whether there are such folders; files that the user has named are read by the layout `annotated`."""
+    if tree.choices.names_files:
+        return False
     return tree.has_name("^[a-z]+annot/") or any(
         _stems(tree, images) & _stems(tree, maps) for images, maps in PAIRS if "{" not in images
     )
@@ -207,6 +212,21 @@ def _recognizes_celebamask_hq(tree: Tree) -> bool:
     return tree.has_name("^CelebAMask-HQ-mask-anno/")
 
 
+def check_masks(tree: Tree, family: str, names: list[str]) -> None:
+    """Refuse files whose name says mask and whose pixels are class ids."""
+    for name in names[:: max(1, len(names) // SAMPLES)]:
+        try:
+            decode_mask(tree.read(tree.root, name))
+        except StorageError:
+            continue
+        except Rejected as error:
+            if error.reason in ("not binary", "of several colours"):
+                raise ConfigError(
+                    f"{tree.root}/{name}: may be a mask of holes ({error}), or a segmentation; choose `map_files` {family} "
+                    f"or `mask_files` {family}"
+                ) from error
+
+
 def read_inpainting(tree: Tree, split: str | None) -> Source:
     """Read images name.png with masks name_mask.png beside them; white = hole."""
     tree = tree.subtree(split or "")
@@ -215,6 +235,7 @@ def read_inpainting(tree: Tree, split: str | None) -> Source:
     if not names:
         raise DataError(f"{tree.root}: no images beside the masks; name.png belongs to name_mask.png")
     mask_of = {name: masks.get(f"{stem(name)}_mask", f"{stem(name)}_mask.png") for name in names}
+    check_masks(tree, "mask", list(masks.values()))
     if len(tree.top_folders) > 1:
         tree.about.notes.append(f"folders ({', '.join(sorted(tree.top_folders)[:3])}) are not taken for classes")
     items = tuple(SourceItem(name, mask=mask) for name, mask in mask_of.items())
@@ -222,6 +243,9 @@ def read_inpainting(tree: Tree, split: str | None) -> Source:
 
 
 def _recognizes_inpainting(tree: Tree) -> bool:
+    """Whether there are masks beside images; splits and choices of the user are read by the layout `annotated`."""
+    if tree.choices.mask_files or tree.choices.map_files or any(map(SPLIT.fullmatch, tree.top_folders)):
+        return False
     stems = {stem(name) for name in tree.images}
     return any(name.endswith("_mask.png") and stem(name)[:-5] in stems for name in tree.images)
 

@@ -50,6 +50,11 @@ class Choices:
     map_files: str | None = None
     leave_out: tuple[str, ...] = ()
 
+    @property
+    def names_files(self) -> bool:
+        """Whether the user has named the masks or segmentations."""
+        return any(choice not in (None, "none") for choice in (self.mask_files, self.map_files))
+
 
 @dataclass
 class About:

@@ -33,6 +33,7 @@ from tests.support.image_collections import (
     HOLE,
     IDS,
     MISSING,
+    SIZE,
     encode,
     pairs,
     photo,
@@ -305,6 +306,74 @@ ANNOTATIONS = {
     ),
 }
 
+VOC = (
+    pairs("d/VOC/JPEGImages/{}.jpg", "d/VOC/SegmentationClass/{}.png", IDS, count=4)
+    | {f"d/VOC/SegmentationObject/{n}.png": HOLE for n in range(4)}
+    | {"d/VOC/ImageSets/Segmentation/train.txt": "0\n1\n2\n", "d/VOC/ImageSets/Segmentation/val.txt": "3\n"}
+)
+CUB = pairs("c/images/x/{}.jpg", "c/segmentations/x/{}.png", HOLE * 255, count=2) | {
+    "c/images/y/2.jpg": photo(2),
+    "c/segmentations/y/2.png": HOLE * 255,
+}
+CITIES = (
+    pairs("im/train/a/{}_leftImg8bit.png", "gtFine/train/a/{}_gtFine_labelIds.png", HOLE)
+    | {f"gtFine/train/a/{n}_gtFine_labelTrainIds.png": IDS for n in range(3)}
+    | photos("im/val/b/0_leftImg8bit.png")
+)
+DEFECTS = photos("train/good/0.png", "test/crack/0.png", "test/hole/0.png") | {
+    "ground_truth/crack/0_mask.png": HOLE * 255,
+    "ground_truth/hole/0_mask.png": HOLE * 255,
+}
+MASKS_OF_SPLITS = pairs("train/{}.jpg", "train/{}_mask.png", IDS) | pairs("valid/{}.jpg", "valid/{}_mask.png", IDS)
+SOFT = np.linspace(0, 255, 6).astype(np.uint8)[np.arange(SIZE) % 6][None].repeat(SIZE, 0)
+
+PAIRING = {
+    "a special layout in a wrapper": Collection(folder(VOC), options=("--split", "train"), ids=(0, 1, 2)),
+    "a special layout in a wrapper, splits": Collection(folder(VOC), refused=("holds the splits train, val",)),
+    "a special layout, other files": Collection(
+        folder(VOC), options=("--map-files", "SegmentationObject"), images=4, ids=(0, 1)
+    ),
+    "a special layout without its maps": Collection(
+        folder(CUB),
+        options=("--map-files", "none"),
+        classes={"images/x/0.jpg": "x", "images/x/1.jpg": "x", "images/y/2.jpg": "y"},
+    ),
+    "classes in a wrapper": Collection(
+        folder({f"w/{name}": content for name, content in CUB.items()} | {"w/c/segmentations/z.png": HOLE}),
+        options=("--layout", "annotated", "--classes", "folders", "--map-files", "none"),
+        classes={"w/c/images/x/0.jpg": "x", "w/c/images/x/1.jpg": "x", "w/c/images/y/2.jpg": "y"},
+    ),
+    "the end of a kind of annotation": Collection(
+        folder(CITIES), options=("--split", "train", "--map-files", "labelTrainIds"), ids=(0, 1, 2)
+    ),
+    "the end of several kinds": Collection(
+        folder(CITIES),
+        options=("--split", "train", "--map-files", "ids"),
+        refused=("several end so", "gtfine_labelids"),
+    ),
+    "annotations that the layout does not read": Collection(
+        folder(photos("a.png", "b.png")),
+        options=("--map-files", "depth"),
+        refused=("--map-files depth", "no files of that name"),
+    ),
+    "equal names in other folders": Collection(
+        folder(DEFECTS), options=("--split", "train"), refused=("no name in mask", "--mask-files none")
+    ),
+    "folders of annotations that lack the split": Collection(
+        folder(DEFECTS), options=("--split", "test"), images=2, missing=MISSING
+    ),
+    "masks in splits": Collection(folder(MASKS_OF_SPLITS), refused=("holds the splits train, valid",)),
+    "masks in splits that are ids": Collection(
+        folder(MASKS_OF_SPLITS), options=("--split", "train"), refused=("may be a mask of holes", "--map-files mask")
+    ),
+    "masks in splits that are ids, chosen": Collection(
+        folder(MASKS_OF_SPLITS), options=("--split", "train", "--map-files", "_mask"), ids=(0, 1, 2)
+    ),
+    "shades": Collection(maps(SOFT), refused=("may be shades of a soft mask", "--palette indices")),
+    "shades that are ids": Collection(maps(SOFT), options=("--palette", "indices"), ids=(0, 51, 102, 153, 204, 255)),
+}
+
+
 MASKS = {
     "boolean": Collection(masks(Image.fromarray(HOLE > 0)), missing=MISSING),
     "palette": Collection(masks(PALETTE_MASK), missing=MISSING),
@@ -321,7 +390,9 @@ MASKS = {
     "black strokes, chosen": Collection(
         masks(CUT_OUT_OF_BLACK), options=("--mask-value", "opaque"), missing=1 - MISSING
     ),
-    "grey on white": Collection(masks(np.where(HOLE, 128, 255).astype(np.uint8)), refused=("mask not binary",)),
+    "grey on white": Collection(
+        masks(np.where(HOLE, 128, 255).astype(np.uint8)), refused=("not binary", "--map-files mask")
+    ),
     "white, opaque": Collection(masks(np.dstack([HOLE * 255] * 3 + [HOLE * 0 + 255])), missing=MISSING),
     "white on transparent, grey": Collection(masks(Image.fromarray(RGBA_STROKES[..., :2], "LA")), missing=MISSING),
     "real numbers": Collection(
@@ -333,9 +404,9 @@ MASKS = {
     "full": Collection(masks(HOLE * 0 + 255), refused=("3 mask full",)),
     "red and green": Collection(
         masks(np.where(HOLE[..., None], [255, 0, 0], [0, 255, 0]).astype(np.uint8)),
-        refused=("mask of several colours",),
+        refused=("of several colours", "--map-files mask"),
     ),
-    "class ids": Collection(masks(IDS), refused=("mask not binary",)),
+    "class ids": Collection(masks(IDS), refused=("not binary", "--map-files mask")),
     "values for images without masks": Collection(
         folder(photos("a.png")), options=("--mask-value", "black"), refused=("has no masks",)
     ),
@@ -350,6 +421,11 @@ def test_folders(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ANNOTATIONS)
 def test_annotations(name: str, tmp_path: Path) -> None:
     check(ANNOTATIONS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", PAIRING)
+def test_annotations_of_the_same_image_only(name: str, tmp_path: Path) -> None:
+    check(PAIRING[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", MASKS)
