@@ -152,6 +152,22 @@ class DiT(VelocityNetwork):
     def adapt(adaptation: Adaptation) -> None:
         adapt_dit(adaptation)
 
+    def scale_for_width(self, reference_width: int) -> dict[str, float]:
+        # Of Yang & Hu 2022, table 8: matrices whose inputs are features have a learning rate of 1 / width, and weights of
+        # variance 1 / width, as Xavier's; weights of inputs of a fixed size have neither. The output begins at 0.
+        width = self.config.hidden_size
+        inputs = self.patch_embedding.weight[0].numel()
+        parameters = dict(self.named_parameters())
+        with torch.no_grad():
+            parameters["patch_embedding.weight"].mul_(((inputs + width) / (inputs + reference_width)) ** 0.5)
+            parameters["time_embedding.mlp.2.weight"].mul_((reference_width / width) ** 0.5)
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        return {
+            f"{name}.weight": reference_width / width
+            for name, module in layers.items()
+            if name != "time_embedding.mlp.0"
+        }
+
     def _embed_patches(self, state: Tensor, condition: Condition) -> Tensor:
         """Embed the patches of the state and of the conditions that lie over it: (B, hidden, h/p, w/p)."""
         inputs = [state]

@@ -77,6 +77,14 @@ class VelocityNetwork(nn.Module):
             CheckpointError: there is no rule for a difference.
         """
 
+    def scale_for_width(self, reference_width: int) -> dict[str, float]:
+        """Scale the new weights so that a learning rate that was found at the reference width serves this width (muP).
+
+        Returns:
+            The factor of the learning rate of parameters by name; of others it is 1. Empty for a backbone without a width.
+        """
+        return {}
+
     @property
     def num_parameters(self) -> int:
         """Number of trainable and fixed weights."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lfm.errors import CheckpointError, ConfigError, on_one_line
 from lfm.training.ema import Ema, temporarily_set
 from lfm.training.muon import STATE, MuonWithAdamW, orthogonal_update
+from lfm.training.parameter_groups import parameter_groups
 from lfm.training.step_guard import StepGuard
 from lfm.world import World
 
@@ -64,40 +65,6 @@ def start_processes(world: World, store: Any = None) -> Any:
         dist_backend=backend, auto_mpi_discovery=False, rank=world.rank, world_size=world.size, verbose=False
     )
     return deepspeed
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, hidden_matrices: Mapping[str, int] | None = None
-) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: weight decay for matrices and kernels; none for biases, norms, embeddings.
-
-    Without weight decay all parameters are one group.
-
-    Args:
-        model: the network.
-        weight_decay: of matrices and kernels.
-        hidden_matrices: names of the parameters that Muon updates; they are the last group, and each group then has a value
-            `muon`.
-    """
-    if hidden_matrices:
-        parameters = dict(model.named_parameters())
-        matrices = [parameters.pop(name) for name in hidden_matrices]
-        groups = _decay_groups(model, list(parameters.values()), weight_decay)
-        groups = [group | {"muon": False} for group in groups]
-        return [*groups, {"params": matrices, "weight_decay": weight_decay, "muon": True}]
-    return _decay_groups(model, list(model.parameters()), weight_decay)
-
-
-def _decay_groups(model: nn.Module, parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    if weight_decay == 0:
-        return [{"params": parameters}]
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    with_decay: list[nn.Parameter] = []
-    without: list[nn.Parameter] = []
-    for parameter in parameters:
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-        (with_decay if is_matrix else without).append(parameter)
-    return [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
 
 
 def _leave_skipping_to_the_guard() -> None:
@@ -146,6 +113,7 @@ class Engine:
         store: store of `lfm.training.ranks.Ranks`, by which the ranks connect.
         hidden_matrices: names of the matrices that Muon updates, see `VelocityNetwork.hidden_matrices`; AdamW updates all
             other parameters, or all without any names.
+        rate_factors: see `parameter_groups`; not with `hidden_matrices`.
 
     Raises:
         ConfigError: DeepSpeed refuses the configuration.
@@ -160,13 +128,15 @@ class Engine:
         guard: StepGuard | None = None,
         store: Any = None,
         hidden_matrices: Mapping[str, int] | None = None,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         deepspeed = start_processes(world, store)
         self.world, self.guard = world, guard or StepGuard()
         optimizer: MuonWithAdamW | None = None
         self._num_blocks: dict[nn.Parameter, int] = {}  # of the matrices that Muon updates
         try:
-            groups = parameter_groups(model, settings["optimizer"]["params"].get("weight_decay", 0.0), hidden_matrices)
+            weight_decay = settings["optimizer"]["params"].get("weight_decay", 0.0)
+            groups = parameter_groups(model, weight_decay, hidden_matrices, rate_factors)
             if hidden_matrices:
                 options = {**settings["optimizer"]["params"]}
                 options.pop("torch_adam", None)  # an option of DeepSpeed
@@ -273,7 +243,7 @@ class Engine:
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the next steps."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_factor", 1.0)
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Replace a tensor by its sum over all ranks, and return it; all ranks must call it."""

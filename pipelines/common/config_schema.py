@@ -204,6 +204,8 @@ class TrainConfig(_Section):
     """Optimizer: AdamW, or Muon for the matrices of the blocks and AdamW for the rest (beyond the paper)."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate."""
+    reference_width: PositiveInt | None = None
+    """Width at which learning_rate was found; it is scaled to the width of the network (muP); by default it is not."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warmup: constant, or a cosine that falls to 0 at the last step."""
     warmup_steps: int = Field(default=0, ge=0)

@@ -103,6 +103,7 @@ class PreparedTraining:
     initial: InitialWeights | None  # from a source
     prediction: str  # of the network: velocity or noise
     record: SourceRecord | None  # of the source of the first weights
+    rate_factors: dict[str, float]  # of the learning rate, by the name of a parameter; of others 1
 
 
 def _require_equal_configuration(config: ExperimentConfig, ranks: Ranks) -> None:
@@ -156,6 +157,7 @@ def _prepare(
     reference_set = load_reference_set(config, manifest, world) if config.evaluation else None
     torch.manual_seed(config.train.seed)  # used for the initial weights only
     model = registry.build_network(model_config)
+    rate_factors = _rate_factors(config, model)
     initial, prediction, record = None, "velocity", None
     if checkpoint:
         check_continues(config, mixture, model, *checkpoint, allow_changes)
@@ -176,7 +178,20 @@ def _prepare(
     origin = checkpoint[0].name if checkpoint else initialization.source if initialization else None
     lines = [_describe(config, mixture, model, world, settings, origin), *describe_mixture(config, training)]
     plan = "\n".join([*lines, initial.table] if initial else lines)
-    return PreparedTraining(plan, config, model, settings, reference_set, initial, prediction, record)
+    return PreparedTraining(plan, config, model, settings, reference_set, initial, prediction, record, rate_factors)
+
+
+def _rate_factors(config: ExperimentConfig, model: VelocityNetwork) -> dict[str, float]:
+    """Scale the new weights of a network for `train.reference_width`, and return the factors of its learning rates."""
+    width = config.train.reference_width
+    if width is None:
+        return {}
+    if config.train.optimizer != "adamw":
+        raise ConfigError(f"train.reference_width {width}: is for train.optimizer adamw; leave it out")
+    factors = model.scale_for_width(width)
+    if not factors:
+        raise ConfigError(f"train.reference_width {width}: the backbone {config.model.backbone} has none; leave it out")
+    return factors
 
 
 def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder) -> TrainingLoop:
@@ -185,7 +200,14 @@ def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: R
     guard = StepGuard(config.train.skip_above)
     matrices = prepared.model.hidden_matrices() if config.train.optimizer == "muon" else None
     engine = Engine(
-        prepared.model, prepared.settings, ranks.world, averages(config.train), guard, ranks.store, matrices
+        prepared.model,
+        prepared.settings,
+        ranks.world,
+        averages(config.train),
+        guard,
+        ranks.store,
+        matrices,
+        prepared.rate_factors,
     )
     if ranks.world.is_main:
         print(hide_credentials(prepared.plan), flush=True)

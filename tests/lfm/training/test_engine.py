@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from lfm.training.engine import parameter_groups, start_processes
+from lfm.training.engine import start_processes
 from lfm.training.muon import MuonWithAdamW, orthogonal_update
+from lfm.training.parameter_groups import parameter_groups
 from lfm.training.step_guard import MEMORY, MOST_SKIPPED_IN_A_ROW, StepGuard
 from lfm.world import World
 from tests.support import engine_worker

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lfm.models import registry
-from lfm.training.engine import parameter_groups
 from lfm.training.muon import MuonWithAdamW, orthogonal_update, orthogonalized
+from lfm.training.parameter_groups import parameter_groups
 from tests.support.models import SMALL_DIT
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1

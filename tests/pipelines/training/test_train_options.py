@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lfm.weights_file import load_weights
-from tests.support.commands import REPOSITORY
-from tests.support.training_runs import assert_same_weights, losses, train
+from tests.support.commands import REPOSITORY, assert_one_line
+from tests.support.training_runs import assert_same_weights, losses, plan, train
 
 MODEL = (
     "position=rope",
@@ -48,3 +48,21 @@ def test_all_options_train_alike_on_any_ranks_and_resume(experiment: Path, tmp_p
     model = load_weights(str(alone))[1].model
     assert (model.position, model.norm, model.mlp, model.qk_norm) == ("rope", "rms", "swiglu", True)
     assert model.token_dropout == 0.5 and model.activation_checkpointing == 2
+
+
+@pytest.mark.slow
+def test_rates_by_width_train_alike_at_any_stage_and_resume(experiment: Path, tmp_path: Path) -> None:
+    def run(name: str, *overrides: str, ranks: int = 1) -> Path:
+        settings = ("train.reference_width=8", "train.weight_decay=0.1", "train.num_steps=6")
+        settings += ("train.schedule=constant", "train.warmup_steps=0", "train.log_every=1")
+        result = train(experiment, *settings, f"run={tmp_path / name}", *overrides, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        return tmp_path / name
+
+    alone = run("alone")
+    sharded = run("sharded", f"deepspeed={REPOSITORY / 'configs' / 'deepspeed' / 'zero3.json'}", ranks=2)
+    torch.testing.assert_close(torch.tensor(losses(sharded)), torch.tensor(losses(alone)), atol=1e-4, rtol=0)
+    run("stopped", "train.num_steps=3")
+    assert_same_weights(alone, run("stopped"))
+    refused = plan(experiment, "train.reference_width=8", "train.optimizer=muon", f"run={tmp_path / 'refused'}")
+    assert_one_line(refused, "train.reference_width 8", "adamw")
