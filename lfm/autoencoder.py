@@ -7,6 +7,7 @@ the configuration of the autoencoder (Rombach et al., 2022). An autoencoder is i
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 from importlib.resources import files
 from pathlib import Path
@@ -143,6 +144,7 @@ def load(
         if diffusers.ModelMixin not in getattr(model_class, "__mro__", ()):
             raise ConfigError(f"autoencoder {name}: its config.json names no model of diffusers")
         _check_config(config, name)
+        _check_integers(model_class, config, name)
         _check_size(model_class, config, Path(location) / subfolder.get("subfolder", ""), name)
         model, info = model_class.from_pretrained(
             location, **subfolder, **options, low_cpu_mem_usage=False, output_loading_info=True
@@ -178,6 +180,23 @@ def _check_config(config: dict[str, Any], name: str) -> None:
         raise ConfigError(f"autoencoder {name}: config.json: scaling_factor {scale}: must be above 0")
     if not isinstance(shift, int | float):
         raise ConfigError(f"autoencoder {name}: config.json: shift_factor {shift}: must be a number")
+
+
+def _check_integers(model_class: Any, config: dict[str, Any], name: str) -> None:
+    """Raise ConfigError, naming the key, if diffusers builds a network of the numbers, but cannot run it on images.
+
+    Numbers that are counts must be integers: a GroupNorm of 0.5 groups is built and fails when it runs.
+    """
+    for key, parameter in inspect.signature(model_class.__init__).parameters.items():
+        defaults = parameter.default if isinstance(parameter.default, tuple) else (parameter.default,)
+        if key not in config or not all(type(default) is int for default in defaults):
+            continue
+        for value in config[key] if isinstance(config[key], list | tuple) else [config[key]]:
+            if not (value is None or type(value) is int):
+                raise ConfigError(f"autoencoder {name}: config.json: {key} {value}: must be an integer")
+    for key in ("in_channels", "out_channels"):
+        if config.get(key, 3) != 3:
+            raise ConfigError(f"autoencoder {name}: config.json: {key} {config[key]}: must be 3, since images are RGB")
 
 
 def _check_size(model_class: Any, config: dict[str, Any], folder: Path, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,21 @@ def test_a_value_of_the_config_out_of_range_is_one_line(copy: Path, key: str, va
     config = json.loads((copy / "config.json").read_text()) | {key: value}
     (copy / "config.json").write_text(json.dumps(config))
     refused(copy)
+
+
+@pytest.mark.parametrize("value", [0.5, 4.0, True, "4"])
+@pytest.mark.parametrize("key", ["norm_num_groups", "latent_channels", "layers_per_block", "block_out_channels"])
+def test_a_count_in_the_config_that_is_no_integer_is_one_line(copy: Path, key: str, value: object) -> None:
+    edit_config(copy, **{key: [8, value] if key == "block_out_channels" else value})
+    with pytest.raises(ConfigError, match=rf"{key} {re.escape(str(value))}: must be an integer"):
+        load(str(copy))
+
+
+@pytest.mark.parametrize("key", ["in_channels", "out_channels"])
+def test_an_autoencoder_of_other_channels_than_rgb_is_one_line(tmp_path: Path, key: str) -> None:
+    tiny_kl(**{key: 1}).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"{key} 1: must be 3"):
+        load(str(tmp_path))
 
 
 def test_another_kind_of_model_is_one_line(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from itertools import pairwise
+from pathlib import PurePosixPath
 
 from lfm import storage
 from lfm.data.sources.labels import in_order
@@ -39,7 +40,11 @@ def read_folder(tree: Tree, split: str | None) -> Source:
     tree, is_split = _of_split(tree, split)
     root, paths = tree.root, tree.images
     if not paths:
-        raise DataError(f"{root}: no images there ({', '.join(SUFFIXES[:4])}, ...); name the folder that holds them")
+        suffixes = sorted({PurePosixPath(name).suffix.lower() for name in tree.names} - {""})
+        others = f", only {', '.join(suffixes[:4])}" if suffixes else ""
+        raise DataError(
+            f"{root}: no images there ({', '.join(SUFFIXES[:4])}, ...){others}; name the folder that holds them"
+        )
     folders = tree.top_folders
     if not folders or tree.choices.classes == "none":
         return Source(root, tuple(map(SourceItem, paths)), read=tree.read, about=tree.about)
@@ -103,7 +108,11 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
             f"{tree.root}: {', '.join(splits[:3])} may be a split or a class{beside}; choose `split` {splits[0]} to read "
             "that folder, or `classes` folders"
         )
-    odd = sorted(name for name in folders if ANNOTATION_FOLDER.fullmatch(name) or IMAGE_FOLDER.fullmatch(name))
+    odd = sorted(
+        name
+        for name in folders
+        if ANNOTATION_FOLDER.fullmatch(name) or IMAGE_FOLDER.fullmatch(name) or f".{name.lower()}" in SUFFIXES
+    )
     if odd and len(folders) > 1:
         raise ConfigError(
             f"{tree.root}: {', '.join(odd[:3])} may hold images and their annotations, or classes; name the folder of the "

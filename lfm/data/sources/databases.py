@@ -133,6 +133,13 @@ def _columns(path: str, schema: Any, label: str | None, about: About) -> dict[st
     if "image" not in columns:
         if len(images) != 1:
             names = ", ".join(entry.name for entry in schema)
+            paths = next((name for name in _COLUMNS["image"] if name in schema.names), None)
+            if paths and not images:
+                kind = schema.field(paths).type
+                raise DataError(
+                    f"{path}: column {paths} holds no encoded images, but {str(kind)[:60]}; if these are paths, name the "
+                    "folder of the images and choose `labels` with this table"
+                )
             raise DataError(f"{path}: no column is called image, only {names}; rename the one with the images")
         columns = {"image": images[0]}
     unused = [entry.name for entry in schema if entry.name not in (*columns.values(), label)]

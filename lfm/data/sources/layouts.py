@@ -120,6 +120,10 @@ def _open(root: str, choices: Choices) -> Tree:
         folder, name = storage.parent(root), root.rpartition("/")[2]
         _refuse_archives(root, [name])
         return Tree(folder, (name,), choices, read_inner=_read_archive)
+    if storage.is_local(root) and Path(root).is_file():
+        raise DataError(
+            f"{root}: is a file, but no tar, zip, parquet or arrow file; name a folder of images, or an archive"
+        )
     names = _without(root, storage.find(root), choices.leave_out)
     used = tuple(name for name in names if not is_junk(name))
     tree = Tree(root, used, choices, read_inner=_read_archive)

@@ -406,6 +406,20 @@ LABELS = {
         lambda root: write_parquet(root / "a.parquet", {"image": [photo(0)], "label": [5]}, {"label": ["cat", "dog"]}),
         refused=("class 5 is not one of the 2 names",),
     ),
+    "parquet with paths of images": Collection(
+        lambda root: write_parquet(root / "a.parquet", {"image": ["x/0.png"], "label": [1]}),
+        refused=("column image holds no encoded images, but string", "--labels"),
+    ),
+    "a file that is no archive": Collection(
+        folder(photos("a.png")), source="a.png", refused=("a.png: is a file, but no tar",)
+    ),
+    "files of other kinds": Collection(
+        folder({"a.npz": b"x", "b.pkl": b"x"}), refused=("no images there", "only .npz, .pkl")
+    ),
+    "a folder that is named for its kind of files": Collection(
+        folder(photos("jpg/image_1.jpg", "segmim/segmim_1.jpg")),
+        refused=("jpg may hold images and their annotations, or classes", "--classes folders"),
+    ),
     "a table of labels": Collection(
         folder(photos("a.png", "b.png") | {"l.csv": "file,species\na.png,dog\nb.png,cat\n"}),
         options=("--labels", "@l.csv", "--label-column", "species"),
