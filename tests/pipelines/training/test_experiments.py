@@ -140,7 +140,7 @@ def test_experiments_share_parts_and_extend_no_other_experiment_but_the_one_they
     for path in SHIPPED:
         extended = re.findall(r"[\w/]+\.yaml", "".join(re.findall(r"^extends: (.*)$", path.read_text(), re.M)))
         original = f"{path.stem.removesuffix(MODERN).removesuffix(UNET)}.yaml"
-        parts = {f"parts/{part}.yaml" for part in ("paper", "modern", "images", "unet_edm", "unet_guided")}
+        parts = {f"parts/{part}.yaml" for part in ("paper", "modern", "blocks", "images", "unet_edm", "unet_guided")}
         allowed = parts | ({original} if path.stem.endswith((MODERN, UNET)) else set())
         assert set(extended) <= allowed, path.name
 
