@@ -118,6 +118,13 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
             f"{tree.root}: {', '.join(odd[:3])} may hold images and their annotations, or classes; name the folder of the "
             "images to read them alone, or choose `classes` folders"
         )
+    for name in sorted(folders):
+        inner = {path.split("/")[1] for path in tree.images if path.startswith(f"{name}/") and path.count("/") >= 2}
+        if same := sorted(inner & (folders - {name})):
+            raise ConfigError(
+                f"{tree.root}: {name} holds folders with the names of those beside it ({', '.join(same[:3])}), so it may be a "
+                "copy of these or another set; name one of them, or choose `classes` folders or inner-folders"
+            )
     if len(folders) > 1 and all(map(COMPANION_FOLDER.fullmatch, folders)) and _share_names(tree, folders):
         raise ConfigError(
             f"{tree.root}: {', '.join(sorted(folders)[:3])} may be versions of the same images, since their files have the "

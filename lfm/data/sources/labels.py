@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -161,14 +163,18 @@ def read_table(content: bytes, path: str, files: Container[str] = ()) -> list[Ro
 
 
 def _read_csv(text: str, files: Container[str]) -> list[Row]:
-    first = text.partition("\n")[0]
+    """Return the rows of a CSV; spaces around cells are no part of them."""
+    first = next(iter(text.splitlines()), "")
     delimiter = max(",;\t", key=first.count)
     delimiter = delimiter if delimiter in first else " "
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    head = next(reader, [])
-    has_head = column_of(head, FILE_KEYS) is not None or not any(_file(plain_path(cell)) in files for cell in head)
-    columns = head if has_head else [str(number) for number in range(1, len(head) + 1)]
-    return list(csv.DictReader(io.StringIO(text), None if has_head else columns, delimiter=delimiter))
+    lines = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, skipinitialspace=True)
+    cells = [[cell.strip() for cell in line] for line in lines if line]
+    head = cells[0] if cells else []
+    if column_of(head, FILE_KEYS) is None and any(_file(plain_path(cell)) in files for cell in head):
+        head = [str(number) for number in range(1, len(head) + 1)]
+    else:
+        cells = cells[1:]
+    return [dict(zip_longest(head, line[: len(head)])) for line in cells]
 
 
 def plain_path(name: Any) -> str:
@@ -217,7 +223,11 @@ def with_labels(source: Source, choices: Choices) -> Source:
     names = [readers.inner_name(item.image) for item in source.items]
     files = {key for name in names for key in (_file(name), stem(_file(name)))}
     rows = read_table(storage.read_bytes(path), path, files)
-    columns = [name for name in (rows[0] if rows else ()) if name]
+    if not rows:
+        raise ConfigError(
+            f"{path}: has no rows; write a line for each image, such as {names[0] if names else 'a.png'},cat"
+        )
+    columns = [name for name in rows[0] if name]
     column = label_column(columns, choices, source.about, path)
     file_column = _file_column([name for name in columns if name != column], rows, files)
     if file_column is None:
@@ -236,12 +246,20 @@ def with_labels(source: Source, choices: Choices) -> Source:
         name, label = plain_path(row[file_column]), as_label(row[column], f"{path}: {row[file_column]}")
         if table.setdefault(name, label) != label:
             raise DataError(f"{path}: {name} has the labels {table[name]} and {label}; remove one of the rows")
-    labels = _matched(source, names, table, path)
+    labels = _whole(_matched(source, names, table, path))
     indices, class_names = classes(labels, choices, path)
     items = tuple(replace(item, class_index=index) for item, index in zip(source.items, indices, strict=True))
     source.about.labels_from = f"column {column} of {path}"
     source.about.used |= {path, str(Path(path).resolve())}
     return replace(source, items=items, class_names=class_names)
+
+
+def _whole(labels: list[Label]) -> list[Label]:
+    """Return texts such as 3.0 as integers, if all are such: pandas writes them where a label is missing."""
+    known = [label for label in labels if label is not None]
+    if all(isinstance(label, str) and re.fullmatch(r"\d{1,18}\.0+", label) for label in known):
+        return [None if label is None else int(str(label).partition(".")[0]) for label in labels]
+    return labels
 
 
 def _file(path: str) -> str:

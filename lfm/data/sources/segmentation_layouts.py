@@ -223,7 +223,7 @@ def check_masks(tree: Tree, family: str, names: list[str]) -> None:
             if error.reason in ("not binary", "of several colours"):
                 raise ConfigError(
                     f"{tree.root}/{name}: may be a mask of holes ({error}), or a segmentation; choose `map_files` {family} "
-                    f"or `mask_files` {family}"
+                    f"or `mask_files` {family}, or `mask_files` none"
                 ) from error
 
 

@@ -70,6 +70,10 @@ FOLDERS = {
     "names with an end that others lack, chosen": Collection(
         folder(pairs("{}.png", "{}_depthmap.png", IDS)), options=("--map-files", "depthmap"), ids=(0, 1, 2)
     ),
+    "class folders and a copy of them in a folder": Collection(
+        folder(photos("set/yes/0.png", "set/no/1.png", "yes/0.png", "no/1.png")),
+        refused=("set holds folders with the names of those beside it (no, yes)", "--classes folders"),
+    ),
     "folders of folders": Collection(
         folder(photos("clipart/cat/0.png", "real/cat/1.png", "real/dog/2.png")),
         refused=("outer folders (clipart, real)", "inner ones (cat, dog)", "--classes inner-folders"),
