@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from lfm import storage, tensor_file
+from lfm.adapters import merge_adapters
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Pixels
 from lfm.errors import CheckpointError, ConfigError, DataError, LfmError, on_one_line
 from lfm.models import registry
@@ -58,6 +59,8 @@ class WeightsHeader:
     the first pixel of each latent element, in the paper's checkpoints."""
     initialized_from: SourceRecord | None = None
     """The weights from which the run started, or None."""
+    base: SourceRecord | None = None
+    """The weights that hold all tensors that this file does not, or None for a complete file."""
 
     def to_json(self) -> str:
         """Serialize to one line of JSON."""
@@ -66,8 +69,9 @@ class WeightsHeader:
             "autoencoder": self.autoencoder.model_dump(),
             "classes": [entry.model_dump() for entry in self.classes],
         }
-        if self.initialized_from is None:
-            del content["initialized_from"]
+        for name in ("initialized_from", "base"):
+            if content[name] is None:
+                del content[name]
         return json.dumps(content)
 
     @staticmethod
@@ -115,9 +119,36 @@ def save_weights(path: str, tensors: dict[str, Tensor], header: WeightsHeader) -
 def load_weights(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
     """Load the EMA weights and the header of a run folder, a checkpoint folder or a weights file, by path or URL.
 
+    Those of a trained part are put together with their base.
+
     Raises:
-        CheckpointError: there is no weights file, it cannot be read, it was damaged, or it was not written by lfm.
+        CheckpointError: there is no weights file, it cannot be read, it was damaged, or it was not written by lfm; or its
+            base is not there, or another one.
     """
+    tensors, header = load_with_base(run)
+    return (tensors, header) if header.base is None else (merge_adapters(tensors), replace(header, base=None))
+
+
+def load_with_base(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
+    """Load weights as `load_weights` does, but with adapters beside the weights that they change."""
+    tensors, header = load_file(run)
+    if header.base is None:
+        return tensors, header
+    try:
+        base, _ = load_weights(header.base.name)
+    except LfmError as error:
+        raise CheckpointError(f"{run}: needs the weights {header.base.name}, of which it is a part: {error}") from error
+    if digest(base) != header.base.digest:
+        raise CheckpointError(
+            f"{run}: is a part of {header.base.name}, which has changed: its sha256 is no longer {header.base.digest[:16]}; "
+            "restore it"
+        )
+    own = _expected(header)
+    return {name: value for name, value in base.items() if name in own} | tensors, header
+
+
+def load_file(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
+    """Load the tensors of a file alone, without its base; see `load_weights`."""
     path = run if run.endswith(".safetensors") else storage.join(run, WEIGHTS)
     if not storage.exists(path):
         raise CheckpointError(f"{run}: contains no {WEIGHTS}; train first, or name the run folder")
@@ -132,6 +163,12 @@ def load_weights(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
     raise CheckpointError(f"{path}: has no lfm header; it was not written by `launch/train.py`")
 
 
+def _expected(header: WeightsHeader) -> dict[str, Tensor]:
+    """Return names and shapes of the weights of a network, without memory for them."""
+    with torch.device("meta"):
+        return registry.build_network(header.model).state_dict()
+
+
 def build_network(weights: dict[str, Tensor], header: WeightsHeader, name: str) -> VelocityNetwork:
     """Build the network of a weights file, in training mode.
 
@@ -144,8 +181,7 @@ def build_network(weights: dict[str, Tensor], header: WeightsHeader, name: str) 
         CheckpointError: the weights do not fit their header.
     """
     try:
-        with torch.device("meta"):
-            expected = registry.build_network(header.model).state_dict()
+        expected = _expected(header)
         if {key: tensor.shape for key, tensor in weights.items()} != {
             key: value.shape for key, value in expected.items()
         }:

@@ -32,7 +32,7 @@ FLOORS = (
     {"errors", "types", "world"},
     {"storage", "prefetch", "precision", "tensor_file"},
     {"models", "flow", "solvers"},
-    {"data", "synthetic", "tensor_file"},
+    {"data", "synthetic", "tensor_file", "adapters"},
     {"weights_file", "autoencoder"},
     {"training", "inference", "conversion", "metrics"},
 )

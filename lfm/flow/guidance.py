@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -103,6 +103,24 @@ def fill_up(values: Tensor, size: int | None) -> Tensor:
     """Repeat the last row of `values` (B, ...) until there are `size` rows; None leaves them as they are."""
     missing = (size or 0) - len(values)
     return values if missing <= 0 else torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
+
+
+class AtNullClass:
+    """A network at its null class, as a weaker model for one of other classes (domain guidance).
+
+    Args:
+        network: the weaker network.
+        num_classes: its number of classes, which stands for the null class; None if it has none.
+    """
+
+    def __init__(self, network: Network, num_classes: int | None) -> None:
+        self.network, self.num_classes = network, num_classes
+
+    def __call__(self, state: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        index = None
+        if self.num_classes is not None:
+            index = torch.full((len(state),), self.num_classes, dtype=torch.int64, device=state.device)
+        return self.network(state, time, replace(condition, class_index=index))
 
 
 class GuidedVelocity:

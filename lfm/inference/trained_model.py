@@ -28,6 +28,7 @@ from lfm.autoencoder import Autoencoder
 from lfm.data.random_draws import image_noise, kept_tokens
 from lfm.errors import ConfigError
 from lfm.flow.guidance import (
+    AtNullClass,
     CountedVelocity,
     Guidance,
     GuidedVelocity,
@@ -48,7 +49,7 @@ from lfm.types import Condition, SolverResult
 from lfm.weights_file import WeightsHeader
 
 # Properties of the network that must agree for autoguidance: else the two do not describe the same distribution.
-_SHARED_BY_GUIDANCE = ("latent_size", "num_classes", "condition_channels", "num_labels")
+_SHARED_BY_GUIDANCE = ("latent_size", "condition_channels", "num_labels")
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,8 @@ class TrainedModel:
         """Return the settings of guidance by the null condition, a weaker model, the network's early blocks, or dropped tokens.
 
         Raises:
-            ConfigError: the weaker model has another autoencoder, latent size or condition; or the network has no velocity of
-                its early blocks or was trained without token dropout.
+            ConfigError: the weaker model has another autoencoder, latent size or condition, or other classes and no null
+                condition; or the network has no velocity of its early blocks or was trained without token dropout.
         """
         ways = {"autoguidance": autoguidance, "internal_guidance": internal, "sparse_guidance": sparse}
         chosen = [f"`{name}`" for name, value in ways.items() if value]
@@ -241,7 +242,22 @@ class TrainedModel:
                 raise ConfigError(
                     f"`autoguidance` {autoguidance.name}: its {name} is {weak}, that of {self.name} {own}"
                 )
-        return Guidance(scale, interval, autoguidance.network)
+        if self._has_classes_of(autoguidance):
+            return Guidance(scale, interval, autoguidance.network)
+        weaker = autoguidance.header.model
+        if weaker.num_classes and not weaker.has_null_condition:
+            raise ConfigError(
+                f"`autoguidance` {autoguidance.name}: its classes are others than those of {self.name}, and it has no null "
+                "condition; name a model of the same classes, or one trained with condition_dropout"
+            )
+        return Guidance(scale, interval, AtNullClass(autoguidance.network, weaker.num_classes))
+
+    def _has_classes_of(self, other: TrainedModel) -> bool:
+        """Return whether the classes of two models are the same; those of an imported model are numbers, which say nothing."""
+        if self.header.model.num_classes != other.header.model.num_classes:
+            return False
+        own, theirs = ([entry.name for entry in model.header.classes] for model in (self, other))
+        return own == theirs or any(names == [str(index) for index in range(len(names))] for names in (own, theirs))
 
     def solve(
         self,

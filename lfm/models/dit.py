@@ -46,6 +46,7 @@ class DiT(VelocityNetwork):
     """Diffusion transformer; see the module and `VelocityNetwork`."""
 
     config: DiTConfig
+    input_layer = "patch_embedding"
     position: Tensor  # fixed: float32 (tokens, hidden_size), or for rope int64 (tokens, 2)
 
     def __init__(self, config: DiTConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,6 +20,8 @@ class VelocityNetwork(nn.Module):
     """
 
     config: ModelConfig
+    input_layer: ClassVar[str]
+    """Name of the first layer, whose input is the state and the conditions concatenated to it."""
 
     def forward(
         self,

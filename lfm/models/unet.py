@@ -43,6 +43,7 @@ class UNet(VelocityNetwork):
     """ADM U-Net; see the module and `VelocityNetwork`."""
 
     config: UNetConfig
+    input_layer = "input"
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

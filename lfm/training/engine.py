@@ -105,12 +105,13 @@ class Engine:
     """One rank's part of a model in training.
 
     Args:
-        model: float32 model, the same on every rank.
+        model: float32 model, the same on every rank; parameters without gradients are frozen, and no part of the state.
         settings: DeepSpeed's configuration, with ZeRO stage 1, 2 or 3.
         world: this process among the ranks.
         averages: names of the averages of the weights.
         guard: decides which steps are skipped, on all ranks alike.
         store: store of `lfm.training.ranks.Ranks`, by which the ranks connect.
+        fixed: frozen weights that are saved with the averages, since the base of a part has not got them.
         hidden_matrices: names of the matrices that Muon updates, see `VelocityNetwork.hidden_matrices`; AdamW updates all
             other parameters, or all without any names.
         rate_factors: see `parameter_groups`; not with `hidden_matrices`.
@@ -129,7 +130,9 @@ class Engine:
         store: Any = None,
         hidden_matrices: Mapping[str, int] | None = None,
         rate_factors: Mapping[str, float] | None = None,
+        fixed: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.fixed = dict(fixed or {}) if world.is_main else {}
         deepspeed = start_processes(world, store)
         self.world, self.guard = world, guard or StepGuard()
         optimizer: MuonWithAdamW | None = None
@@ -283,8 +286,12 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         with temporarily_set(self.masters, partitions):
-            for name, parameter in self.engine.module.named_parameters():
+            for name, parameter in self._trained():
                 yield name, safe_get_full_fp32_param(parameter)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters that are not frozen, by name."""
+        return [pair for pair in self.engine.module.named_parameters() if pair[1].requires_grad]
 
     def average_weights(self, name: str) -> dict[str, Tensor]:
         """Return an average by parameter name, float32 on the CPU; empty on all ranks but the main one.
@@ -292,7 +299,7 @@ class Engine:
         All ranks must call it.
         """
         tensors = self.whole_tensors(self.averages[name].average)
-        return {key: whole.cpu().clone() for key, whole in tensors if self.world.is_main}
+        return self.fixed | {key: whole.cpu().clone() for key, whole in tensors if self.world.is_main}
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Set weights and averages to whole tensors by parameter name.
@@ -331,6 +338,7 @@ class Engine:
                     weights[name] = copy
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        weights |= self.fixed if self.world.is_main else {}
         return StateCopy(parts, weights, {"adam_steps": self._adam_steps, "guard": self.guard.state_dict()})
 
     def load(self, folder: Path, state: dict[str, Any], samples_seen: int) -> None:
@@ -381,7 +389,7 @@ class Engine:
     @torch.no_grad()
     def _set_whole(self, partitions: list[Tensor], tensors: dict[str, Tensor]) -> None:
         """Set partitions, and the masters with them, to whole tensors by parameter name."""
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self._trained():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             if name not in tensors or tensors[name].shape != shape:
                 raise CheckpointError(f"{name}: of another model: the weights have none, or one of another shape")

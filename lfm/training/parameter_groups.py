@@ -16,7 +16,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups: weight decay for matrices and kernels; none for biases, norms, embeddings.
 
-    Without weight decay all parameters are one group.
+    Without weight decay all parameters are one group. Frozen parameters are in none.
 
     Args:
         model: the network.
@@ -26,23 +26,22 @@ def parameter_groups(
         rate_factors: factors of the learning rate of parameters by name; groups of a factor other than 1 have a value
             `rate_factor`.
     """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if rate_factors:
         by_factor: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained.items():
             by_factor.setdefault(rate_factors.get(name, 1.0), []).append(parameter)
         return [
             group | {"rate_factor": factor}
             for factor, parameters in by_factor.items()
             for group in _decay_groups(model, parameters, weight_decay)
-            if group["params"]
         ]
     if hidden_matrices:
-        parameters = dict(model.named_parameters())
-        matrices = [parameters.pop(name) for name in hidden_matrices]
-        groups = _decay_groups(model, list(parameters.values()), weight_decay)
+        matrices = [trained.pop(name) for name in hidden_matrices]
+        groups = _decay_groups(model, list(trained.values()), weight_decay)
         groups = [group | {"muon": False} for group in groups]
         return [*groups, {"params": matrices, "weight_decay": weight_decay, "muon": True}]
-    return _decay_groups(model, list(model.parameters()), weight_decay)
+    return _decay_groups(model, list(trained.values()), weight_decay)
 
 
 def _decay_groups(model: nn.Module, parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -54,4 +53,5 @@ def _decay_groups(model: nn.Module, parameters: list[nn.Parameter], weight_decay
     for parameter in parameters:
         is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
         (with_decay if is_matrix else without).append(parameter)
-    return [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
+    groups = [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -214,6 +214,10 @@ class TrainConfig(_Section):
     """Decay rates of the moments of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
+    trainable: tuple[Name, ...] = Field(default=("all",), min_length=1)
+    """Parts to train: all, attention, norms_and_biases, conditions, adapters, scales, or patterns of names of weights."""
+    adapter_rank: PositiveInt = 8
+    """Rank of the adapters (LoRA) that `trainable: [adapters]` adds."""
     gradient_clipping: float = Field(default=0.0, ge=0)
     """Largest norm of the gradient; 0 means no clipping."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
@@ -373,8 +377,7 @@ def _known_keys(sections: list[str], backbone: str) -> list[str]:
 def _read_yaml(path: Path, extending: tuple[Path, ...], files: list[Path]) -> dict[str, Any]:
     """Return the content of a file, merged over the files that it `extends` (a name, or a list) relative to itself.
 
-    `extending` are the files that extend this one, and `files` all that were read.
-    """
+    `extending` are the files that extend this one, and `files` all that were read."""
     files.append(path)
     if len(files) > MOST_FILES:
         raise ConfigError(f"{path}: extends: reads more than {MOST_FILES} files; merge some of them")
@@ -408,7 +411,6 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Return the content of YAML or JSON; raises ConfigError, naming `name` and the line."""
     try:
         return _limited(YAML(typ="safe", pure=True).load(io.StringIO(text)))
     except (YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:

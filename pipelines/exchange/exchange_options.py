@@ -42,5 +42,7 @@ class ExportConfig:
     """File or folder to write."""
     to: Literal["safetensors", "diffusers"]
     """Format: safetensors (one file) or diffusers (a folder that DiffusionPipeline loads)."""
+    merge: bool = False
+    """Put the weights of a trained part together with their base; otherwise safetensors holds the part alone."""
     autoencoder: MovedAutoencoder = None
     dry_run: DryRun = False

@@ -108,14 +108,16 @@ def export_weights(config: ExportConfig) -> str:
     """
     if storage.exists(config.dest):
         raise ConfigError(f"{config.dest}: exists already; choose another name")
-    weights, header = weights_file.load_weights(config.run)
+    merges = config.merge or config.to == "diffusers"
+    weights, header = (weights_file.load_weights if merges else weights_file.load_file)(config.run)
     if config.to == "diffusers":
         return _export_pipeline(config, weights, header)
     if not config.dest.endswith(".safetensors"):
         raise ConfigError(f"{config.dest}: must end with .safetensors")
     if not config.dry_run:
         weights_file.save_weights(config.dest, weights, header)
-    return f"{config.dest}: EMA weights, with the configuration in the header"
+    rest = f"; a part of {header.base.name}, which it needs" if header.base else ""
+    return f"{config.dest}: EMA weights, with the configuration in the header{rest}"
 
 
 def _export_pipeline(config: ExportConfig, weights: dict[str, Tensor], header: WeightsHeader) -> str:

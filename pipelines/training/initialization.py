@@ -5,21 +5,23 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lfm import weights_file
+from lfm import adapters, storage, weights_file
 from lfm.data.manifest import Manifest
 from lfm.errors import CheckpointError, ConfigError
 from lfm.models import registry
 from lfm.models.adaptation import NewClasses, Rows
 from lfm.models.network import VelocityNetwork
+from lfm.training.run_folder import RunState
 from lfm.weights_file import SourceRecord, WeightsHeader
 from pipelines.common import config_schema
+from pipelines.common.config_schema import ExperimentConfig
 
 LARGEST_CLASS_MAP = 8 << 20  # bytes
 
@@ -46,6 +48,105 @@ class InitialWeights:
     record: SourceRecord
     prediction: str  # what the weights predict: velocity or noise
     table: str  # which rule each part was made by
+    changed: frozenset[str]  # names of the weights that are not those of the source
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a run come from, and which of them are trained."""
+
+    weights: dict[str, Tensor] | None  # the first weights; None for those of a new network, or of a checkpoint
+    prediction: str  # of the network: velocity or noise
+    record: SourceRecord | None  # of the source of the first weights
+    num_trained: int  # number of trained values
+    base: SourceRecord | None = None  # of a run that trains a part: what holds the rest
+    fixed: dict[str, Tensor] = field(default_factory=dict)  # frozen weights that the base has not got
+    lines: tuple[str, ...] = ()  # of the plan
+
+
+def prepare_weights(
+    config: ExperimentConfig,
+    model: VelocityNetwork,
+    manifest: Manifest,
+    checkpoint: tuple[Path, RunState] | None,
+    initialization: Initialization | None,
+) -> Origin:
+    """Choose the first weights, and freeze those that are not trained; adds adapters to the network, in place.
+
+    Raises:
+        ConfigError: the parts to train cannot be used.
+        CheckpointError: the source does not fit, or the base of a part is not there.
+    """
+    trains_all = config.train.trainable == ("all",)
+    if not trains_all:
+        _check_part(config, bool(checkpoint or initialization))
+    if checkpoint:
+        path, state = checkpoint
+        record = SourceRecord(**state.initialized_from) if state.initialized_from else None
+        if trains_all:
+            return Origin(None, state.prediction, record, model.num_parameters)
+        return _resume_part(config, model, path, Origin(None, state.prediction, record, 0))
+    if initialization is None:
+        return Origin(None, "velocity", None, model.num_parameters)
+    initial = load_initial_weights(initialization, model, manifest, config.flow.time_shift)
+    if trains_all:
+        lines = (initial.table,)
+        return Origin(initial.weights, initial.prediction, initial.record, model.num_parameters, lines=lines)
+    model.load_state_dict(initial.weights)
+    num_trained = _freeze(config, model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    source = initial.record.name
+    return Origin(
+        weights,
+        initial.prediction,
+        initial.record,
+        num_trained,
+        replace(initial.record, name=str(Path(source).absolute()) if storage.is_local(source) else source),
+        {name: weights[name] for name in sorted(frozen & initial.changed)},
+        (initial.table, _describe_part(config, model, num_trained)),
+    )
+
+
+def _check_part(config: ExperimentConfig, has_source: bool) -> None:
+    train = config.train
+    if "all" in train.trainable:
+        raise ConfigError("train.trainable: all is every weight; leave out the other parts")
+    if not has_source:
+        raise ConfigError("train.trainable: a part is trained from the weights of a source; set `initialize_from`")
+    if train.optimizer == "muon" or train.ema_sigma_rel:
+        key = "optimizer muon" if train.optimizer == "muon" else "ema_sigma_rel"
+        raise ConfigError(f"train.{key}: is for training all weights; leave it out, or set train.trainable to all")
+
+
+def _resume_part(config: ExperimentConfig, model: VelocityNetwork, checkpoint: Path, origin: Origin) -> Origin:
+    """Load the frozen weights of a run of a part, as its checkpoint and its base hold them."""
+    tensors, header = weights_file.load_with_base(str(checkpoint))
+    if header.base is None:
+        raise ConfigError(
+            f"train.trainable: {checkpoint} trained all weights; name another folder with run, and start it with "
+            "`initialize_from`"
+        )
+    num_trained = _freeze(config, model)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if expected != {name: value.shape for name, value in tensors.items()}:
+        raise CheckpointError(f"{checkpoint}: was trained with other parts; set train.trainable as it was")
+    model.load_state_dict(tensors)
+    own, _ = weights_file.load_file(str(checkpoint))
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    fixed = {name: value for name, value in own.items() if name not in trained}
+    lines = (_describe_part(config, model, num_trained),)
+    return replace(origin, num_trained=num_trained, base=header.base, fixed=fixed, lines=lines)
+
+
+def _freeze(config: ExperimentConfig, model: VelocityNetwork) -> int:
+    adapters.add_adapters(model, config.train.trainable, config.train.adapter_rank)
+    return adapters.freeze_others(model, config.train.trainable)
+
+
+def _describe_part(config: ExperimentConfig, model: VelocityNetwork, num_trained: int) -> str:
+    share = num_trained / model.num_parameters
+    return f"  trains {', '.join(config.train.trainable)}: {num_trained:,} parameters ({share:.2%}); the rest is frozen"
 
 
 def load_initial_weights(
@@ -90,6 +191,7 @@ def load_initial_weights(
         SourceRecord(options.source, digest, header.samples_seen),
         header.prediction,
         "\n".join(lines),
+        frozenset(part.name for part in adaptation.parts if part.origin in ("adapted", "new")),
     )
 
 

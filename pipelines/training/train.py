@@ -20,14 +20,14 @@ from lfm.training.engine import BYTES_PER_PARAMETER, Engine
 from lfm.training.ranks import Ranks
 from lfm.training.run_folder import RunFolder, RunState
 from lfm.training.step_guard import StepGuard
-from lfm.weights_file import SourceRecord, WeightsHeader
+from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.config_schema import ExperimentConfig, differences
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import load_reference_set
-from pipelines.training.initialization import Initialization, InitialWeights, load_initial_weights
+from pipelines.training.initialization import Initialization, Origin, prepare_weights
 from pipelines.training.mixture_plan import describe_mixture
 from pipelines.training.resume_checks import check_continues
 from pipelines.training.training_loop import TrainingLoop, averages
@@ -83,8 +83,7 @@ def run(
             prepared = _prepare(config, mixture, world, folder, checkpoint, initialization, allow_changes)
             with float32_arithmetic(prepared.config.train.precision or "fp32", factory.device(world)):
                 loop = _start(mixture, prepared, ranks, folder)
-                initial = prepared.initial
-                loop.run(checkpoint[0] if checkpoint else None, initial.weights if initial else None)
+                loop.run(checkpoint[0] if checkpoint else None, prepared.origin.weights)
             loop.engine.close()
     if loop.stop_requested:
         raise KeyboardInterrupt
@@ -100,9 +99,7 @@ class PreparedTraining:
     model: VelocityNetwork
     settings: dict[str, Any]  # DeepSpeed's configuration
     reference_set: ReferenceSet | None  # for a distance during training
-    initial: InitialWeights | None  # from a source
-    prediction: str  # of the network: velocity or noise
-    record: SourceRecord | None  # of the source of the first weights
+    origin: Origin
     rate_factors: dict[str, float]  # of the learning rate, by the name of a parameter; of others 1
 
 
@@ -158,27 +155,24 @@ def _prepare(
     torch.manual_seed(config.train.seed)  # used for the initial weights only
     model = registry.build_network(model_config)
     rate_factors = _rate_factors(config, model)
-    initial, prediction, record = None, "velocity", None
     if checkpoint:
         check_continues(config, mixture, model, *checkpoint, allow_changes)
-        state = checkpoint[1]
-        prediction = state.prediction
-        record = SourceRecord(**state.initialized_from) if state.initialized_from else None
-    elif initialization:
-        initial = load_initial_weights(initialization, model, manifest, config.flow.time_shift)
-        prediction, record = initial.prediction, initial.record
+    origin = prepare_weights(config, model, manifest, checkpoint, initialization)
     if config.train.optimizer == "muon" and not model.hidden_matrices():
         raise ConfigError(
             f"train.optimizer muon: needs matrices, of which the backbone {config.model.backbone} has none; set it to adamw"
         )
     if factory.compiles_blocks(config):
         model.compile_blocks()
-    checkpoint_bytes = (BYTES_PER_PARAMETER + 4 * len(averages(config.train))) * model.num_parameters
-    folder.require_space(checkpoint_bytes, config.train.keep_checkpoints, 4 * model.num_parameters)
-    origin = checkpoint[0].name if checkpoint else initialization.source if initialization else None
-    lines = [_describe(config, mixture, model, world, settings, origin), *describe_mixture(config, training)]
-    plan = "\n".join([*lines, initial.table] if initial else lines)
-    return PreparedTraining(plan, config, model, settings, reference_set, initial, prediction, record, rate_factors)
+    checkpoint_bytes = (BYTES_PER_PARAMETER + 4 * len(averages(config.train))) * origin.num_trained
+    folder.require_space(checkpoint_bytes, config.train.keep_checkpoints, 4 * origin.num_trained)
+    name = checkpoint[0].name if checkpoint else initialization.source if initialization else None
+    lines = [
+        _describe(config, mixture, model, world, settings, name),
+        *describe_mixture(config, training),
+        *origin.lines,
+    ]
+    return PreparedTraining("\n".join(lines), config, model, settings, reference_set, origin, rate_factors)
 
 
 def _rate_factors(config: ExperimentConfig, model: VelocityNetwork) -> dict[str, float]:
@@ -208,6 +202,7 @@ def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: R
         ranks.store,
         matrices,
         prepared.rate_factors,
+        prepared.origin.fixed,
     )
     if ranks.world.is_main:
         print(hide_credentials(prepared.plan), flush=True)
@@ -215,8 +210,9 @@ def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: R
     engine.barrier()
     header = replace(
         _header(config, mixture, prepared.model.config),
-        prediction=prepared.prediction,
-        initialized_from=prepared.record,
+        prediction=prepared.origin.prediction,
+        initialized_from=prepared.origin.record,
+        base=prepared.origin.base,
     )
     return TrainingLoop(config, mixture, header, engine, folder, prepared.reference_set)
 

@@ -160,9 +160,29 @@ def test_messages_name_arguments(model: TrainedModel) -> None:
 def test_autoguidance_needs_a_model_of_the_same_conditions(tasks: Tasks) -> None:
     strong, weak, other = (
         lfm.load(str(tasks.runs / name), autoencoder=str(tasks.autoencoder), device="cpu")
-        for name in ("class", "class", "none")
+        for name in ("class", "class", "both")
     )
     guidance = strong.guidance(2.0, (0.1, 0.9), weak)
     assert guidance.weak is weak.network and (guidance.scale, guidance.interval) == (2.0, (0.1, 0.9))
-    with pytest.raises(ConfigError, match=r"^`autoguidance` .*none: its num_classes is None, that of .*class 8$"):
+    with pytest.raises(ConfigError, match=r"^`autoguidance` .*both: its condition_channels is 5, that of .*class 0$"):
         strong.guidance(2.0, autoguidance=other)
+
+
+def test_a_weaker_model_of_other_classes_is_taken_at_its_null_condition(tasks: Tasks) -> None:
+    strong, same, none = (
+        lfm.load(str(tasks.runs / name), autoencoder=str(tasks.autoencoder), device="cpu")
+        for name in ("class", "class", "none")
+    )
+    names = tuple(entry.model_copy(update={"name": f"other {entry.index}"}) for entry in same.header.classes)
+    other = TrainedModel(same.network, dataclasses.replace(same.header, classes=names), same.autoencoder)
+    own_null = strong.sample([0], class_index=1, guidance_scale=2.0, num_steps=2)
+    by_other = strong.sample([0], class_index=1, guidance_scale=2.0, num_steps=2, autoguidance=other)
+    assert torch.equal(own_null.latents, by_other.latents), "of the same network, the null conditions are the same"
+    by_none = strong.sample([0], class_index=1, guidance_scale=2.0, num_steps=2, autoguidance=none)
+    assert not torch.equal(own_null.latents, by_none.latents)
+    undropped = dataclasses.replace(
+        other.header, model=dataclasses.replace(other.header.model, num_classes=3, condition_dropout=0.0)
+    )
+    without = TrainedModel(same.network, undropped, same.autoencoder, "without")
+    with pytest.raises(ConfigError, match=r"^`autoguidance` without: its classes are others"):
+        strong.guidance(2.0, autoguidance=without)

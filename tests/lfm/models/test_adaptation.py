@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm.errors import CheckpointError
@@ -142,6 +142,7 @@ def test_a_network_of_convolutions_computes_the_same_inside_larger_latents() -> 
     assert [part.name for part in adaptation.parts if part.origin == "adapted"] == ["size"]
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 4), factor=st.integers(1, 3), seed=st.integers(0, 99))
 def test_the_token_of_an_enlarged_patch_is_that_of_the_patch(size: int, factor: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

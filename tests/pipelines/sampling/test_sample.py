@@ -207,7 +207,7 @@ def test_the_chosen_rows_of_shards_are_read(tasks: Tasks) -> None:
         ("class", ("--guidance-scale", "2", "--guidance-interval", "0.8,0.2"), "two times between 0 and 1"),
         ("class", ("--guidance-interval", "0.2,0.8"), "has no effect at --guidance-scale 1"),
         ("class", ("--autoguidance", "{runs}/class"), "has no effect at --guidance-scale 1"),
-        ("class", ("--autoguidance", "{runs}/none", "--guidance-scale", "2"), "its num_classes is None"),
+        ("class", ("--autoguidance", "{runs}/both", "--guidance-scale", "2"), "its condition_channels is 5"),
         ("class", ("--trajectory", "jpg"), "--trajectory jpg: unknown"),
         ("class", ("--trajectory", "png", "--solver", "torchdiffeq-dopri5"), "does not show its steps"),
         ("class", ("--times", "1,0.5"), "must decrease from 1 to 0"),

@@ -122,7 +122,16 @@ def test_the_papers_unets_train_on_the_data_of_the_experiment_that_they_vary(nam
 
 
 def test_every_experiment_of_the_paper_has_two_variants_and_the_first_has_no_option_beyond_the_paper() -> None:
-    others = {"demo", "demo_unet", "mixture_64", "pictures_64", "pictures_256", *PRESETS, *UNETS}
+    others = {
+        "demo",
+        "demo_unet",
+        "mixture_64",
+        "pictures_64",
+        "pictures_256",
+        "pictures_256_finetune",
+        *PRESETS,
+        *UNETS,
+    }
     assert {path.stem for path in SHIPPED} == others | {stem + suffix for stem in PAPER for suffix in ("", MODERN)}
     for stem in PAPER:
         paper, modern = (configs.load(str(REPOSITORY / "configs" / f"{stem}{x}.yaml")) for x in ("", MODERN))
@@ -140,7 +149,10 @@ def test_experiments_share_parts_and_extend_no_other_experiment_but_the_one_they
     for path in SHIPPED:
         extended = re.findall(r"[\w/]+\.yaml", "".join(re.findall(r"^extends: (.*)$", path.read_text(), re.M)))
         original = f"{path.stem.removesuffix(MODERN).removesuffix(UNET)}.yaml"
-        parts = {f"parts/{part}.yaml" for part in ("paper", "modern", "blocks", "images", "unet_edm", "unet_guided")}
+        parts = {
+            f"parts/{part}.yaml"
+            for part in ("paper", "modern", "blocks", "images", "unet_edm", "unet_guided", "finetune")
+        }
         allowed = parts | ({original} if path.stem.endswith((MODERN, UNET)) else set())
         assert set(extended) <= allowed, path.name
 

@@ -15,22 +15,9 @@ from lfm.models.dit import DiT
 from lfm.models.dit_config import DiTConfig
 from lfm.weights_file import WeightsHeader, load_weights, save_weights
 from tests.support.commands import SmallSet, assert_one_line, lfm
-from tests.support.models import randomized_dit
 from tests.support.published import published_state
+from tests.support.sources import save_source
 from tests.support.training_runs import assert_same_weights, plan, train, zero
-
-
-def save_source(small_set: SmallSet, folder: Path, names: tuple[str, ...], **fields: object) -> Path:
-    """Write a run of random weights whose classes have these names."""
-    record = manifests.load(str(small_set.latents), "latents").autoencoder
-    assert record is not None
-    shape = {"num_classes": len(names), "condition_dropout": 0.1} | fields
-    model = randomized_dit(DiTConfig(4, 8, 2, 32, 2, 2, frequency_shift=1, **shape))
-    classes = tuple(manifests.ClassRecord(index=index, name=name, count=1) for index, name in enumerate(names))
-    header = WeightsHeader(model.config, record, 16, classes, 64, "digest", "test")
-    folder.mkdir()
-    save_weights(str(folder / weights_file.WEIGHTS), model.state_dict(), header)
-    return folder
 
 
 def own_names(small_set: SmallSet) -> list[str]:
