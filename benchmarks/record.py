@@ -201,7 +201,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             cells.append(f"{statistics.fmean(values):.3f}{spread}")
             count = min(len(values), len(final(base, metric)))
             test = difference(final(base, metric)[:count], values[:count], paired=True, higher_is_better=higher)
-            p = f" ({test.p:.3f})" if count > 1 else ""
+            p = "" if count < 2 else " (< 0.001)" if test.p < 0.0005 else f" ({test.p:.3f})"
             cells.append("" if line is base else f"{test.mean:+.3f}{p}")
         cost = line["cpu_seconds_per_sample"] / base["cpu_seconds_per_sample"]
         flops = line["training_flops"] / line["num_samples"] / (base["training_flops"] / base["num_samples"])
