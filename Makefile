@@ -15,7 +15,7 @@ test: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks/*.py
 	$(BIN)/mypy launch/*.py
-	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # torch is installed first: the build of DeepSpeed imports it. Only in compat mode does an editable install take precedence
 # over a folder `lfm` in the working directory, such as this clone seen from its parent folder.

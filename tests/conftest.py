@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ from pipelines.demo import draw_scenes
 from tests.support.commands import ALONE, REPOSITORY, SmallSet, Tasks, make_autoencoder
 from tests.support.models import randomized_dit
 from tests.support.training_runs import YAML
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of most slow tests, so that no process is left alone with one of them at the end."""
+    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -num_slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tests.support.commands import REPOSITORY
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", [("kill", "--kills", 8, "--stages", "shard,encode,sample"), ("fuzz", "--cases", 36)]
+    "arguments", [("kill", "--kills", 3, "--stages", "shard,encode,sample"), ("fuzz", "--cases", 36)]
 )
 def test_a_campaign_finds_no_problem(arguments: tuple[object, ...]) -> None:
     command = [sys.executable, "-m", f"tests.campaigns.{arguments[0]}", *map(str, arguments[1:])]

@@ -59,15 +59,15 @@ def wait_for_lines(run: Path, least: int, processes: list[subprocess.Popen[str]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "kills"), [("dit", 2), ("unet", 1)])
+@pytest.mark.parametrize(("backbone", "kills", "num_steps"), [("dit", 2, 60), ("unet", 1, 24)])
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_not(
-    experiment: Path, tmp_path: Path, backbone: str, kills: int
+    experiment: Path, tmp_path: Path, backbone: str, kills: int, num_steps: int
 ) -> None:
     """Saving takes most of the time of these runs, so that kills fall into it."""
     settings = (
         zero(3),
         network(backbone),
-        "train.num_steps=60",
+        f"train.num_steps={num_steps}",
         "train.checkpoint_every=2",
         "train.ema_sigma_rel=[0.1]",
     )
@@ -81,7 +81,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_no
         for process in processes:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-    assert not (killed / "checkpoints" / "samples-000000000480").exists(), "it was killed too late to show anything"
+    assert not (killed / "checkpoints" / f"samples-{8 * num_steps:012d}").exists(), "it was killed too late to show anything"
     result = train(experiment, f"run={killed}", *settings, ranks=2)
     assert result.returncode == 0 and "from samples-" in result.stdout, result.stderr
     assert_same_weights(undisturbed, killed)
