@@ -81,7 +81,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_one_that_was_no
         for process in processes:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-    assert not (killed / "checkpoints" / f"samples-{8 * num_steps:012d}").exists(), "it was killed too late to show anything"
+    assert not (killed / "checkpoints" / f"samples-{8 * num_steps:012d}").exists(), (
+        "it was killed too late to show anything"
+    )
     result = train(experiment, f"run={killed}", *settings, ranks=2)
     assert result.returncode == 0 and "from samples-" in result.stdout, result.stderr
     assert_same_weights(undisturbed, killed)
