@@ -281,11 +281,14 @@ def _matched(source: Source, names: Sequence[str], table: Mapping[str, Label], p
     the first folders or the suffix, or name folders above the collection, such as those of another machine.
     """
     ends = _ends(table)
-    matches: list[str | None] = []
+    matches: list[str | None] = [None] * len(names)
+    above = plain_path(source.root).rstrip("/").split("/")
     for keys in (list(names), [stem(name) for name in names]):
+        if not any(_file(key) in ends for key in keys):
+            continue
         matches = [key if key in table else None for key in keys]
         if not all(matches):  # rows need not be relative to the collection
-            matches = [_row(source.root, key, ends, path) for key in keys]
+            matches = [_row([*above, *key.split("/")], key, ends, path) for key in keys]
         if any(matches):
             break
     if missing := [name for name, row in zip(names, matches, strict=True) if row is None]:
@@ -312,17 +315,24 @@ def _ends(table: Iterable[str]) -> dict[str, list[str]]:
     return ends
 
 
-def _row(root: str, name: str, ends: Mapping[str, list[str]], path: str) -> str | None:
+def _row(parts: list[str], name: str, ends: Mapping[str, list[str]], path: str) -> str | None:
     """Return the row of an image: the one of the longest common end, unless its next folder is another split.
+
+    Args:
+        parts: the path of the image, with the folders above the collection.
+        name: its path in the collection.
+        ends: the rows by the ends of their paths.
+        path: the table, for messages.
 
     Raises:
         DataError: several rows have that end.
     """
-    parts = [*plain_path(root).rstrip("/").split("/"), *name.split("/")]
     depth = name.count("/") + 1
     for start in range(len(parts)):
         end = "/".join(parts[start:])
         rows = ends.get(end, [])
+        if not rows:
+            continue
         if len(parts) - start < depth:  # the row leaves folders out, but may name no other ones
             rows = [row for row in rows if row == end]
         rows = [row for row in rows if not _is_other_split(row, end, parts[start - 1] if start else "")]

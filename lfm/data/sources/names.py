@@ -110,7 +110,8 @@ def plain_stem(stem_of_file: str) -> str:
 
 def stem(name: str) -> str:
     """Return a name without its suffix."""
-    return name[: -len(PurePosixPath(name).suffix)] if PurePosixPath(name).suffix else name
+    before, _, suffix = name.rpartition("/")[2].rpartition(".")  # pathlib's takes ten times as long
+    return name[: -len(suffix) - 1] if before and suffix else name
 
 
 def storable(name: str) -> str:
