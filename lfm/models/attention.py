@@ -56,14 +56,14 @@ def _use_xformers(query: Tensor, backend: str) -> bool:
     # xformers breaks the graph of torch.compile, which costs more than its kernels gain.
     if backend == "sdpa" or (backend == "auto" and (torch.compiler.is_compiling() or not query.is_cuda)):
         return False
-    problem = _xformers_problem(query.dtype, query.shape[-1]) if query.is_cuda else "it runs on CUDA only"
+    problem = xformers_problem(query.dtype, query.shape[-1]) if query.is_cuda else "it runs on CUDA only"
     if problem and backend == "xformers":
         raise ConfigError(f"`attention` xformers: cannot be used: {problem}; set it to auto or sdpa")
     return not problem
 
 
 @cache
-def _xformers_problem(dtype: torch.dtype, head_dim: int) -> str | None:
+def xformers_problem(dtype: torch.dtype, head_dim: int) -> str | None:
     """Return why xformers fails on such tensors, or None if it works; tries it once, with gradients, and logs the result."""
     try:
         _preload_cuda_12_runtime()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipelines.cli import data_commands, evaluation_commands, model_commands
+from pipelines.cli import data_commands, evaluation_commands, installation_commands, model_commands
 from pipelines.cli.stage_command import StageGroup
 
 COMMANDS = (
@@ -23,6 +23,7 @@ COMMANDS = (
     model_commands.ema,
     model_commands.demo,
     model_commands.train_hint,
+    installation_commands.doctor,
 )
 
 

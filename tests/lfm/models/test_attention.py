@@ -18,9 +18,9 @@ from lfm.models.attention import SelfAttention, attend
 
 @pytest.fixture(autouse=True)
 def forget_what_was_tried() -> Iterator[None]:
-    attention._xformers_problem.cache_clear()
+    attention.xformers_problem.cache_clear()
     yield
-    attention._xformers_problem.cache_clear()
+    attention.xformers_problem.cache_clear()
 
 
 def tensors(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def test_auto_on_a_cpu_does_not_import_xformers(monkeypatch: pytest.MonkeyPatch)
     for name in ("xformers", "xformers.ops"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it would raise
     assert attend(*tensors()).shape == (2, 7, 3, 16)
-    assert attention._xformers_problem.cache_info().currsize == 0
+    assert attention.xformers_problem.cache_info().currsize == 0
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_an_xformers_that_fails_is_tried_once_and_its_reason_logged(
     broken_xformers: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger=attention.__name__):
-        problems = {attention._xformers_problem(torch.bfloat16, 64) for _ in range(3)}
+        problems = {attention.xformers_problem(torch.bfloat16, 64) for _ in range(3)}
     assert problems == {"NotImplementedError: No operator found"}
     assert len(broken_xformers) == 1
     assert [record.getMessage() for record in caplog.records] == [
@@ -97,7 +97,7 @@ def test_a_warning_of_xformers_is_no_failure(broken_xformers: list[int], monkeyp
 
     monkeypatch.setattr(sys.modules["xformers.ops"], "memory_efficient_attention", warn)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert attention._xformers_problem(torch.bfloat16, 64) is None
+    assert attention.xformers_problem(torch.bfloat16, 64) is None
     assert len(broken_xformers) == 1
     with pytest.raises(DeprecationWarning):  # the filter of the process is as before
         warn(*tensors())

@@ -87,7 +87,7 @@ def test_auto_takes_no_xformers_into_a_graph(monkeypatch: pytest.MonkeyPatch) ->
     class OnCuda:
         is_cuda, dtype, shape = True, torch.bfloat16, (1, 4, 2, 8)
 
-    monkeypatch.setattr(attention, "_xformers_problem", lambda *_: None)
+    monkeypatch.setattr(attention, "xformers_problem", lambda *_: None)
     assert attention._use_xformers(OnCuda(), "auto")  # type: ignore[arg-type]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not attention._use_xformers(OnCuda(), "auto")  # type: ignore[arg-type]

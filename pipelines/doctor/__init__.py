@@ -1,0 +1,1 @@
+"""The check of an installation and its machine."""
