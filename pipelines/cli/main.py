@@ -22,8 +22,8 @@ COMMANDS = (
     model_commands.export,
     model_commands.ema,
     model_commands.demo,
-    model_commands.train_hint,
     installation_commands.doctor,
+    model_commands.train_hint,
 )
 
 

@@ -181,7 +181,7 @@ def _parameter(key: str, field: FieldInfo) -> click.Parameter:
         is_flag=kind is bool,
         multiple=several,
         required=field.is_required() and flag.required,
-        default=field.default if kind is bool else None,
+        **({"default": field.default} if kind is bool else {}),  # a default of None would make no option missing
         type=bool if kind is bool else str,
         metavar=flag.metavar or (f"[{'|'.join(choices)}]" if choices else METAVARS.get(kind)),
         help=f"{field.description}{f'  [default: {field.default}]' if shown else ''}",

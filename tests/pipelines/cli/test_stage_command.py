@@ -31,6 +31,7 @@ from pipelines.common.options import (
 )
 from pipelines.data.data_options import AutoencoderConfig, EncodeConfig, InspectConfig, ShardConfig
 from pipelines.demo.demo_options import DemoConfig, ScenesConfig
+from pipelines.doctor.doctor_options import DoctorConfig
 from pipelines.evaluation.evaluation_options import EvaluateConfig, LikelihoodConfig, ReferenceConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
 from pipelines.sampling.sample_options import SampleConfig
@@ -51,6 +52,7 @@ OPTION_CLASSES = {
     "export": ExportConfig,
     "ema": EmaConfig,
     "demo": DemoConfig,
+    "doctor": DoctorConfig,
     "train": TrainOptions,
 }
 COMMAND_OF = {command.name: command for command in (*COMMANDS[:-1], model_commands.train)}
@@ -174,6 +176,20 @@ def test_a_wrong_value_is_one_line_that_names_the_flag(arguments: tuple[object, 
     config, result = run_example(*arguments)
     assert config is None
     assert_one_line(result, message)
+
+
+@pytest.mark.parametrize("name", sorted(COMMAND_OF))
+def test_a_missing_argument_or_option_is_named(name: str) -> None:
+    command = COMMAND_OF[name]
+    required = [parameter for parameter in command.params if parameter.required]
+    for missing in required:
+        values: list[str] = []
+        for parameter in required:
+            if parameter is not missing:
+                values += ["x"] if isinstance(parameter, click.Argument) else [parameter.opts[0], "x"]
+        # of two arguments, click may name the other one
+        label = missing.opts[0] if isinstance(missing, click.Option) else "Missing argument"
+        assert_one_line(lfm(*values, command=command), "Missing", label)
 
 
 def test_option_classes_refuse_wrong_values_from_python_too() -> None:
