@@ -176,13 +176,17 @@ def _parameter(key: str, field: FieldInfo) -> click.Parameter:
     if kind is bool and field.default is True:
         name += f"/--no-{name.removeprefix('--')}"
     shown = not field.is_required() and kind is not bool and field.default not in (None, ())
+    # told `is_flag=False`, click lets an option go without its value, and takes the -1 after it for another option; told
+    # `default=None`, it never misses a required one
+    if kind is bool:
+        of_kind: dict[str, Any] = {"is_flag": True, "default": field.default, "type": bool}
+    else:
+        of_kind = {"type": str}
     return click.Option(
         [key, name, flag.alias] if flag.alias else [key, name],
-        is_flag=kind is bool,
         multiple=several,
         required=field.is_required() and flag.required,
-        **({"default": field.default} if kind is bool else {}),  # a default of None would make no option missing
-        type=bool if kind is bool else str,
+        **of_kind,
         metavar=flag.metavar or (f"[{'|'.join(choices)}]" if choices else METAVARS.get(kind)),
         help=f"{field.description}{f'  [default: {field.default}]' if shown else ''}",
         hidden=flag.hidden,

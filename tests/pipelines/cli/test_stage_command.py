@@ -192,6 +192,15 @@ def test_a_missing_argument_or_option_is_named(name: str) -> None:
         assert_one_line(lfm(*values, command=command), "Missing", label)
 
 
+@pytest.mark.parametrize("name", sorted(COMMAND_OF))
+def test_an_option_takes_a_value_that_begins_with_a_minus(name: str) -> None:
+    command = COMMAND_OF[name]
+    for option in command.params:
+        if isinstance(option, click.Option) and not option.is_flag:
+            values, rest, _ = command.make_parser(click.Context(command)).parse_args([option.opts[0], "-1"])
+            assert values[option.name] in ("-1", ["-1"]) and not rest
+
+
 def test_option_classes_refuse_wrong_values_from_python_too() -> None:
     with pytest.raises(ValidationError, match="num"):
         ExampleConfig("x", num=0)
