@@ -253,7 +253,6 @@ def writing(path: str, *, flush: bool = True) -> Iterator[Path]:
         flush: flush the file to the disk first. Without it the file survives a killed process, but maybe not a power cut.
     """
     temporary, file = _locked_temporary(path)
-    _unpublished.add(temporary)
     try:
         with file:
             try:
@@ -285,11 +284,13 @@ def _locked_temporary(path: str) -> tuple[Path, IO[bytes]]:
             unique = f"{TEMPORARY_PREFIX}{name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
             temporary = Path(path).with_name(unique) if is_local(path) else Path(tempfile.gettempdir()) / unique
             temporary.parent.mkdir(parents=True, exist_ok=True)
+            _unpublished.add(temporary)  # before it exists: a signal may end the process right after
             file = temporary.open("wb")
             lock(file)
             if is_at(file, temporary):
                 return temporary, file
             file.close()
+            _unpublished.discard(temporary)
 
 
 def _publish(temporary: Path, path: str, flush: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from lfm import storage
 from lfm.errors import ConfigError, DataError
+from lfm.storage import files
 from lfm.world import World
 from pipelines.common.processes import map_processes, part_of, run_on_every_gpu, stopped_by_sigterm
 
@@ -105,6 +107,20 @@ def write_and_wait(folder: str, world: World) -> None:
         raise DataError("broken")
     with storage.writing(f"{folder}/shard.tar"):
         time.sleep(60)
+
+
+def stop_as_soon_as_a_file_exists(folder: str) -> None:
+    files.lock = lambda file: storage.exit_at_once(7)  # type: ignore[assignment]
+    with storage.writing(f"{folder}/shard.tar"):
+        pass
+
+
+def test_a_process_stopped_right_after_it_made_a_file_leaves_none(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=stop_as_soon_as_a_file_exists, args=(str(tmp_path),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_that_are_stopped_leave_no_temporary_file(tmp_path: Path) -> None:
