@@ -51,8 +51,8 @@ from lfm.training.step_guard import StepGuard
 from lfm.types import LatentBatch
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
-from pipelines.common import config_schema as configs
 from pipelines.common import factory
+from pipelines.common.experiment import config_file
 from pipelines.data import encode, shard
 from pipelines.demo import draw_scenes
 from pipelines.training.stop_signals import StopRequest
@@ -169,7 +169,7 @@ class OurLoop:
             f"train: {{num_steps: 1000, global_batch: {batch}, gradient_clipping: 1.0, precision: bf16}}\n"
             f"deepspeed: {HERE / 'configs' / 'deepspeed' / f'zero{zero_stage}.json'}\n"
         )
-        config = configs.load(str(path))
+        config = config_file.load(str(path))
         mixture = factory.load_mixture(config)
         manifest = mixture.manifest
         self.model = factory.model_config(config, manifest)

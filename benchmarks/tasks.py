@@ -29,7 +29,7 @@ from lfm.models import registry
 from lfm.synthetic.scenes import CLASS_NAMES, recognise, segment
 from lfm.types import RawSample
 from lfm.world import World
-from pipelines.common import config_schema
+from pipelines.common.experiment import config_file
 from pipelines.data import encode, shard
 from pipelines.demo import draw_scenes
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
     out, run = options.out.resolve(), options.out.resolve() / options.backbone
-    num_steps = options.num_steps or config_schema.load(str(CHECKOUT / CONFIGS[options.backbone])).train.num_steps
+    num_steps = options.num_steps or config_file.load(str(CHECKOUT / CONFIGS[options.backbone])).train.num_steps
     sizes = {"num_steps": num_steps, "num_scenes": options.num_scenes, "ranks": options.ranks}
     sizes["num_test_scenes"] = NUM_TEST_SCENES
     if options.dry_run:

@@ -38,8 +38,8 @@ from lfm.training.step_guard import StepGuard
 from lfm.types import LatentBatch
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
-from pipelines.common import config_schema as configs
 from pipelines.common import factory
+from pipelines.common.experiment import config_file
 from pipelines.common.provenance import code_version
 from pipelines.data import encode, shard
 from pipelines.demo import draw_scenes
@@ -115,7 +115,7 @@ class Ways:
     """The ways of taking one step."""
 
     def __init__(self, folder: Path, model: str, batch: int, pixels: int) -> None:
-        self.config = configs.load(str(experiment(folder, model, batch)))
+        self.config = config_file.load(str(experiment(folder, model, batch)))
         mixture = factory.load_mixture(self.config)
         manifest = mixture.manifest
         self.model = factory.model_config(self.config, manifest)

@@ -19,7 +19,7 @@ from lfm.training.run_folder import RunState
 from lfm.weights_file import WeightsHeader
 from pipelines.cli.main import main
 from pipelines.cli.model_commands import train
-from pipelines.common import config_schema
+from pipelines.common.experiment import config_file
 from tests.support.commands import REPOSITORY
 
 PAGES = [
@@ -125,13 +125,13 @@ def test_experiments_and_overrides_are_valid(page: Path) -> None:
     for line in command_lines(text):
         if line.start == "launch/train.py" and line.complete and "NAME" not in str(line.arguments):
             values = parse(line)
-            config_schema.load(str(REPOSITORY / str(values["config"])), values["overrides"])
+            config_file.load(str(REPOSITORY / str(values["config"])), values["overrides"])
     for line in code_blocks(text):
         if line.startswith("--set "):
             words = shlex.split(line, comments=True)
-            config_schema.load(str(EXAMPLE), [word for word in words if word != "--set"])
+            config_file.load(str(EXAMPLE), [word for word in words if word != "--set"])
     for override in re.findall(r"`--set ([a-z][^`\s]*)`", text):  # not KEY=VALUE
-        config_schema.load(str(EXAMPLE), [override])
+        config_file.load(str(EXAMPLE), [override])
 
 
 def test_the_manual_shows_every_command() -> None:

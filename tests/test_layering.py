@@ -25,7 +25,7 @@ OWNERS = {
     "fsspec": ("lfm.storage.files",),
     "deepspeed": ("lfm.training.engine",),
     "click": ("pipelines.cli",),
-    "ruamel": ("pipelines.common.config_schema",),
+    "ruamel": ("pipelines.common.experiment.config_file",),
 }
 # The rooms of lfm, the lowest floor first. A room imports from the floors below its own and from itself.
 FLOORS = (

@@ -67,11 +67,12 @@ def train_hint(rest: tuple[str, ...]) -> None:
 @stage_command(TrainOptions)
 def train(options: TrainOptions) -> None:
     """Train a model on latent shards. Run the same command to resume."""
-    from pipelines.common import config_schema, launcher
+    from pipelines.common import launcher
+    from pipelines.common.experiment import config_file
     from pipelines.training.initialization import Initialization
     from pipelines.training.train import run
 
-    experiment = config_schema.load(options.config, options.overrides)
+    experiment = config_file.load(options.config, options.overrides)
     world = launcher.world()
     initialization = None
     if options.initialize_from:
@@ -88,7 +89,7 @@ def train(options: TrainOptions) -> None:
         initialization=initialization,
     )
     if options.dry_run:
-        echo(config_schema.as_yaml(experiment))
+        echo(config_file.as_yaml(experiment))
         echo(result.plan)
     elif world.is_main:
         echo(f"{result.samples_seen:,} samples seen, as train.num_steps asks for: {result.weights}")

@@ -25,7 +25,7 @@ from lfm.precision import precision_on
 from lfm.storage.cache import DEFAULT_LIMIT, Cache
 from lfm.training.loss_terms import LossTerm, TrainingLoss
 from lfm.world import World
-from pipelines.common.config_schema import ExperimentConfig
+from pipelines.common.experiment.config_schema import ExperimentConfig
 
 
 def device(world: World) -> torch.device:

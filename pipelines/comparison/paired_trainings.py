@@ -11,8 +11,9 @@ from lfm import storage, weights_file
 from lfm.errors import ConfigError
 from lfm.precision import trained_precision
 from lfm.world import World
-from pipelines.common import config_schema, factory
-from pipelines.common.config_schema import ExperimentConfig, differences
+from pipelines.common import factory
+from pipelines.common.experiment import config_file, config_schema
+from pipelines.common.experiment.config_schema import ExperimentConfig, differences
 from pipelines.comparison.comparison_options import CompareConfig
 
 LOG, CONFIG = "log.jsonl", "config.json"
@@ -73,10 +74,10 @@ def plan_trainings(config: CompareConfig) -> list[Training]:
     trainings = []
     for number in range(config.seeds):
         for name, file in zip(names, config.configs, strict=True):
-            seed = config_schema.load(file, config.overrides).train.seed + number
+            seed = config_file.load(file, config.overrides).train.seed + number
             folder = Path(config.out) / name / f"seed-{seed}"
             overrides = (*config.overrides, f"run={folder}", f"train.seed={seed}")
-            experiment = config_schema.load(file, overrides)
+            experiment = config_file.load(file, overrides)
             if not experiment.evaluation and not (experiment.train.validate_every and experiment.data.held_back):
                 raise ConfigError(
                     f"{file}: measures nothing during training; set train.validate_every and data.held_back, or evaluation"

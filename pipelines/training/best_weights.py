@@ -26,7 +26,7 @@ from lfm.types import Condition
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
-from pipelines.common.config_schema import EvaluationConfig, ExperimentConfig
+from pipelines.common.experiment.config_schema import EvaluationConfig, ExperimentConfig
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.ema_sampler import NUM_STEPS, EmaSampler
 from pipelines.training.task_scores import RECOGNISED, TASK_SCORES

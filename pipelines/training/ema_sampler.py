@@ -24,7 +24,7 @@ from lfm.training.engine import Engine
 from lfm.types import Condition
 from lfm.world import World
 from pipelines.common import factory
-from pipelines.common.config_schema import ExperimentConfig
+from pipelines.common.experiment.config_schema import ExperimentConfig
 
 SOLVER, NUM_STEPS = "heun", 25  # of previews
 

@@ -20,8 +20,8 @@ from lfm.models.adaptation import NewClasses, Rows
 from lfm.models.network import VelocityNetwork
 from lfm.training.run_folder import RunState
 from lfm.weights_file import SourceRecord, WeightsHeader
-from pipelines.common import config_schema
-from pipelines.common.config_schema import ExperimentConfig
+from pipelines.common.experiment import config_file
+from pipelines.common.experiment.config_schema import ExperimentConfig
 
 LARGEST_CLASS_MAP = 8 << 20  # bytes
 
@@ -245,12 +245,12 @@ def _read_class_map(path: str, own: Sequence[str], theirs: Sequence[str]) -> dic
     Raises:
         ConfigError: names the class that is unknown.
     """
-    text = config_schema.read_text(path, LARGEST_CLASS_MAP)
+    text = config_file.read_text(path, LARGEST_CLASS_MAP)
     if Path(path).suffix.lower() == ".csv":
         rows = [row for row in csv.reader(text.splitlines()) if row]
         content: Any = {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
     else:
-        content = config_schema.parse_yaml(text, path)
+        content = config_file.parse_yaml(text, path)
     if not isinstance(content, dict):
         raise ConfigError(f"`class_map` {path}: must be a mapping of own classes to classes of the source")
     result = {}

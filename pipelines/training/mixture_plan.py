@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lfm.data.stream.mixture import LatentSource, Mixture
 from lfm.data.stream.mixture_order import StagedShares
-from pipelines.common.config_schema import ExperimentConfig
+from pipelines.common.experiment.config_schema import ExperimentConfig
 
 MOST_CLASSES = 20  # that are listed one by one
 

@@ -12,8 +12,8 @@ from lfm.models import registry
 from lfm.models.network import VelocityNetwork
 from lfm.training.run_folder import RunState
 from lfm.weights_file import WeightsHeader
-from pipelines.common import config_schema
-from pipelines.common.config_schema import ExperimentConfig
+from pipelines.common.experiment import config_schema
+from pipelines.common.experiment.config_schema import ExperimentConfig
 
 # Keys that may change when training resumes, besides the backbone's `execution_fields`: they determine how long
 # training takes, and what is saved and logged, but not what is learned.

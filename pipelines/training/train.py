@@ -23,7 +23,7 @@ from lfm.training.step_guard import StepGuard
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
-from pipelines.common.config_schema import ExperimentConfig, differences
+from pipelines.common.experiment.config_schema import ExperimentConfig, differences
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import load_reference_set

@@ -31,7 +31,7 @@ from lfm.training.step_guard import MOST_SKIPPED_IN_A_ROW
 from lfm.types import LatentBatch
 from lfm.weights_file import WeightsHeader
 from pipelines.common import factory
-from pipelines.common.config_schema import ExperimentConfig, TrainConfig
+from pipelines.common.experiment.config_schema import ExperimentConfig, TrainConfig
 from pipelines.common.progress import Progress
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import BestWeights

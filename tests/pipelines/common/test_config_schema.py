@@ -13,14 +13,15 @@ from lfm.data.manifest import Member
 from lfm.errors import ConfigError
 from lfm.models.config import ModelConfig
 from lfm.world import World
-from pipelines.common import config_schema as configs
 from pipelines.common import factory
+from pipelines.common.experiment import config_file
+from pipelines.common.experiment import config_schema as configs
 from tests.support.commands import REPOSITORY
 from tests.support.experiments import SHIPPED, latents_manifest
 
 
 def test_each_condition_shapes_its_model_and_needs_its_members() -> None:
-    config = configs.load(str(SHIPPED[0])).model_copy(update={"condition_dropout": 0.0})
+    config = config_file.load(str(SHIPPED[0])).model_copy(update={"condition_dropout": 0.0})
     latents = latents_manifest(64, 10)
 
     def model(condition: str, *suffixes: str, labels: dict[int, str] | None = None) -> ModelConfig:
@@ -40,16 +41,16 @@ def test_each_condition_shapes_its_model_and_needs_its_members() -> None:
 
 
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
-    config = configs.load(str(SHIPPED[0]))
+    config = config_file.load(str(SHIPPED[0]))
     again = tmp_path / "again.yaml"
-    again.write_text(configs.as_yaml(config))
-    assert configs.load(str(again)) == config
+    again.write_text(config_file.as_yaml(config))
+    assert config_file.load(str(again)) == config
 
 
 @settings(max_examples=30, deadline=None)
 @given(global_batch=st.integers(1, 64), micro_batch=st.none() | st.integers(1, 16), ranks=st.integers(1, 9))
 def test_batches_add_up_or_are_refused_naming_the_keys(global_batch: int, micro_batch: int | None, ranks: int) -> None:
-    config = configs.load(str(SHIPPED[0]))
+    config = config_file.load(str(SHIPPED[0]))
     train = config.train.model_copy(update={"global_batch": global_batch, "micro_batch": micro_batch})
     try:
         found = factory.deepspeed_settings(config.model_copy(update={"train": train}), World(size=ranks))
@@ -80,16 +81,18 @@ def test_differences_name_every_changed_key() -> None:
 )
 def test_an_option_beyond_its_range_names_its_key(change: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        configs.load(str(REPOSITORY / "configs" / "demo.yaml"), [change])
+        config_file.load(str(REPOSITORY / "configs" / "demo.yaml"), [change])
 
 
 def test_two_ways_to_assign_noise_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"flow.coupling_group, flow.num_noises: are two ways"):
-        configs.load(str(REPOSITORY / "configs" / "pictures_256.yaml"), ["flow.coupling_group=4", "flow.num_noises=2"])
+        config_file.load(
+            str(REPOSITORY / "configs" / "pictures_256.yaml"), ["flow.coupling_group=4", "flow.num_noises=2"]
+        )
 
 
 def test_groups_that_do_not_fit_a_ranks_part_are_refused_naming_the_key() -> None:
-    config = configs.load(str(REPOSITORY / "configs" / "pictures_256.yaml"), ["flow.coupling_group=32"])
+    config = config_file.load(str(REPOSITORY / "configs" / "pictures_256.yaml"), ["flow.coupling_group=32"])
     assert factory.micro_batch(config, World(size=8)) == 32
     with pytest.raises(ConfigError, match=r"flow.coupling_group 32: does not divide the 16 samples"):
         factory.micro_batch(config, World(size=16))
@@ -98,7 +101,7 @@ def test_groups_that_do_not_fit_a_ranks_part_are_refused_naming_the_key() -> Non
 def test_every_option_of_the_model_is_a_key_and_reaches_it() -> None:
     changes = {"position": "rope", "norm": "rms", "mlp": "swiglu", "qk_norm": True, "token_dropout": 0.5}
     changes |= {"activation_checkpointing": 2, "attention": "sdpa", "time_scale": 1.0, "mlp_ratio": 2.0}
-    config = configs.load(str(SHIPPED[0]), [f"model.{key}={str(value).lower()}" for key, value in changes.items()])
+    config = config_file.load(str(SHIPPED[0]), [f"model.{key}={str(value).lower()}" for key, value in changes.items()])
     model = factory.model_config(config, latents_manifest(64, 10))
     assert {key: getattr(model, key) for key in changes} == changes
     options = factory.stream_options(config, model)
@@ -107,7 +110,7 @@ def test_every_option_of_the_model_is_a_key_and_reaches_it() -> None:
 
 def test_a_configuration_that_names_no_backbone_is_of_the_dit(experiment: Path) -> None:
     """Run folders from before there was more than one backbone do not name it."""
-    config = configs.load(str(experiment))
+    config = config_file.load(str(experiment))
     content = config.model_dump(mode="json")
     assert content["model"].pop("backbone") == "dit"
     assert configs.validate(content, "old") == config
@@ -125,5 +128,5 @@ def test_a_configuration_that_names_no_backbone_is_of_the_dit(experiment: Path) 
 )
 def test_a_mistake_in_the_model_section_names_its_key(experiment: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        configs.load(str(experiment), [override])
+        config_file.load(str(experiment), [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)

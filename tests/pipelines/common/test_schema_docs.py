@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
-from pipelines.common import config_schema
+from pipelines.common.experiment import config_schema, data_section
 
 SECTIONS = [
     config_schema.ExperimentConfig,
-    config_schema.SourceConfig,
-    config_schema.StageConfig,
-    config_schema.DataConfig,
+    data_section.SourceConfig,
+    data_section.StageConfig,
+    data_section.DataConfig,
     config_schema.FlowConfig,
     config_schema.TrainConfig,
     config_schema.EvaluationConfig,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.common.config_schema import EvaluationConfig
+from pipelines.common.experiment.config_schema import EvaluationConfig
 from pipelines.training.best_weights import BestRecord
 
 

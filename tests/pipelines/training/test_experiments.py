@@ -17,8 +17,9 @@ from lfm.models import registry
 from lfm.models.dit_config import DiTOptions
 from lfm.training.run_folder import RunFolder
 from lfm.world import World
-from pipelines.common import config_schema as configs
 from pipelines.common import factory
+from pipelines.common.experiment import config_file
+from pipelines.common.experiment import config_schema as configs
 from pipelines.training import train
 from tests.support.commands import REPOSITORY
 from tests.support.experiments import SHIPPED, latents_manifest
@@ -69,10 +70,10 @@ def test_an_experiment_dry_runs_and_its_head_says_command_hardware_and_expectati
     monkeypatch.setattr(RunFolder, "require_space", lambda *sizes: None)  # checkpoints of several GB
     monkeypatch.setattr(factory, "compiles_blocks", lambda config: False)
     data = f"data.shards={tmp_path / 'latents'}"
-    if sources := configs.load(str(path)).data.sources:
+    if sources := config_file.load(str(path)).data.sources:
         each = ({**source.model_dump(exclude_none=True), "shards": str(tmp_path / "latents")} for source in sources)
         data = f"data.sources={json.dumps(list(each))}"
-    config = configs.load(str(path), [data, f"run={tmp_path / 'run'}"])
+    config = config_file.load(str(path), [data, f"run={tmp_path / 'run'}"])
     with torch.device("meta"):
         plan = train.run(config, World(), dry_run=True).plan
     assert f"{config.train.num_steps:,} steps of {config.train.global_batch} " in plan
@@ -83,7 +84,7 @@ def test_an_experiment_dry_runs_and_its_head_says_command_hardware_and_expectati
 def test_the_networks_are_of_the_published_size_and_the_batch_divides_over_the_stated_gpus(name: str) -> None:
     image_size, classes, gpus, millions = PAPER[name.removesuffix(MODERN)]
     path = REPOSITORY / "configs" / f"{name}.yaml"
-    config = configs.load(str(path))
+    config = config_file.load(str(path))
     with torch.device("meta"):
         model = registry.build_network(factory.model_config(config, latents_manifest(image_size, classes, 8)))
     assert model.num_parameters / 1e6 == pytest.approx(millions, rel=0.01 if name.endswith(MODERN) else 0.004)
@@ -95,7 +96,7 @@ def test_the_networks_are_of_the_published_size_and_the_batch_divides_over_the_s
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_stated_size_and_trains_on_one_gpu_or_eight(name: str) -> None:
     path = REPOSITORY / "configs" / f"{name}.yaml"
-    config = configs.load(str(path))
+    config = config_file.load(str(path))
     with torch.device("meta"):
         model = registry.build_network(factory.model_config(config, latents_manifest(256, 0, 8)))
     assert round(model.num_parameters / 1e6) == PRESETS[name]
@@ -109,7 +110,7 @@ def test_the_papers_unets_train_on_the_data_of_the_experiment_that_they_vary(nam
     gpus, millions, channels = UNETS[name]
     image_size, classes, *_ = PAPER[name.removesuffix(UNET)]
     path = REPOSITORY / "configs" / f"{name}.yaml"
-    config, varied = configs.load(str(path)), configs.load(str(path).replace(UNET, ""))
+    config, varied = config_file.load(str(path)), config_file.load(str(path).replace(UNET, ""))
     with torch.device("meta"):
         model = registry.build_network(factory.model_config(config, latents_manifest(image_size, classes, 8)))
     assert round(model.num_parameters / 1e6, 1) == millions
@@ -134,7 +135,7 @@ def test_every_experiment_of_the_paper_has_two_variants_and_the_first_has_no_opt
     }
     assert {path.stem for path in SHIPPED} == others | {stem + suffix for stem in PAPER for suffix in ("", MODERN)}
     for stem in PAPER:
-        paper, modern = (configs.load(str(REPOSITORY / "configs" / f"{stem}{x}.yaml")) for x in ("", MODERN))
+        paper, modern = (config_file.load(str(REPOSITORY / "configs" / f"{stem}{x}.yaml")) for x in ("", MODERN))
         free = {"activation_checkpointing", "attention"}
         defaults = asdict(DiTOptions(size="B"))
         changed = {name for name, value in asdict(paper.model).items() if value != defaults[name]}
@@ -167,7 +168,7 @@ def test_a_file_overrides_those_that_it_extends_and_paths_are_relative_to_the_fi
     (tmp_path / "part.yaml").write_text("model: {qk_norm: false, norm: rms}\n")
     top = tmp_path / "top.yaml"
     top.write_text("extends: [base/second.yaml, part.yaml]\nrun: c\n")
-    config = configs.load(str(top), ["model.size=B"])
+    config = config_file.load(str(top), ["model.size=B"])
     assert (config.run, config.data.shards, config.train.num_steps) == ("c", "b", 5)
     model = config.model
     assert (model.size, model.patch_size, model.qk_norm, model.norm) == ("B", 8, False, "rms")
@@ -181,9 +182,9 @@ def test_a_model_section_of_another_backbone_replaces_the_one_below(tmp_path: Pa
     (tmp_path / "unet.yaml").write_text("extends: dit.yaml\nmodel: {backbone: unet, model_channels: 32}\n")
     (tmp_path / "wide.yaml").write_text("extends: unet.yaml\nmodel: {num_blocks: 1}\n")
     (tmp_path / "same.yaml").write_text("extends: dit.yaml\nmodel: {backbone: dit, patch_size: 4}\n")
-    model = configs.load(str(tmp_path / "wide.yaml")).model
+    model = config_file.load(str(tmp_path / "wide.yaml")).model
     assert (model.backbone, model.model_channels, model.num_blocks) == ("unet", 32, 1)
-    same = configs.load(str(tmp_path / "same.yaml")).model
+    same = config_file.load(str(tmp_path / "same.yaml")).model
     assert (same.size, same.patch_size) == ("L", 4)
 
 
@@ -192,5 +193,5 @@ def test_extending_itself_or_nothing_is_one_line_naming_the_file(tmp_path: Path,
     (tmp_path / "self.yaml").write_text(f"extends: {names}\n")
     (tmp_path / "other.yaml").write_text("extends: self.yaml\n")
     with pytest.raises(ConfigError, match=r"(self|nowhere)\.yaml: ") as caught:
-        configs.load(str(tmp_path / "self.yaml"))
+        config_file.load(str(tmp_path / "self.yaml"))
     assert "\n" not in str(caught.value)

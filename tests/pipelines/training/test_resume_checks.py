@@ -10,7 +10,7 @@ import pytest
 
 from lfm.errors import CheckpointError
 from lfm.models.registry import BACKBONES, config_to_json
-from pipelines.common.config_schema import ExperimentConfig
+from pipelines.common.experiment.config_schema import ExperimentConfig
 from pipelines.training.resume_checks import FREE_KEYS, _changes, check_same_network
 from tests.support.models import SMALL_DIT, WEIGHTS_HEADER
 

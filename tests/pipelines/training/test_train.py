@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lfm.data import manifest as manifests
-from pipelines.common.config_schema import TrainConfig
+from pipelines.common.experiment.config_schema import TrainConfig
 from pipelines.training.training_loop import learning_rate_at
 from tests.support.commands import SmallSet, assert_one_line
 from tests.support.training_runs import plan, train, zero
