@@ -96,3 +96,9 @@ def test_record(tmp_path: Path) -> None:
     assert "samples to the loss" in run_apart("record", tmp_path)
     lines = (tmp_path / "record.jsonl").read_text()
     assert "| paper | 2 |" in (tmp_path / "record.md").read_text() and len(lines.splitlines()) == 2
+
+
+def test_backbones(tmp_path: Path) -> None:
+    assert "| unet | 4 |" in run_apart("backbones", tmp_path)
+    backbones = json.loads((tmp_path / "backbones.json").read_text())["backbones"]
+    assert all(0 <= line["recognised"]["final"][0] <= 1 for line in backbones.values())
