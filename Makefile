@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test autoencoder clean
+.PHONY: demo test dist autoencoder clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -16,6 +16,18 @@ test: $(VENV)/ready
 	$(BIN)/mypy benchmarks/*.py
 	$(BIN)/mypy launch/*.py
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Build wheel and sdist, install the wheel into an environment of its own, and use it from an empty folder.
+dist: $(VENV)/ready
+	rm -rf build/dist build/lib build/bdist* build/wheel build/empty
+	$(PYTHON) -m venv build/wheel/build
+	build/wheel/build/bin/pip install -q build 'setuptools>=77' wheel
+	build/wheel/build/bin/python -m build --no-isolation --outdir build/dist .
+	$(PYTHON) -m venv build/wheel/lfm
+	build/wheel/lfm/bin/pip install -q -c constraints.txt setuptools wheel torch
+	build/wheel/lfm/bin/pip install -q -c constraints.txt --no-build-isolation "$$(ls build/dist/*.whl)[evaluate]"
+	mkdir -p build/empty
+	cd build/empty && env -u PYTHONPATH sh -e ../../tests/support/installed_package.sh ../wheel/lfm/bin
 
 # torch is installed first: the build of DeepSpeed imports it. Only in compat mode does an editable install take precedence
 # over a folder `lfm` in the working directory, such as this clone seen from its parent folder.

@@ -41,7 +41,7 @@ def encode(config: EncodeConfig) -> None:
     if manifest is None:
         return echo("this rank is done; the last one writes the manifest")
     echo(f"{plan}: {manifest.num_samples:,} samples")
-    echo("next: set data.shards in a configuration and run: deepspeed launch/train.py --config configs/NAME.yaml")
+    echo("next: set data.shards in a configuration and run: lfm train --config FILE")
 
 
 @stage_command(InspectConfig)

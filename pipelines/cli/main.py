@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipelines.cli import data_commands, evaluation_commands, installation_commands, model_commands
+from pipelines.cli import config_commands, data_commands, evaluation_commands, installation_commands, model_commands
 from pipelines.cli.stage_command import StageGroup
 
 COMMANDS = (
@@ -16,6 +16,8 @@ COMMANDS = (
     evaluation_commands.reference,
     evaluation_commands.evaluate,
     evaluation_commands.likelihood,
+    config_commands.config,
+    model_commands.launched_train,
     model_commands.compare,
     model_commands.sample,
     model_commands.import_,
@@ -23,7 +25,6 @@ COMMANDS = (
     model_commands.ema,
     model_commands.demo,
     installation_commands.doctor,
-    model_commands.train_hint,
 )
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     \b
     lfm shard IMAGES RAW --image-size 256
     lfm encode RAW LATENTS --autoencoder PATH_OR_HUB_ID
-    deepspeed launch/train.py --config configs/NAME.yaml
+    lfm train --config NAME_OR_FILE
     lfm sample RUN --out DIR
     lfm reference RAW REFERENCE.safetensors; lfm evaluate RUN --reference REFERENCE.safetensors --out DIR
 

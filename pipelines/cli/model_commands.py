@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import click
+import os
+import sys
+from dataclasses import fields
 
 from lfm.errors import ConfigError
 from pipelines.cli.stage_command import echo, show, stage_command, with_flags
@@ -10,7 +12,7 @@ from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.demo.demo_options import DemoConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
 from pipelines.sampling.sample_options import SampleConfig
-from pipelines.training.training_options import EmaConfig, TrainOptions
+from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
 
 
 @stage_command(SampleConfig)
@@ -57,22 +59,19 @@ def ema(config: EmaConfig) -> None:
     echo(f"next: lfm sample {result.weights} --out DIR")
 
 
-@click.command("train", hidden=True, context_settings={"ignore_unknown_options": True})
-@click.argument("rest", nargs=-1)
-def train_hint(rest: tuple[str, ...]) -> None:
-    """Name the command that starts training."""
-    raise click.UsageError("training is started by a launcher: deepspeed launch/train.py --config configs/NAME.yaml")
-
-
 @stage_command(TrainOptions)
 def train(options: TrainOptions) -> None:
     """Train a model on latent shards. Run the same command to resume."""
+    _train(options)
+
+
+def _train(options: TrainOptions) -> None:
     from pipelines.common import launcher
-    from pipelines.common.experiment import config_file
+    from pipelines.common.experiment import config_file, shipped_experiments
     from pipelines.training.initialization import Initialization
     from pipelines.training.train import run
 
-    experiment = config_file.load(options.config, options.overrides)
+    experiment = config_file.load(shipped_experiments.find(options.config), options.overrides)
     world = launcher.world()
     initialization = None
     if options.initialize_from:
@@ -95,6 +94,52 @@ def train(options: TrainOptions) -> None:
         echo(f"{result.samples_seen:,} samples seen, as train.num_steps asks for: {result.weights}")
         shards = f" --shards {experiment.data.folders[0]}" if experiment.conditions - {"class"} else ""
         echo(f"next: lfm sample {experiment.run} --out DIR{shards}")
+
+
+@stage_command(LaunchedTrainOptions, name="train")
+def launched_train(options: LaunchedTrainOptions) -> None:
+    """Train a model on latent shards, on all GPUs of this machine. Run the same command to resume.
+
+    \b
+    lfm train --config ffhq_256
+    lfm train --config mine.yaml --num-gpus 4
+    lfm train --config mine.yaml -- --hostfile HOSTS --master_addr NODE
+    """
+    from pipelines.common import launcher
+    from pipelines.common.processes import num_processes
+
+    for option in options.deepspeed_options[:1]:
+        if not option.startswith("-"):
+            raise ConfigError(
+                f"{option}: unexpected; name the experiment by `config`, and deepspeed's options after --"
+            )
+    if options.dry_run or launcher.is_launched():
+        if launcher.is_launched() and (options.num_gpus or options.deepspeed_options):
+            raise ConfigError(
+                "`num_gpus`, DEEPSPEED_OPTIONS: a launcher has started the processes already; leave them out"
+            )
+        shared = {field.name: getattr(options, field.name) for field in fields(TrainOptions)}
+        return _train(TrainOptions(**shared))
+    num_ranks = None if options.deepspeed_options and not options.num_gpus else num_processes(options.num_gpus)
+    command = launcher.training_command(
+        options.config,
+        options.overrides,
+        None if num_ranks == 1 else num_ranks,
+        arguments=_arguments(options),
+        deepspeed_options=options.deepspeed_options,
+    )
+    sys.stdout.flush()
+    # The launcher takes the place of this process, and with it signals, output and exit code.
+    os.execve(command[0], command, launcher.environment(num_ranks or num_processes(None)))
+
+
+def _arguments(options: LaunchedTrainOptions) -> list[str]:
+    """Return the launch file's arguments beside its configuration and overrides."""
+    texts = {"--initialize-from": options.initialize_from, "--class-map": options.class_map}
+    texts["--new-classes"] = options.new_classes
+    arguments = [part for flag, text in texts.items() if text is not None for part in (flag, text)]
+    switches = {"--allow-changes": options.allow_changes, "--other-latents": options.other_latents}
+    return arguments + [flag for flag, is_set in switches.items() if is_set]
 
 
 @stage_command(CompareConfig)

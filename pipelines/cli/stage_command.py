@@ -60,10 +60,10 @@ class StageCommand(click.Command):
 
 
 class DescribedArgument(click.Argument):
-    """A required positional argument with a line of help."""
+    """A positional argument with a line of help."""
 
-    def __init__(self, name: str, *, nargs: int, description: str) -> None:
-        super().__init__([name], nargs=nargs, required=True, type=str)
+    def __init__(self, name: str, *, nargs: int, required: bool, description: str) -> None:
+        super().__init__([name], nargs=nargs, required=required, type=str)
         self.description = description
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
@@ -170,7 +170,9 @@ def _flag(key: str, field: FieldInfo) -> str:
 def _parameter(key: str, field: FieldInfo) -> click.Parameter:
     kind, choices, several = _kind(field.annotation)
     if _marker(field, Argument):
-        return DescribedArgument(key, nargs=-1 if several else 1, description=field.description or "")
+        return DescribedArgument(
+            key, nargs=-1 if several else 1, required=field.is_required(), description=field.description or ""
+        )
     flag = _marker(field, Flag) or Flag()
     name = _flag(key, field)
     if kind is bool and field.default is True:

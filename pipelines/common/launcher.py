@@ -9,13 +9,11 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from lfm.errors import ConfigError
 from lfm.world import World
-
-CHECKOUT = Path(str(files("pipelines"))).parent  # launch/ and configs/ are beside the package
+from pipelines.common.experiment.shipped_experiments import LAUNCH_FILE
 
 TORCHRUN = {"rank": "RANK", "local_rank": "LOCAL_RANK", "size": "WORLD_SIZE"}
 SLURM = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "size": "SLURM_NTASKS"}
@@ -56,26 +54,36 @@ def _names(environment: Mapping[str, str]) -> dict[str, str]:
     return TORCHRUN if in_batch_script else SLURM
 
 
-def training_command(config: str, overrides: Sequence[str], num_ranks: int | None) -> list[str]:
-    """Return the command that trains an experiment on this machine.
+def training_command(
+    config: str,
+    overrides: Sequence[str],
+    num_ranks: int | None,
+    *,
+    arguments: Sequence[str] = (),
+    deepspeed_options: Sequence[str] = (),
+) -> list[str]:
+    """Return the command that trains an experiment.
 
     Args:
         config: YAML file.
         overrides: KEY=VALUE for `--set`.
-        num_ranks: number of processes that the deepspeed launcher starts; None for one process without a launcher.
+        num_ranks: number of processes that the deepspeed launcher starts on this machine; None for one process without it.
+        arguments: other arguments of the launch file.
+        deepspeed_options: options of the deepspeed launcher, which is used if there are any.
 
     Raises:
         ConfigError: the launch file does not exist.
     """
-    script = CHECKOUT / "launch" / "train.py"
-    if not script.exists():
-        raise ConfigError(f"{script}: no such file; run from a clone of the repository, installed with pip -e")
+    if not LAUNCH_FILE.exists():
+        raise ConfigError(f"{LAUNCH_FILE}: no such file; install lfm again")
     program = [sys.executable]
-    if num_ranks is not None:
-        program = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(num_ranks)]
-        program += ["--master_port", str(_free_port()), "--log_level", "error"]
+    if num_ranks is not None or deepspeed_options:
+        program = [str(Path(sys.executable).parent / "deepspeed")]
+        program += ["--num_gpus", str(num_ranks)] if num_ranks is not None else []
+        # Options of the user may name other machines, on which a free port of this one means nothing.
+        program += deepspeed_options or ["--master_port", str(_free_port()), "--log_level", "error"]
     settings = [argument for override in overrides for argument in ("--set", override)]
-    return [*program, str(script), "--config", config, *settings]
+    return [*program, str(LAUNCH_FILE), "--config", config, *settings, *arguments]
 
 
 def environment(num_processes: int) -> dict[str, str]:

@@ -35,7 +35,16 @@ def stage_options(cls: type[T]) -> type[T]:
     Constructing it with a wrong value raises `pydantic.ValidationError`.
     """
     config = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
-    return pydantic_dataclass(frozen=True, config=config)(cls)  # type: ignore[return-value]
+    options_class: Any = pydantic_dataclass(frozen=True, config=config)(cls)
+    for key, text in field_descriptions(options_class).items():
+        options_class.__pydantic_fields__[key].description = text
+    return options_class
+
+
+def field_descriptions(cls: type) -> dict[str, str]:
+    """Return the docstrings of the fields of a pydantic dataclass, also of those that it inherits, which pydantic drops."""
+    inherited = (getattr(kind, "__pydantic_fields__", {}) for kind in reversed(cls.__mro__))
+    return {key: field.description for fields in inherited for key, field in fields.items() if field.description}
 
 
 @dataclass(frozen=True)

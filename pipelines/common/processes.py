@@ -79,7 +79,7 @@ def run_on_every_gpu(work: Callable[[C, World], R], config: C, num_gpus: int | N
         if num_gpus:
             raise ConfigError("`num_gpus`: the launcher has started the processes already; leave it out")
         return [work(config, launcher.world())]
-    size = _num_processes(num_gpus)
+    size = num_processes(num_gpus)
     if size == 1:
         return [work(config, World())]
     threads = max(1, (os.cpu_count() or 1) // size)
@@ -169,7 +169,12 @@ def _terminate_children() -> None:
         child.terminate()
 
 
-def _num_processes(num_gpus: int | None) -> int:
+def num_processes(num_gpus: int | None) -> int:
+    """Return `num_gpus`, or by default the number of this machine's GPUs, at least 1.
+
+    Raises:
+        ConfigError: there are fewer GPUs.
+    """
     import torch  # not at the top: processes that only pack images do without it
 
     available = torch.cuda.device_count()

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from lfm import storage
-from lfm.errors import ConfigError, LfmError
+from lfm.errors import LfmError
 from lfm.synthetic.scenes import recognise
 from pipelines.common import launcher
+from pipelines.common.experiment import shipped_experiments
 from pipelines.common.progress import Progress
 from pipelines.demo.demo_options import DemoConfig
 
@@ -64,11 +65,7 @@ def run(config: DemoConfig) -> DemoResult:
 
 def commands(out: Path) -> dict[str, list[str]]:
     """Return the command of each stage, in order."""
-    experiment = launcher.CHECKOUT / "configs" / "demo.yaml"
-    if not experiment.exists():
-        raise ConfigError(
-            f"{experiment}: no such file; run the demo from a clone of the repository, installed with pip -e"
-        )
+    experiment = shipped_experiments.find("demo")
     lfm = str(Path(sys.executable).parent / "lfm")
     scenes, raw, latents, training, samples = (
         str(out / name) for name in ("scenes", "raw", "latents", "run", "samples")
@@ -80,7 +77,7 @@ def commands(out: Path) -> dict[str, list[str]]:
         "scenes": [lfm, "scenes", scenes, "--num", str(NUM_SCENES), "--image-size", size],
         "shard": [lfm, "shard", f"{scenes}/images", raw, "--image-size", size],
         "encode": [lfm, "encode", raw, latents],
-        "train": launcher.training_command(str(experiment), overrides, _num_ranks()),
+        "train": launcher.training_command(experiment, overrides, _num_ranks()),
         "sample": [lfm, "sample", training, "--out", samples, "--seeds", f"0-{NUM_IMAGES - 1}", *quality],
     }
 

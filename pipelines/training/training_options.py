@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipelines.common.options import Argument, Count, DryRun, Flag, Location, stage_options
+from pipelines.common.options import Argument, Count, DryRun, Flag, Location, NumGpus, stage_options
 
 
 @stage_options
 class TrainOptions:
     """Options of `launch/train.py`."""
 
-    config: Annotated[str, Flag(metavar="FILE")]
-    """YAML file of the experiment."""
+    config: Annotated[str, Flag(metavar="NAME_OR_FILE")]
+    """YAML file of the experiment, or the name of one that comes with lfm (`lfm config list`)."""
     overrides: Annotated[tuple[str, ...], Flag("--set", metavar="KEY=VALUE")] = ()
     """Replace a value of the YAML file, as in train.num_steps=10; may be repeated."""
     allow_changes: bool = False
@@ -30,6 +30,15 @@ class TrainOptions:
     local_rank: Annotated[int | None, Flag("--local_rank", hidden=True)] = None
     """Passed by the deepspeed launcher and not used; the environment holds it too."""
     dry_run: DryRun = False
+
+
+@stage_options
+class LaunchedTrainOptions(TrainOptions):
+    """Options of `lfm train`: those of the launch file, and of the launcher that starts it."""
+
+    num_gpus: NumGpus = None
+    deepspeed_options: Annotated[tuple[str, ...], Argument()] = ()
+    """Options of the deepspeed launcher, after --, such as -- --hostfile HOSTS."""
 
 
 @stage_options

@@ -142,5 +142,7 @@ def _put(content: dict[str, Any], override: str) -> None:
 def as_yaml(config: ExperimentConfig) -> str:
     """Return the resolved experiment as YAML."""
     text = io.StringIO()
-    YAML(typ="safe", pure=True).dump(config.model_dump(mode="json"), text)
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.dump(config.model_dump(mode="json"), text)
     return text.getvalue().rstrip()

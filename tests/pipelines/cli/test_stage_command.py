@@ -35,7 +35,7 @@ from pipelines.doctor.doctor_options import DoctorConfig
 from pipelines.evaluation.evaluation_options import EvaluateConfig, LikelihoodConfig, ReferenceConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
 from pipelines.sampling.sample_options import SampleConfig
-from pipelines.training.training_options import EmaConfig, TrainOptions
+from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
 from tests.support.commands import assert_one_line, lfm
 
 OPTION_CLASSES = {
@@ -53,9 +53,10 @@ OPTION_CLASSES = {
     "ema": EmaConfig,
     "demo": DemoConfig,
     "doctor": DoctorConfig,
-    "train": TrainOptions,
+    "train": LaunchedTrainOptions,
+    "launch/train.py": TrainOptions,
 }
-COMMAND_OF = {command.name: command for command in (*COMMANDS[:-1], model_commands.train)}
+COMMAND_OF = {command.name: command for command in COMMANDS} | {"launch/train.py": model_commands.train}
 
 
 @stage_options
@@ -122,12 +123,12 @@ def test_the_help_names_every_field_with_its_text(name: str) -> None:
 @pytest.mark.parametrize("name", OPTION_CLASSES)
 def test_the_class_and_the_help_say_what_the_command_is_for(name: str) -> None:
     assert (OPTION_CLASSES[name].__doc__ or "").startswith("Options of `")
-    assert (COMMAND_OF[name].help or "").strip().endswith(".")
+    assert (COMMAND_OF[name].help or "").strip().partition("\n\n")[0].endswith(".")
     assert isinstance(COMMAND_OF[name], StageCommand)
 
 
 def test_every_command_answers_help() -> None:
-    for name in OPTION_CLASSES.keys() - {"train"}:
+    for name in OPTION_CLASSES.keys() - {"launch/train.py"}:
         assert lfm(name, "--help").exit_code == 0
     assert "shard" in lfm("--help").output
 

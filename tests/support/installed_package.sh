@@ -1,0 +1,15 @@
+# Use an installed package from an empty folder: sh -e installed_package.sh BIN, the folder of its commands.
+BIN=$1
+$BIN/lfm --version
+$BIN/lfm config list | grep -q ffhq_256_unet
+$BIN/lfm config new --task class --image-size 64 --size small > mine.yaml
+$BIN/lfm scenes scenes --num 64 --image-size 32
+$BIN/lfm shard scenes/images raw --image-size 32
+$BIN/lfm encode raw latents
+SMALL="--set run=run --set data.shards=latents --set train.num_steps=2 --set train.warmup_steps=0 --set train.global_batch=4"
+$BIN/lfm train --config demo $SMALL --dry-run
+$BIN/lfm train --config demo $SMALL --num-gpus 2
+$BIN/lfm sample run --out samples --seeds 0-1 --num-steps 2
+$BIN/lfm demo --dry-run
+test -s samples/grid.png
+echo "the installed package works"
