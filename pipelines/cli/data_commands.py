@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lfm.errors import printable
-from pipelines.cli.stage_command import echo, show, stage_command, with_flags
+from pipelines.cli.stage_command import command_line, echo, show, stage_command, with_flags
 from pipelines.data.data_options import AutoencoderConfig, EncodeConfig, InspectConfig, ShardConfig
 from pipelines.demo.demo_options import ScenesConfig
 
@@ -46,7 +46,12 @@ def encode(config: EncodeConfig) -> None:
 
 @stage_command(InspectConfig)
 def inspect(config: InspectConfig) -> None:
-    """Describe the shards in PATH, and save a sheet of their first images."""
+    """Describe the shards in PATH, and save a sheet of their first images; or say how the image PATH was made."""
+    if config.path.lower().endswith(".png"):
+        from pipelines.sampling.image_note import read_options
+
+        lines, options = read_options(config.path)
+        return echo("\n".join([*lines, f"  again    {command_line('lfm sample', options)}"]))
     from pipelines.common import launcher
     from pipelines.data.inspect_shards import run
 

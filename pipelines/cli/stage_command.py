@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -124,6 +125,22 @@ def with_flags(text: str, config_class: type) -> str:
 
 def _with_flags(text: str, flags: Mapping[str, str]) -> str:
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
+
+
+def command_line(command: str, options: Any) -> str:
+    """Return the command line that a configuration of options stands for, with only those that are not the defaults."""
+    arguments: list[str] = []
+    flags: list[str] = []
+    for key, field in _fields(type(options)):
+        value = getattr(options, key)
+        if _marker(field, Argument):
+            arguments += value if isinstance(value, tuple) else [value]
+        elif value != field.default and isinstance(value, bool):
+            flags.append(_flag(key, field) if value else f"--no-{_flag(key, field).removeprefix('--')}")
+        elif value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            flags += [part for each in values for part in (_flag(key, field), str(each))]
+    return f"{command} {shlex.join([*arguments, *flags])}"
 
 
 def echo(text: str) -> None:

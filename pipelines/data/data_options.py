@@ -110,7 +110,7 @@ class InspectConfig:
     """Options of `lfm inspect`."""
 
     path: Annotated[Location, Argument()]
-    """Folder or URL of raw or latent shards."""
+    """Folder or URL of raw or latent shards, or a PNG of `lfm sample`."""
     verify: bool = False
     """Compare every shard with its checksum."""
     out: str = "sheet.png"

@@ -18,6 +18,7 @@ from lfm.data import manifest as manifests
 from lfm.errors import ConfigError, DataError
 from lfm.world import World
 from pipelines.common import image_files, processes
+from pipelines.sampling.image_note import make_note
 from pipelines.sampling.sample_job import SampleJob
 from pipelines.sampling.sample_plan import PlannedImage, plan_images
 
@@ -73,10 +74,10 @@ def _previous_images(recipe: dict[str, Any]) -> set[str]:
 
 
 def save_images(job: SampleJob, images: Iterable[PlannedImage], pixels: np.ndarray, nfe: Iterable[int]) -> None:
-    """Write images, uint8 (B, H, W, 3), each with its digest and number of network evaluations."""
+    """Write images, uint8 (B, H, W, 3), each with a note of how it was made."""
     for image, image_pixels, evaluations in zip(images, pixels, nfe, strict=True):
-        note = {"digest": job.digest(image), "seed": image.seed, "nfe": evaluations}
-        image_files.save(image_pixels, storage.join(job.plan.config.out, image.file), note=note)
+        path = storage.join(job.plan.config.out, image.file)
+        image_files.save(image_pixels, path, note=make_note(job, image, evaluations))
 
 
 def finished_images(job: SampleJob, images: Iterable[PlannedImage]) -> dict[str, int]:
