@@ -18,6 +18,7 @@ COMMANDS = (
     evaluation_commands.likelihood,
     config_commands.config,
     model_commands.launched_train,
+    model_commands.status,
     model_commands.compare,
     model_commands.sample,
     model_commands.import_,

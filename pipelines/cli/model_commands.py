@@ -11,6 +11,7 @@ from pipelines.cli.stage_command import echo, show, stage_command, with_flags
 from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.demo.demo_options import DemoConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
+from pipelines.monitoring.status_options import StatusConfig
 from pipelines.sampling.sample_options import SampleConfig
 from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
 
@@ -140,6 +141,15 @@ def _arguments(options: LaunchedTrainOptions) -> list[str]:
     arguments = [part for flag, text in texts.items() if text is not None for part in (flag, text)]
     switches = {"--allow-changes": options.allow_changes, "--other-latents": options.other_latents}
     return arguments + [flag for flag, is_set in switches.items() if is_set]
+
+
+@stage_command(StatusConfig)
+def status(config: StatusConfig) -> None:
+    """Print progress, rate, loss, measurements and checkpoints of RUN, which may train at the moment."""
+    from pipelines.monitoring.run_status import run
+
+    result = run(config)
+    echo(result.as_json() if config.as_json else str(result))
 
 
 @stage_command(CompareConfig)

@@ -34,6 +34,7 @@ from pipelines.demo.demo_options import DemoConfig, ScenesConfig
 from pipelines.doctor.doctor_options import DoctorConfig
 from pipelines.evaluation.evaluation_options import EvaluateConfig, LikelihoodConfig, ReferenceConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
+from pipelines.monitoring.status_options import StatusConfig
 from pipelines.sampling.sample_options import SampleConfig
 from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
 from tests.support.commands import assert_one_line, lfm
@@ -53,6 +54,7 @@ OPTION_CLASSES = {
     "ema": EmaConfig,
     "demo": DemoConfig,
     "doctor": DoctorConfig,
+    "status": StatusConfig,
     "train": LaunchedTrainOptions,
     "launch/train.py": TrainOptions,
 }

@@ -1,0 +1,1 @@
+"""Look at a run from outside, while it trains and afterwards."""
