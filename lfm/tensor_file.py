@@ -51,6 +51,7 @@ def load(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         header = json.loads(metadata[_HEADER])
         if not isinstance(header, dict):
             raise ValueError("its header is not a mapping")
+        json.dumps(header, ensure_ascii=False).encode()  # half of a character can be printed and written nowhere
         if _CHECKSUM in header and header.pop(_CHECKSUM) != _checksum(tensors, header):
             raise ValueError("damaged: its checksum is another one")
     except (SafetensorError, ValueError, RecursionError, OSError) as error:

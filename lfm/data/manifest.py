@@ -141,8 +141,10 @@ class Manifest(_Record):
         if self.kind == "latents" and "latent.npy" not in {member.suffix for member in self.members}:
             raise ValueError("members: latent.npy is missing")
         for member in self.members:
-            if member.suffix == "cls" and (member.shape or not member.dtype.endswith("S8")):
-                raise ValueError("members: cls is not of 8 digits")
+            if (member.suffix == "cls") != member.dtype.endswith("S8") or (member.suffix == "cls" and member.shape):
+                raise ValueError(f"members: {member.suffix} is {member.dtype}; cls is of 8 digits, and nothing else")
+            if member.suffix.startswith("latent") and (len(member.shape) != 3 or member.shape[0] % 2):
+                raise ValueError(f"members: {member.suffix} is not of (2 channels, height, width)")
             if self.stride and (member.offset < 512 or member.offset + member.num_bytes > self.stride):
                 raise ValueError(f"members: {member.suffix} reaches beyond its sample of {self.stride} bytes")
         return self

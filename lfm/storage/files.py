@@ -14,6 +14,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -218,6 +219,9 @@ def read_range(path: str, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def read_json(path: str, limit: int = LARGEST_JSON) -> Any:
     """Return the parsed content of a JSON file of at most `limit` bytes, without its seal.
 
@@ -225,7 +229,12 @@ def read_json(path: str, limit: int = LARGEST_JSON) -> Any:
         DataError: the file is not valid JSON, is nested too deeply, or was changed after it was sealed.
     """
     try:
-        value = json.loads(read_bytes(path, limit))
+        content = read_bytes(path, limit)
+        value = json.loads(content)
+        if _SURROGATE.search(
+            content
+        ):  # a pair of them is one character, a single one can be printed and written nowhere
+            json.dumps(value, ensure_ascii=False).encode()
         if isinstance(value, dict) and _SEAL in value and value.pop(_SEAL) != _seal(value):
             raise DataError(f"{path}: damaged: its checksum is another one; restore it, or make it again")
     except (ValueError, RecursionError) as error:
