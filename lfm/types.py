@@ -5,6 +5,7 @@ B batch; H W pixels; h w latent size; C latent channels; K condition channels. T
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,7 @@ class SourceItem:
         None  # a map, or a class id and a mask for each of its parts
     )
     mask: str | None = None
+    columns: Mapping[str, Any] | None = field(default=None, compare=False)  # the rest of its row in a label file
 
 
 @dataclass(frozen=True)

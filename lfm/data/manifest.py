@@ -2,7 +2,9 @@
 
     recipe.json      written first: everything that determines the shards' bytes. It claims the folder.
     000000.tar       a shard
+    000000.columns.json   raw shards: what was learned of its samples, for the index
     000000.json      its record, written after it: the shard is done
+    columns.parquet  the index of all samples, if pyarrow is installed (`lfm.data.columns`)
     manifest.json    the merged records, written last: the data set is complete
 
 Any process that finds all records writes the manifest, so that no process has to wait for another.
@@ -28,9 +30,10 @@ from lfm.prefetch import map_ahead
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
+INDEX = "columns.parquet"
 logger = logging.getLogger(__name__)
 
-SHARD_FILES = r"\d{6}\.(tar|json)|manifest\.json|recipe\.json"
+SHARD_FILES = r"\d{6}\.(tar|json|columns\.json)|columns\.parquet|manifest\.json|recipe\.json"
 
 
 # Limits of the numbers in files that others may have written, so that none asks for memory without end.
@@ -65,6 +68,25 @@ class ShardRecord(_Record):
     rejects: tuple[Reject, ...] = ()
     channel_sums: tuple[tuple[float, float], ...] = ()  # latents: sums of the values and of their squares, by channel
     values_per_channel: Count = 0
+
+
+ColumnType = Literal["int", "float", "text", "bool"]
+# The columns that every index has.
+OWN_COLUMNS: dict[str, ColumnType] = {
+    "key": "text",
+    "class": "text",
+    "source": "text",
+    "width": "int",
+    "height": "int",
+}
+
+
+class ColumnsRecord(_Record):
+    """The index of a data set: its file, and the columns of its samples."""
+
+    bytes: Bytes
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
+    types: Annotated[dict[str, ColumnType], Field(max_length=10_000)]
 
 
 class ClassRecord(_Record):
@@ -127,6 +149,7 @@ class Manifest(_Record):
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
     shards: tuple[ShardRecord, ...]
+    columns: ColumnsRecord | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -166,8 +189,8 @@ class Manifest(_Record):
 
     @property
     def digest(self) -> str:
-        """A hash of the content and the description of the whole data set."""
-        return digest([self.model_dump(mode="json")])
+        """A hash of the content and the description of the whole data set, without its index."""
+        return digest([self.model_dump(mode="json", exclude={"columns"})])
 
 
 def digest(values: Iterable[Any]) -> str:
@@ -330,7 +353,8 @@ def discard_damaged(folder: str, fits: Callable[[ShardRecord], bool] = lambda re
 def publish(folder: str, manifest: Manifest) -> None:
     """Write the manifest, which marks the data set as complete."""
     storage.sweep(folder)
-    storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json"), sealed=True)
+    optional = {"columns"} if manifest.columns is None else None  # keys that older manifests do not have
+    storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json", exclude=optional), sealed=True)
 
 
 def _record_name(shard: str) -> str:

@@ -179,7 +179,7 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
                 files[Path(entry.path)] = entry.stat()
         excess = sum(stat.st_size for stat in files.values()) + size - self.limit
-        copies = [path for path in files if path.suffix == ".tar" and not path.name.startswith(".")]
+        copies = [path for path in files if path.suffix in (".tar", ".parquet") and not path.name.startswith(".")]
         for path in sorted(copies, key=lambda path: (-self._next_use(path.name), files[path].st_mtime)):
             if excess <= 0:
                 break

@@ -34,10 +34,14 @@ class CheckpointWriter:
         folder: run folder.
         keep: number of checkpoints to keep.
         average: name of the average whose weights are the weights of the run.
+        subsets_digest: of the data; see `Mixture.subsets_digest`.
     """
 
-    def __init__(self, engine: Engine, folder: RunFolder, keep: int, average: str = "ema") -> None:
+    def __init__(
+        self, engine: Engine, folder: RunFolder, keep: int, average: str = "ema", subsets_digest: str | None = None
+    ) -> None:
         self.engine, self.folder, self.keep, self.average = engine, folder, keep, average
+        self.subsets_digest = subsets_digest
         self._buffers = HostBuffers()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None  # writes this rank's part, then publishes; None between checkpoints
@@ -59,6 +63,7 @@ class CheckpointWriter:
             samples_seen=header.samples_seen,
             world_size=self.engine.world.size,
             manifest_digest=header.manifest_digest,
+            subsets_digest=self.subsets_digest,
             code_version=header.code_version,
             config=header.config,
             engine=copy.numbers,

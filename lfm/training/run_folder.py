@@ -53,6 +53,7 @@ class RunState(BaseModel):
     samples_seen: NonNegativeInt
     world_size: PositiveInt
     manifest_digest: str
+    subsets_digest: str | None = None  # of the samples that are read, if they are chosen by columns
     code_version: str
     config: dict[str, Any]  # the resolved experiment
     engine: dict[str, Any] = {}  # returned by `Engine.save`

@@ -15,6 +15,7 @@ import torch
 from lfm import autoencoder as autoencoders
 from lfm.autoencoder import Autoencoder
 from lfm.data import manifest as manifests
+from lfm.data.columns.selection import select
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream.latent_stream import StreamOptions
 from lfm.data.stream.mixture import LatentSource, Mixture, mix, single_source
@@ -73,9 +74,15 @@ def load_mixture(config: ExperimentConfig) -> Mixture:
     """
     data = config.data
     if data.shards is not None:
-        return single_source(data.shards, manifests.load(data.shards, "latents"), data.skip_shards)
+        mixture = single_source(data.shards, manifests.load(data.shards, "latents"), data.skip_shards)
+        return replace(mixture, sources=(_subset(mixture.sources[0], data.where, "data.where", config),))
     sources = [
-        LatentSource(each.shards, manifests.load(each.shards, "latents"), each.name, each.skip_shards, each.flips)
+        _subset(
+            LatentSource(each.shards, manifests.load(each.shards, "latents"), each.name, each.skip_shards, each.flips),
+            each.where,
+            f"data.sources {each.name}: where",
+            config,
+        )
         for each in data.sources
     ]
     mixture = mix(sources, config.conditions, [each.classes for each in data.sources])
@@ -87,6 +94,14 @@ def load_mixture(config: ExperimentConfig) -> Mixture:
             "condition of condition: class; set condition_dropout, or leave it out"
         )
     return replace(mixture, stages=_stages(config, mixture.split(data.held_back)[0]))
+
+
+def _subset(source: LatentSource, where: str | None, place: str, config: ExperimentConfig) -> LatentSource:
+    """Return a source with the samples that the expression `where` holds for."""
+    if where is None:
+        return source
+    of_columns = cache(config.data.cache, config.data.cache_gigabytes)
+    return replace(source, where=where, selection=select(source.folder, source.manifest, where, of_columns, place))
 
 
 def _stages(config: ExperimentConfig, training: Mixture) -> tuple[Stage, ...]:

@@ -20,6 +20,7 @@ import numpy as np
 from lfm import storage
 from lfm.autoencoder import Autoencoder
 from lfm.data import manifest as manifests
+from lfm.data.columns.column_index import copy_index
 from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import Manifest, ShardRecord
 from lfm.data.raw_shards import read_raw
@@ -242,6 +243,8 @@ def _publish_if_complete(
     sums = np.sum([record.channel_sums for record in records], axis=0) / num_values
     mean, mean_square = sums[:, 0], sums[:, 1]
     members, stride = latent_layout(encoder.example(raw))
+    if raw.columns is not None:  # the shards hold the samples of the raw shards, in their order
+        copy_index(config.raw, config.dest, raw.columns, factory.cache(config.cache))
     manifest = Manifest(
         kind="latents",
         image_size=raw.image_size,
@@ -256,6 +259,7 @@ def _publish_if_complete(
         channel_mean=tuple(mean.tolist()),
         channel_std=tuple(np.sqrt(mean_square - mean**2).tolist()),
         shards=records,
+        columns=raw.columns,
     )
     manifests.publish(config.dest, manifest)
     shard_claims.clear_claims(config.dest)

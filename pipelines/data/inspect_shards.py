@@ -5,6 +5,7 @@ On the sheet, holes of masks are tinted red, and a segmentation is laid over its
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
+from lfm.data.columns.column_summary import summarize_columns
 from lfm.data.evaluation_images import ShardedImages
 from lfm.data.latent_shards import LatentShard
 from lfm.data.manifest import Manifest, ShardRecord
@@ -53,6 +55,9 @@ def run(config: InspectConfig, world: World) -> InspectResult:
         return InspectResult("\n".join(_training_order(config, manifest)))
     cache = factory.cache(config.cache)
     lines = list(_description(manifest))
+    if manifest.columns is not None:
+        with contextlib.suppress(ConfigError):  # without pyarrow
+            lines += [f"  column {line}" for line in summarize_columns(config.path, manifest.columns, cache)]
     if config.verify:
         _verify(config, manifest, cache)
         lines.append("every shard equals its record in the manifest")

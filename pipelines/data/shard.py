@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from lfm.world import World
 from pipelines.common.processes import map_processes, part_of
 from pipelines.common.progress import Progress
 from pipelines.data.data_options import ShardConfig
+from pipelines.data.shard_columns import FactsWriter, write_raw_index
 from pipelines.data.shard_plan import describe, interpret_maps, save_sheet, survey
 from pipelines.data.shard_set import complete_records, write_shard
 
@@ -195,6 +196,7 @@ def write_job(job: ShardJob) -> ShardRecord:
     """Write the shard of a job and then its record."""
     rejects: list[Reject] = []
     class_counts = [0] * len(job.source.class_names)
+    facts = FactsWriter()
 
     def members() -> Iterator[dict[str, Any]]:
         for row, item in enumerate(job.source.items):
@@ -205,9 +207,11 @@ def write_job(job: ShardJob) -> ShardRecord:
                 continue
             if sample.class_index is not None:
                 class_counts[sample.class_index] += 1
+            facts.add(row, sample)
             yield raw_members(sample, job.config.image_format)
 
     def description() -> dict[str, Any]:
+        facts.write(job.config.dest, job.name)  # before the record, which marks the shard as done
         return {
             "samples": job.num_items - len(rejects),
             "class_counts": tuple(class_counts),
@@ -265,6 +269,7 @@ def _publish_if_complete(
         labels=_labels(source),
         recipe=recipe,
         shards=records,
+        columns=write_raw_index(config.dest, [job.source for job in jobs], records),
     )
     manifests.publish(config.dest, manifest)
     return manifest
@@ -275,6 +280,11 @@ def _labels(source: Source) -> dict[int, str]:
     if "segmentation" in source.fields and not source.labels:
         return {class_id: str(class_id) for class_id in range(256)}
     return source.labels
+
+
+def _identity(item: SourceItem) -> dict[str, Any]:
+    """What of an item decides its shard's bytes."""
+    return {name: getattr(item, name) for name in ("image", "class_index", "segmentation", "mask")}
 
 
 def _recipe(config: ShardConfig, source: Source) -> dict[str, Any]:
@@ -297,6 +307,6 @@ def _recipe(config: ShardConfig, source: Source) -> dict[str, Any]:
         "samples_per_shard": config.samples_per_shard,
         "seed": config.seed,
         "pictures": len(source.items),
-        "source": manifests.digest(asdict(item) for item in source.items),
+        "source": manifests.digest(map(_identity, source.items)),
         **{key: value for key, value in optional.items() if value},  # keys that older recipes do not have
     }

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lfm import storage
+from lfm.data.columns.label_columns import label_columns
 from lfm.data.masks import hide
 from lfm.data.palettes import PALETTES, Colours
 from lfm.data.sources import readers
@@ -127,6 +128,9 @@ def describe(source: Source, sample: Survey) -> str:
         lines.append(
             ("unusable", f"{reasons}, of {len(sample.items) + sum(sample.rejected.values())} images looked at")
         )
+    if columns := label_columns(item.columns for item in source.items):
+        shown = [f"{name} ({column.type})" for name, column in columns.items()]
+        lines.append(("columns", ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if shown[12:] else "")))
     if source.about.unused:
         lines.append(("left aside", _left_aside(source.about.unused, {stem(item.image) for item in source.items})))
     lines += [("note", note) for note in (*source.about.notes, *_links_and_copies(source))]

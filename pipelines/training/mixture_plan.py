@@ -12,7 +12,8 @@ MOST_CLASSES = 20  # that are listed one by one
 
 
 def describe_mixture(config: ExperimentConfig, training: Mixture) -> Iterator[str]:
-    """Yield the lines of a plan for the shards of a mixture to train on; none for one data set."""
+    """Yield the lines of a plan for the shards of a mixture to train on; none for one whole data set."""
+    yield from _describe_subsets(training)
     if len(training.sources) == 1:
         return
     total = config.train.num_steps * config.train.global_batch
@@ -33,6 +34,22 @@ def describe_mixture(config: ExperimentConfig, training: Mixture) -> Iterator[st
             )
     if "class" in config.conditions:
         yield from _describe_classes(training)
+
+
+def _describe_subsets(training: Mixture) -> Iterator[str]:
+    """Yield for each source that is read in part its samples, and what reading them costs: shards are read whole."""
+    for source in training.sources:
+        if source.selection is None:
+            continue
+        shards, sizes = source.manifest.shards, source.shard_sizes()
+        read = sum(shard.bytes for shard, size in zip(shards, sizes, strict=True) if size)
+        needed = sum(shard.bytes * size // max(1, shard.samples) for shard, size in zip(shards, sizes, strict=True))
+        total = source.manifest.num_samples
+        yield (
+            f"{source.folder} where {source.where}: {source.num_samples:,} of {total:,} samples "
+            f"({source.num_samples / total:.2%}); a pass reads {sum(map(bool, sizes)):,} of {len(shards):,} shards, "
+            f"{read / 1e9:,.3f} GB for {needed / 1e9:,.3f} GB of these samples"
+        )
 
 
 def _passes(source: LatentSource, count: int) -> str:

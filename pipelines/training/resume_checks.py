@@ -85,6 +85,8 @@ def check_continues(
             "already; raise it"
         )
     changes = _changes(config, config_schema.validate(state.config, resumed_from))
+    if state.subsets_digest != mixture.subsets_digest and not any("where" in change for change in changes):
+        changes.append("data.where (the index of columns is another one)")
     if changes and not allow_changes:
         raise ConfigError(
             f"{resumed_from}: was made with another configuration: {', '.join(changes)}; name another folder with run, or "

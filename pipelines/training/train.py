@@ -69,7 +69,7 @@ def run(
     with Ranks(world) as ranks:
         _require_equal_configuration(config, ranks)
         mixture = factory.load_mixture(config)
-        ranks.require_equal(f"latents of {mixture.name}", mixture.digest)
+        ranks.require_equal(f"latents of {mixture.name}", [mixture.digest, mixture.subsets_digest])
         folder = RunFolder(config.run)
         if dry_run:
             checkpoint = _choose_checkpoint(folder, ranks, dry_run=True)
@@ -147,7 +147,7 @@ def _prepare(
     config = factory.with_precision(config, factory.device(world), recorded)
     training, manifest = mixture.split(config.data.held_back)[0], mixture.manifest
     if not all(source.num_samples for source in training.sources):
-        raise DataError(f"{mixture.name}: data.skip_shards leaves nothing to train on; name fewer")
+        raise DataError(f"{mixture.name}: data.skip_shards or where leaves nothing to train on; leave less out")
     model_config = factory.model_config(config, manifest)
     factory.training_loss(config, model_config)  # checks its terms
     settings = factory.deepspeed_settings(config, world)

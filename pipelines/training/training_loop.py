@@ -82,7 +82,9 @@ class TrainingLoop:
     ) -> None:
         self.config, self.train, self.header = config, config.train, header
         self.engine, self.world, self.folder = engine, engine.world, folder
-        self.checkpoints = CheckpointWriter(engine, folder, config.train.keep_checkpoints)
+        self.checkpoints = CheckpointWriter(
+            engine, folder, config.train.keep_checkpoints, subsets_digest=mixture.subsets_digest
+        )
         self.micro_batch = factory.micro_batch(config, self.world)
         self.training_loss = factory.training_loss(config, header.model)
         self.network = as_velocity(engine, header.prediction, engine.device)

@@ -49,7 +49,7 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
         missing = f"{tar}#{readers.NOWHERE}#{sample['__key__']}"
         image = next((sample[end].item for end in images if end in sample), missing)
         seg, mask = (next((sample[end].item for end in ends if end in sample), None) for ends in (maps, masks))
-        items.append(SourceItem(image, None, seg, mask))
+        items.append(SourceItem(image, None, seg, mask, _columns(sample)))
         labels.append(_label(tree, f"{tree.root}/{tar}: sample {sample['__key__']}", sample))
     if tree.choices.classes == "folders" or not any(label is not None for _, label in labels):
         labels = _folder_labels(tree, samples)
@@ -140,6 +140,15 @@ def _label(tree: Tree, where: str, sample: dict[str, Any]) -> tuple[str, Label]:
     if key is None or isinstance(content[key], list | dict):
         return "", None
     return ".json", as_label(content[key], where)
+
+
+def _columns(sample: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the content of a sample's JSON."""
+    try:
+        content = json.loads(sample["json"].content or b"")
+    except (ValueError, RecursionError, KeyError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _note_unused(tree: Tree, samples: list[dict[str, Any]], used: set[str]) -> None:
@@ -257,7 +266,7 @@ def _outer(
         return item_of(f"{prefix}/{part}" if prefix else part)
 
     items = tuple(
-        SourceItem(moved(item.image), item.class_index, moved(item.segmentation), moved(item.mask))
+        replace(item, image=moved(item.image), segmentation=moved(item.segmentation), mask=moved(item.mask))
         for item in source.items
     )
     return replace(source, root=root, items=items, read=read)

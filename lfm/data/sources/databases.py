@@ -16,6 +16,7 @@ from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
 
 _NUMBER_KEY = r"\d+"
+_KEPT_TYPES = "u?int|half|float|double|bool|string|large_string|dictionary"  # of columns that samples keep
 _HASH_KEY = r"[0-9a-f]{40}"  # LSUN
 # The names of columns that hold each part of a sample, the preferred one first.
 _COLUMNS = {
@@ -78,6 +79,7 @@ def read_hugging_face(tree: Tree, split: str | None) -> Source:
         about = tree.about if number == 0 else About()  # one note for all tables
         label = _label_column(schema, tree.choices, about, path)
         columns = _columns(path, schema, label, about)
+        kept = [entry.name for entry in schema if re.match(_KEPT_TYPES, str(entry.type))]
         features = _features(schema).get(label, {}) if label else {}
         names_of_table = tuple(features.get("names") or ())
         if number and names_of_table != class_names:
@@ -85,10 +87,14 @@ def read_hugging_face(tree: Tree, split: str | None) -> Source:
         class_names = names_of_table
         for group, rows in enumerate(groups):
             values = readers.table_column(path, group, label).to_pylist() if label else [None] * rows
+            others = [name for name in kept if name != label]
+            cells = [readers.table_column(path, group, name).to_pylist() for name in others]
+            by_title = dict(zip(others, cells, strict=True)) | ({label: values} if label else {})
             for row, value in enumerate(values):
                 cell = {part: f"{name}#{group}#{row}#{column}" for part, column in columns.items()}
                 labels.append(as_label(value, f"{path}: row {row}"))
-                items.append(SourceItem(cell["image"], None, cell.get("segmentation"), cell.get("mask")))
+                known = {title: cells_of[row] for title, cells_of in by_title.items()}
+                items.append(SourceItem(cell["image"], None, cell.get("segmentation"), cell.get("mask"), known))
     if not items:
         raise DataError(f"{tree.root}: no images in it; name the folder that holds them")
     where = f"{tree.root}: column {label}"

@@ -242,13 +242,18 @@ def with_labels(source: Source, choices: Choices) -> Source:
         )
     column = column or others[0]
     table: dict[str, Label] = {}
+    row_of: dict[str, Row] = {}
     for row in rows:
         name, label = plain_path(row[file_column]), as_label(row[column], f"{path}: {row[file_column]}")
+        row_of[name] = {title: value for title, value in row.items() if title and title != file_column}
         if table.setdefault(name, label) != label:
             raise DataError(f"{path}: {name} has the labels {table[name]} and {label}; remove one of the rows")
-    labels = _whole(_matched(source, names, table, path))
-    indices, class_names = classes(labels, choices, path)
-    items = tuple(replace(item, class_index=index) for item, index in zip(source.items, indices, strict=True))
+    matches = _matched(source, names, table, path)
+    indices, class_names = classes(_whole([table[name] for name in matches]), choices, path)
+    items = tuple(
+        replace(item, class_index=index, columns=row_of[name])
+        for item, index, name in zip(source.items, indices, matches, strict=True)
+    )
     source.about.labels_from = f"column {column} of {path}"
     source.about.used |= {path, str(Path(path).resolve())}
     return replace(source, items=items, class_names=class_names)
@@ -274,10 +279,10 @@ def _file_column(columns: Sequence[str], rows: Sequence[Row], files: Container[s
     return best if best is not None and (counts[best] or best in ranks) else None
 
 
-def _matched(source: Source, names: Sequence[str], table: Mapping[str, Label], path: str) -> list[Label]:
-    """Return the label of every item.
+def _matched(source: Source, names: Sequence[str], table: Mapping[str, Label], path: str) -> list[str]:
+    """Return the row of every item, as the name in it.
 
-    Its row is the one whose path has the most folders in common with the image's path, from the end: the row may leave out
+    It is the one whose path has the most folders in common with the image's path, from the end: the row may leave out
     the first folders or the suffix, or name folders above the collection, such as those of another machine.
     """
     ends = _ends(table)
@@ -302,7 +307,7 @@ def _matched(source: Source, names: Sequence[str], table: Mapping[str, Label], p
         raise DataError(f"{path}: {twice} may be any of several images; write their paths with folders")
     if extra := set(table) - set(rows):
         source.about.notes.append(f"{path}: {len(extra)} rows belong to no image, such as {min(extra)}")
-    return [table[row] for row in rows]
+    return rows
 
 
 def _ends(table: Iterable[str]) -> dict[str, list[str]]:

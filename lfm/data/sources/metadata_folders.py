@@ -128,8 +128,15 @@ def _of_rows(tree: Tree, rows: list[Row], where: str) -> Source:
     unused = [c for c in columns if c not in (file, label, mask, segmentation) and (not label or c not in LABEL_KEYS)]
     if unused:
         tree.about.notes.append(f"{where}: columns not used: {', '.join(unused)}; `label_column` chooses one as label")
+    paths = {file, mask, segmentation}
     items = [
-        SourceItem(name, index, _annotation(row, segmentation), _annotation(row, mask))
+        SourceItem(
+            name,
+            index,
+            _annotation(row, segmentation),
+            _annotation(row, mask),
+            {title: value for title, value in row.items() if title not in paths},
+        )
         for name, index, row in zip(listed, indices, rows, strict=True)
     ]
     items.sort(key=lambda item: item.image)

@@ -78,7 +78,8 @@ class LatentStream:
             raise DataError(f"{mixture.name}: holds no latents to train on")
         self.manifest, self.options, self.world, self.cache = manifest, options, world, cache
         self.device = torch.device(device)
-        self.order = MixtureOrder(sizes, mixture.stages, options.seed, options.window)
+        selections = [source.selection for source in mixture.sources]
+        self.order = MixtureOrder(sizes, mixture.stages, options.seed, options.window, selections)
         self.scale, self.shift = manifest.autoencoder.scale_factor, manifest.autoencoder.shift
         self.members = {member.suffix: member for member in manifest.members}
         self.fields: dict[str, tuple[str, str]] = {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from lfm.data import manifest as manifests
+from lfm.data.columns.selection import Selection
 from lfm.data.manifest import ClassRecord, Manifest
 from lfm.data.stream.mixture_order import Stage
 from lfm.errors import ConfigError, DataError
@@ -36,10 +37,15 @@ class LatentSource:
     skip_shards: tuple[str, ...] = ()  # names of shards that are left out
     flips: bool = True  # whether mirrored latents are used, where the shards have them
     class_map: tuple[int, ...] | None = None  # the mixture's class of each class of the source; None if they are equal
+    where: str = ""  # the expression that chose the samples
+    selection: Selection | None = None  # the samples that are read; None for all
 
     def shard_sizes(self) -> list[int]:
-        """Return the number of samples of each shard, counting those to leave out as empty."""
-        return shard_sizes(self.manifest, self.skip_shards, self.folder)
+        """Return the number of samples that are read of each shard, counting those to leave out as empty."""
+        sizes = shard_sizes(self.manifest, self.skip_shards, self.folder)
+        if self.selection is None:
+            return sizes
+        return [min(size, selected) for size, selected in zip(sizes, self.selection.counts.tolist(), strict=True)]
 
     @property
     def num_samples(self) -> int:
@@ -72,6 +78,15 @@ class Mixture:
             return self.sources[0].manifest.digest
         classes = [entry.name for entry in self.manifest.classes]
         return manifests.digest([classes, *([source.manifest.digest, source.class_map] for source in self.sources)])
+
+    @property
+    def subsets_digest(self) -> str | None:
+        """A hash of the samples that are read, if they are chosen by columns; None for whole data sets."""
+        subsets = [
+            (source.where, source.manifest.columns.crc32 if source.where and source.manifest.columns else None)
+            for source in self.sources
+        ]
+        return manifests.digest(subsets) if any(where for where, _ in subsets) else None
 
     def split(self, num_held_back: int) -> tuple[Mixture, Mixture]:
         """Return the mixture of the shards to train on, and that of the last `num_held_back` shards of each source.
@@ -170,7 +185,10 @@ def _with_shards(source: LatentSource, part: slice) -> LatentSource:
     names = {shard.name for shard in source.manifest.shards} - {shard.name for shard in shards}
     manifest = source.manifest.model_copy(update={"shards": shards})
     return replace(
-        source, manifest=manifest, skip_shards=tuple(name for name in source.skip_shards if name not in names)
+        source,
+        manifest=manifest,
+        skip_shards=tuple(name for name in source.skip_shards if name not in names),
+        selection=source.selection.of_shards(part) if source.selection else None,
     )
 
 

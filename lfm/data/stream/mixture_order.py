@@ -21,6 +21,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from lfm.data.columns.selection import Selection
 from lfm.data.stream.sample_order import Order
 
 _LARGEST_SUM = 2**30  # of integer weights, so that products of two of them fit int64
@@ -109,12 +110,19 @@ class MixtureOrder:
         stages: of `StagedShares`.
         seed: seed of all permutations. One source has the order that `Order` gives it with this seed.
         window: number of shards of each source that are shuffled together.
+        selections: the samples of each source that `shard_sizes` counts, where they are not all; None for all.
     """
 
     def __init__(
-        self, shard_sizes: Sequence[Sequence[int] | np.ndarray], stages: Sequence[Stage], seed: int, window: int
+        self,
+        shard_sizes: Sequence[Sequence[int] | np.ndarray],
+        stages: Sequence[Stage],
+        seed: int,
+        window: int,
+        selections: Sequence[Selection | None] = (),
     ) -> None:
         self.window = window
+        self.selections = selections or [None] * len(shard_sizes)
         self.orders = [
             Order(sizes, seed, window, stream=(source,) if len(shard_sizes) > 1 else ())
             for source, sizes in enumerate(shard_sizes)
@@ -125,17 +133,23 @@ class MixtureOrder:
     def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return shards and rows, int64 (count,) each, of `count` positions from `position` on."""
         if len(self.orders) == 1:
-            return self.orders[0].at(position, count)
+            return self._at(0, position, count)
         shards, rows = np.empty(count, np.int64), np.empty(count, np.int64)
         counts = self._shares.counts(position, count + 1)
         source = np.argmax(np.diff(counts), axis=0)
-        for index, order in enumerate(self.orders):
+        for index in range(len(self.orders)):
             start, end = int(counts[index, 0]), int(counts[index, -1])
             if end > start:
                 of_source = source == index
-                shards[of_source], rows[of_source] = order.at(start, end - start)
+                shards[of_source], rows[of_source] = self._at(index, start, end - start)
                 shards[of_source] += self.first_shards[index]
         return shards, rows
+
+    def _at(self, source: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shards and rows of positions of a source's own order."""
+        shards, rows = self.orders[source].at(position, count)
+        selection = self.selections[source]
+        return shards, rows if selection is None else selection.rows_at(shards, rows)
 
     def window_at(self, position: int) -> tuple[tuple[int, int], ...]:
         """Return the epoch and the window within it that each source is in at a position."""

@@ -35,6 +35,8 @@ class SourceConfig(ConfigSection):
     """How often the source is read while a source of `repeat` 1 is read once; by default 1."""
     num_samples: Count | None = None
     """Samples to read while a source of `repeat` 1 is read once."""
+    where: Name | None = None
+    """Condition on the columns of samples, such as score > 0.5; samples that it does not hold for are not read."""
     classes: dict[str, str] = {}
     """The mixture's names of this source's classes; classes of one name are one class, others keep their name."""
     flips: bool = True
@@ -63,6 +65,8 @@ class DataConfig(ConfigSection):
 
     shards: Name | None = None
     """Folder or URL of the latent shards."""
+    where: Name | None = None
+    """Condition on the columns of the samples in `shards`; samples that it does not hold for are not read."""
     sources: tuple[SourceConfig, ...] = ()
     """Several data sets that are mixed, instead of `shards`."""
     stages: tuple[StageConfig, ...] = ()
@@ -92,6 +96,8 @@ class DataConfig(ConfigSection):
             raise ValueError("set either shards, the latents of one folder, or sources, a list of several")
         if self.sources and self.skip_shards:
             raise ValueError("skip_shards: name them in the source that holds them")
+        if self.sources and self.where is not None:
+            raise ValueError("where: write it into the source whose samples it chooses")
         if self.stages and not (self.sources and all(source.weight for source in self.sources)):
             raise ValueError("stages: give every source a weight, which they change")
         names = [source.name for source in self.sources]
