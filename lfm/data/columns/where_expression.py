@@ -142,8 +142,8 @@ class _Translator:
             kinds = {_type_of(value) for value in values} | {kind}
             values = values if kinds == {"int"} else [float(value) for value in values]
             field = field if kinds == {"int"} else field.cast(self.pyarrow.float64())
-        found = field.isin(values)
-        return ~found & field.is_valid() if is_negative else found
+        is_member = field.isin(values)
+        return ~is_member & field.is_valid() if is_negative else is_member
 
     def _pattern(self, function: str, column: ast.expr, pattern: ast.expr) -> Any:
         if function not in _FUNCTIONS:

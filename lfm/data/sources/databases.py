@@ -79,7 +79,7 @@ def read_hugging_face(tree: Tree, split: str | None) -> Source:
         about = tree.about if number == 0 else About()  # one note for all tables
         label = _label_column(schema, tree.choices, about, path)
         columns = _columns(path, schema, label, about)
-        kept = [entry.name for entry in schema if re.match(_KEPT_TYPES, str(entry.type))]
+        titles = [entry.name for entry in schema if re.match(_KEPT_TYPES, str(entry.type))]
         features = _features(schema).get(label, {}) if label else {}
         names_of_table = tuple(features.get("names") or ())
         if number and names_of_table != class_names:
@@ -87,7 +87,7 @@ def read_hugging_face(tree: Tree, split: str | None) -> Source:
         class_names = names_of_table
         for group, rows in enumerate(groups):
             values = readers.table_column(path, group, label).to_pylist() if label else [None] * rows
-            others = [name for name in kept if name != label]
+            others = [name for name in titles if name != label]
             cells = [readers.table_column(path, group, name).to_pylist() for name in others]
             by_title = dict(zip(others, cells, strict=True)) | ({label: values} if label else {})
             for row, value in enumerate(values):
