@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test dist autoencoder clean
+.PHONY: demo test docs dist autoencoder clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -16,6 +16,11 @@ test: $(VENV)/ready
 	$(BIN)/mypy benchmarks/*.py
 	$(BIN)/mypy launch/*.py
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# The manual, without a network; a warning is an error.
+docs: $(VENV)/ready
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/docs/index.html"
 
 # Build wheel and sdist, install the wheel into an environment of its own, and use it from an empty folder.
 dist: $(VENV)/ready
@@ -35,7 +40,7 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation --config-settings editable_mode=compat \
-		-e '.[evaluate,s3,test]'
+		-e '.[docs,evaluate,s3,test]'
 	touch $@
 	@echo "installed; for the commands in this shell: . $(VENV)/bin/activate"
 
