@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lfm.data.columns.column_index import write_index
 from lfm.data.columns.selection import select
 from lfm.data.columns.where_expression import LONGEST, parse_where
-from lfm.data.manifest import ColumnType, Manifest, Member, ShardRecord
+from lfm.data.manifest import ColumnType, Manifest, ShardRecord
 from lfm.errors import ConfigError, DataError
 from lfm.storage.cache import Cache
 
@@ -36,8 +36,7 @@ def data_set(folder: Path, rows: list[dict[str, Any]] = ROWS, sizes: tuple[int, 
         ShardRecord(name=f"{number:06d}.tar", samples=size, bytes=10, sha256="", crc32=0)
         for number, size in enumerate(sizes)
     )
-    member = Member(suffix="latent.npy", dtype="<f2", shape=(1,), offset=512)
-    return Manifest(kind="latents", image_size=8, recipe={}, members=(member,), shards=shards, columns=record)
+    return Manifest(kind="raw", image_size=8, recipe={}, shards=shards, columns=record)
 
 
 @pytest.fixture(scope="module")
