@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import resource
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from pipelines.common import image_files, plots
 LOG = "log.jsonl"
 LOSS_CURVES = ("loss", "validation_loss")  # plotted together in loss.png
 CACHE_COUNTS = ("cache_hits", "downloads", "retries")
+RISES, SMALLEST_RISE = 3, 0.01  # validations in a row that must rise, and by what share in all
+logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
@@ -69,6 +74,8 @@ class TrainingLog:
         if not self.writes:
             return {}
         self.file.write(json.dumps(line) + "\n")
+        if "validation_loss" in measurements and (warning := overfitting(self._read())):
+            logger.warning(warning)
         numbers = {f"train/{name}": float(value) for name, value in line.items() if value is not None}
         self.engine.write_monitors(numbers, samples_seen)
         return _figures(line) | {name: f"{value:.4g}" for name, value in measurements.items()}
@@ -77,7 +84,7 @@ class TrainingLog:
         """Plot the losses so far as loss.png, and each of the measured `distances` as NAME.png."""
         if not self.writes:
             return
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        lines = self._read()
         for stem, names in (("loss", LOSS_CURVES), *((name, (name,)) for name in distances)):
             curves = {
                 name: [(line["samples_seen"], line[name]) for line in lines if line.get(name) is not None]
@@ -87,6 +94,9 @@ class TrainingLog:
             if curves:
                 plot = plots.line_plot(curves, x_label="samples seen")
                 image_files.save(plot, self.path.with_name(f"{stem}.png"), flush=False)
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def close(self) -> None:
         """Close the file."""
@@ -162,6 +172,34 @@ def _means_of_finite(losses: list[dict[str, float]]) -> dict[str, float | None]:
         values = [loss[name] for loss in losses if math.isfinite(loss[name])]
         means[name] = sum(values) / len(values) if values else None
     return means
+
+
+def overfitting(lines: Sequence[dict[str, Any]]) -> str | None:
+    """Return a warning if the validation loss has risen, validation by validation, while the training loss fell.
+
+    Args:
+        lines: the log of a run, the newest line last.
+    """
+    losses = [(number, line["validation_loss"]) for number, line in enumerate(lines) if line.get("validation_loss")]
+    newest = losses[-RISES - 1 :]
+    rises = [after[1] > before[1] for before, after in itertools.pairwise(newest)]
+    if len(rises) < RISES or not all(rises) or newest[-1][1] < (1 + SMALLEST_RISE) * newest[0][1]:
+        return None
+    turn, lowest = newest[0]
+    middle = (turn + 1 + len(lines)) // 2
+    before, after = _mean_loss(lines[turn + 1 : middle]), _mean_loss(lines[middle:])
+    if before is None or after is None or after >= before:
+        return None
+    return (
+        f"the validation loss has risen since {lines[turn]['samples_seen']:,} samples seen, from {lowest:.4g} to "
+        f"{newest[-1][1]:.4g}, while the training loss falls: the network learns its samples by heart; stop here, or train "
+        "with more samples, flips or condition_dropout"
+    )
+
+
+def _mean_loss(lines: Sequence[dict[str, Any]]) -> float | None:
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    return statistics.fmean(losses) if losses else None
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

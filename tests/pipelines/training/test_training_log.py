@@ -142,3 +142,34 @@ def test_each_distance_has_a_plot_of_its_own(tmp_path: Path) -> None:
 
 def test_the_rate_of_matrix_products_is_positive() -> None:
     assert training_log.matmul_rate(torch.device("cpu"), torch.float32, seconds=0.01) > 1e6
+
+
+def validated(validation: list[float], losses: list[float]) -> list[dict[str, Any]]:
+    """The lines of a log: two for each training loss, the second with a validation loss."""
+    log: list[dict[str, Any]] = []
+    for number, (held_back, loss) in enumerate(zip(validation, losses, strict=True)):
+        log += [{"samples_seen": 20 * number + 10, "loss": loss}]
+        log += [{"samples_seen": 20 * number + 20, "loss": loss, "validation_loss": held_back}]
+    return log
+
+
+@pytest.mark.parametrize(
+    ("validation", "losses", "warns"),
+    [
+        ([0.9, 0.5, 0.52, 0.54, 0.6], [0.9, 0.6, 0.5, 0.4, 0.3], True),
+        ([0.9, 0.5, 0.52, 0.54, 0.6], [0.9, 0.4, 0.5, 0.6, 0.7], False),  # both rise: it diverges
+        ([0.9, 0.5, 0.52, 0.51, 0.6], [0.9, 0.6, 0.5, 0.4, 0.3], False),  # up and down
+        ([0.9, 0.5, 0.501, 0.502, 0.503], [0.9, 0.6, 0.5, 0.4, 0.3], False),  # by less than a hundredth
+        ([0.9, 0.8, 0.7, 0.6, 0.5], [0.9, 0.6, 0.5, 0.4, 0.3], False),
+        ([0.5, 0.6], [0.9, 0.6], False),
+    ],
+)
+def test_a_validation_loss_that_rises_while_the_training_loss_falls_is_a_warning(
+    validation: list[float], losses: list[float], warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = open_log(tmp_path)
+    for line in validated(validation, losses):
+        log.losses.append({"loss": line["loss"]})
+        log.write(line["samples_seen"], 1, 1e-3, {key: line[key] for key in line if key == "validation_loss"})
+    log.close()
+    assert ("has risen since 40 samples seen, from 0.5 to 0.6" in caplog.text) == warns
