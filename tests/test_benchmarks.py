@@ -61,6 +61,10 @@ def test_stream(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "CPU of webdataset / stream" in capsys.readouterr().out
 
 
+def test_columns() -> None:
+    assert "a pattern of sources" in run_apart("columns")
+
+
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     run_here("evaluate", monkeypatch)
