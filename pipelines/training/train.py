@@ -147,7 +147,9 @@ def _prepare(
     config = factory.with_precision(config, factory.device(world), recorded)
     training, manifest = mixture.split(config.data.held_back)[0], mixture.manifest
     if not all(source.num_samples for source in training.sources):
-        raise DataError(f"{mixture.name}: data.skip_shards leaves nothing to train on, or where selects none of the rest; leave less out")
+        raise DataError(
+            f"{mixture.name}: data.skip_shards leaves nothing to train on, or where selects none of the rest; leave less out"
+        )
     model_config = factory.model_config(config, manifest)
     factory.training_loss(config, model_config)  # checks its terms
     settings = factory.deepspeed_settings(config, world)
