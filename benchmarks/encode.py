@@ -51,7 +51,8 @@ def some_shards(raw: str, num: int, folder: Path) -> tuple[Manifest, np.ndarray]
         shutil.copy(Path(raw) / shard.name, folder)
         with (folder / shard.name).open("rb") as stream:
             images += [sample.image for sample in read_raw(stream, shard.name)]
-    part = manifest.model_copy(update={"shards": tuple(shards)})
+    # The index of columns covers all shards, so a part of them goes without.
+    part = manifest.model_copy(update={"shards": tuple(shards), "columns": None})
     manifests.publish(str(folder), part)
     return part, np.stack(images)
 
