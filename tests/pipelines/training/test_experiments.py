@@ -60,9 +60,10 @@ PRESETS = {"small": 32, "base": 130, "large": 457}  # millions of parameters, as
 def test_an_experiment_dry_runs_and_its_head_says_command_hardware_and_expectation(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = path.read_text().splitlines()[:3]
-    assert re.fullmatch(rf"# deepspeed (--num_gpus \d+ )?launch/train\.py --config configs/{path.name}", head[0])
-    assert head[1].startswith("# ") and any(line.startswith("# Expected: ") for line in path.read_text().splitlines())
+    schema, command, hardware = path.read_text().splitlines()[:3]
+    assert schema == "# yaml-language-server: $schema=schema.json"
+    assert re.fullmatch(rf"# deepspeed (--num_gpus \d+ )?launch/train\.py --config configs/{path.name}", command)
+    assert hardware.startswith("# ") and any(line.startswith("# Expected: ") for line in path.read_text().splitlines())
     image_size, classes, *_ = PAPER.get(path.stem.removesuffix(MODERN).removesuffix(UNET), (128, 10))
     shard = ShardRecord(name="000000.tar", samples=1000, bytes=1, sha256="", crc32=0)
     latents = latents_manifest(image_size, classes, 8).model_copy(update={"shards": (shard,)})
