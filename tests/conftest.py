@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files of most slow tests, so that no process is left alone with one of them at the end."""
     num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -num_slow[item.path])
+
+
+@pytest.fixture(autouse=True)
+def _this_process_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test that would replace this process by another program, as `lfm train` does, fail instead."""
+
+    def refuse(program: str, *_: object) -> None:
+        raise AssertionError(f"the process of the tests would become {program}")
+
+    monkeypatch.setattr(os, "execve", refuse)
 
 
 @pytest.fixture(scope="session")

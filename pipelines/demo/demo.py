@@ -42,7 +42,6 @@ def run(config: DemoConfig) -> DemoResult:
     """Run every stage into `out`.
 
     Raises:
-        ConfigError: the launch file or the configuration does not exist.
         LfmError: a stage failed, after printing its own message.
     """
     stages = commands(Path(config.out))

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfm.errors import ConfigError
 from lfm.synthetic.scenes import CLASS_NAMES, SEGMENT_NAMES, draw_scene
 from pipelines.cli.main import main
-from pipelines.common import image_files, launcher
+from pipelines.common import image_files
 from pipelines.demo import demo, draw_scenes
 from pipelines.demo.demo_options import ScenesConfig
 from tests.support.commands import lfm
@@ -39,12 +38,6 @@ def test_each_stage_reads_what_the_one_before_it_wrote(tmp_path: Path) -> None:
     assert Path(stages["encode"][2]) == written["shard"]
     assert f"data.shards={written['encode']}" in stages["train"]
     assert f"run={stages['sample'][2]}" in stages["train"]
-
-
-def test_outside_a_clone_the_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "CHECKOUT", tmp_path)
-    with pytest.raises(ConfigError, match=r"demo\.yaml: no such file; run the demo from a clone"):
-        demo.commands(tmp_path)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
