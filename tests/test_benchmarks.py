@@ -106,3 +106,11 @@ def test_backbones(tmp_path: Path) -> None:
     assert "| unet | 4 |" in run_apart("backbones", tmp_path)
     backbones = json.loads((tmp_path / "backbones.json").read_text())["backbones"]
     assert all(0 <= line["recognised"]["final"][0] <= 1 for line in backbones.values())
+
+
+def test_finetune(tmp_path: Path) -> None:
+    """Two steps and two seeds of each method, from a source of two steps."""
+    output = run_apart("finetune", tmp_path, "--targets", "classes")
+    assert "| DiffFit |" in output
+    methods = json.loads((tmp_path / "finetune.json").read_text())["classes"]["methods"]
+    assert methods["LoRA"]["parameters"] < 0.1 * methods["full"]["parameters"]

@@ -1,0 +1,321 @@
+"""Compare training from scratch with fine-tuning: images until new shapes are recognised, and until a loss is reached.
+
+    python benchmarks/finetune.py OUT [--targets classes inpaint semantic size] [--seeds 3] [--tune] [--dry-run]
+
+Source: the recipe of benchmarks/record.py with its longer budget, on drawn scenes of six shapes at 64 pixels. Targets:
+
+    classes    the other two shapes, from 100 images each: samples until 90 % of generated images are recognised
+    inpaint    masks as a condition beside the class, on the scenes of the source
+    semantic   segmentations as a condition beside the class, on the scenes of the source
+    size       the six shapes at 128 pixels
+
+For the last three: samples until the validation loss is that of training from scratch at its end. Each method is trained with
+several seeds, on the same samples, noise and times, from the source of the same seed. Learning rates are those of `RATES`,
+chosen among `TUNING` with a seed of its own (--tune). Prints a table for each target, and writes OUT/finetune.json. Running
+the command again resumes. --dry-run trains for two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import record
+from safetensors import safe_open
+
+from lfm import weights_file
+from lfm.synthetic.scenes import CLASS_NAMES, SEGMENT_NAMES, draw_scene
+from lfm.world import World
+from pipelines.common import image_files, launcher
+from pipelines.common.experiment import config_file
+from pipelines.common.progress import Progress
+from pipelines.comparison.paired_statistics import difference, reached_at
+from pipelines.comparison.paired_trainings import Training, read_log
+from pipelines.data import encode, shard
+
+NEW_CLASSES = CLASS_NAMES[:2]  # the first indices, which the recogniser knows them by
+SOURCE_CLASSES = CLASS_NAMES[2:]
+COST = "cost.json"  # in a run folder: the peak memory of its process
+TUNING_SEED = 100
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: from which weights, and what of them."""
+
+    name: str
+    trainable: tuple[str, ...] | None  # None: from scratch
+    arguments: tuple[str, ...] = ()
+
+
+METHODS = (
+    Method("scratch", None),
+    Method("full", ("all",)),
+    Method("full, null row", ("all",), ("--new-classes", "null")),
+    Method("LoRA", ("adapters", "conditions")),
+    Method("DiffFit", ("scales", "norms_and_biases", "conditions")),
+)
+TUNING: dict[str, tuple[float, ...]] = {
+    "scratch": (1.4e-3, 2.8e-3, 5.6e-3),
+    "full": (5e-4, 1e-3, 2e-3, 4e-3),
+    "LoRA": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "DiffFit": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+}
+RATES = {"scratch": 2.8e-3, "full": 1e-3, "full, null row": 1e-3, "LoRA": 4e-3, "DiffFit": 8e-3}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a method is trained for."""
+
+    condition: str
+    classes: tuple[str, ...]
+    num: tuple[int, int]  # images, and those held back
+    image_size: int
+    num_steps: tuple[int, int]  # from scratch, and from the source
+    every: tuple[int, int]  # steps between measurements
+    methods: tuple[str, ...] = ("scratch", "full")
+
+
+TARGETS = {
+    "classes": Target(
+        "class", NEW_CLASSES, (200, 128), 64, (1920, 480), (240, 60), tuple(method.name for method in METHODS)
+    ),
+    "inpaint": Target("class+inpaint", SOURCE_CLASSES, (3072, 256), 64, (640, 640), (80, 40)),
+    "semantic": Target("class+semantic", SOURCE_CLASSES, (3072, 256), 64, (640, 640), (80, 40)),
+    "size": Target("class", SOURCE_CLASSES, (3072, 256), 128, (240, 240), (40, 20)),
+}
+SOURCE = Target("class", SOURCE_CLASSES, (3072, 256), 64, (960, 960), (240, 240))
+BATCH, SOURCE_BATCH, SOURCE_RATE = 32, 64, 4e-3
+SHARE = 0.9  # recognised
+
+
+def latents(folder: Path, target: Target, num: tuple[int, int], seed: int) -> Path:
+    """Return latents of drawn scenes of some shapes, made once, whose last shard holds the `num[1]` samples held back."""
+    raw, encoded = folder / "raw", folder / "latents"
+    if not (encoded / "manifest.json").exists():
+        images = folder / "scenes"
+        _draw(images, target, sum(num), seed)
+        (images / "labels.txt").write_text("\n".join(SEGMENT_NAMES))
+        shard.run(
+            shard.ShardConfig(
+                str(images), str(raw), layout="paired", image_size=target.image_size, samples_per_shard=num[0]
+            )
+        )
+        encode.run(encode.EncodeConfig(str(raw), str(encoded)), World())
+    return encoded
+
+
+def _draw(images: Path, target: Target, num: int, seed: int) -> None:
+    """Save the first `num` scenes of the target's classes, of each class equally many but for one."""
+    wanted = {name: (num + place) // len(target.classes) for place, name in enumerate(target.classes)}
+    with Progress("scenes", num, "images") as progress:
+        index = 0
+        while any(wanted.values()):
+            scene = draw_scene(seed, index, target.image_size)
+            shape = CLASS_NAMES[scene.class_index]
+            if wanted.get(shape):
+                wanted[shape] -= 1
+                name = f"{shape}/{index:06d}.png"
+                image_files.save(scene.image, str(images / "images" / name), flush=False)
+                image_files.save(scene.segmentation, str(images / "segmentations" / name), flush=False)
+                image_files.save(scene.mask * 255, str(images / "masks" / name), flush=False)
+                progress.advance(1)
+            index += 1
+
+
+def plan(out: Path, name: str, target: Target, method: Method, rate: float, seed: int, small: bool) -> Training:
+    """Return one training, whose configuration is written into `out`."""
+    from_source = method.trainable is not None
+    num_steps, every = target.num_steps[from_source], target.every[from_source]
+    is_source = target is SOURCE
+    changes: dict[str, Any] = {
+        "condition": target.condition,
+        "data": {"shards": str(out / "data" / name / "latents"), "held_back": 1},
+        "train.num_steps": 2 if small else num_steps,
+        "train.global_batch": 4 if small else SOURCE_BATCH if is_source else BATCH,
+        "train.learning_rate": rate,
+        "train.validate_every": 1 if small else every,
+        "train.log_every": 1 if small else 20,
+        "train.trainable": list(method.trainable or ("all",)),
+    }
+    if name == "classes":
+        changes |= {"evaluation.every": 1 if small else every, "evaluation.num": 2 if small else 128}
+    else:
+        changes["evaluation"] = None
+    folder = out / "runs" / name / f"{method.name.replace(', ', '-').replace(' ', '-')}-{rate:g}" / f"seed-{seed}"
+    file = record.write_config(out / "configs" / name, f"{method.name} {rate:g}", {"run": "unused", **changes})
+    overrides = (f"run={folder}", f"train.seed={seed}")
+    return Training(method.name, seed, str(file), config_file.load(str(file), overrides), overrides)
+
+
+def train(training: Training, arguments: Sequence[str]) -> None:
+    """Train what is not yet trained, and note the peak memory of its process in bytes."""
+    if training.is_complete:
+        return
+    command = launcher.training_command(training.file, training.overrides, None, arguments=arguments)
+    training.folder.mkdir(parents=True, exist_ok=True)
+    with (training.folder / "output.txt").open("ab") as output:
+        process = subprocess.Popen(command, env=launcher.environment(1), stdout=output, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{training.folder}: the training failed; see output.txt there")
+    (training.folder / COST).write_text(json.dumps({"peak_bytes": usage.ru_maxrss * 1024}))
+
+
+def curve(training: Training, metric: str) -> list[tuple[float, float]]:
+    """Return a metric over the samples seen."""
+    lines = read_log(training.folder)
+    return [(float(line["samples_seen"]), float(line[metric])) for line in lines if line.get(metric) is not None]
+
+
+def num_tensor_elements(training: Training) -> int:
+    """Return the number of parameters in the run's weights: all of a network, or the part that was trained."""
+    with safe_open(str(training.folder / weights_file.WEIGHTS), "np") as file:
+        names = list(file.keys())
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def summary(trainings: Sequence[Training], metric: str, target: float) -> dict[str, Any]:
+    """Return what the seeds of one method measured; `reached` are samples, None where a seed did not reach the target."""
+    curves = [curve(training, metric) for training in trainings]
+    higher = metric == "recognised"
+    lines = [line for training in trainings for line in read_log(training.folder)]
+    return {
+        "seeds": [training.seed for training in trainings],
+        "learning_rate": trainings[0].config.train.learning_rate,
+        "num_samples": trainings[0].num_samples,
+        "curves": curves,
+        "final": [points[-1][1] for points in curves],
+        "reached": [reached_at(points, target, higher_is_better=higher) for points in curves],
+        "parameters": num_tensor_elements(trainings[0]),
+        "weights_bytes": (trainings[0].folder / weights_file.WEIGHTS).stat().st_size,
+        "peak_bytes": [json.loads((training.folder / COST).read_text())["peak_bytes"] for training in trainings],
+        "cpu_seconds_per_sample": statistics.median(line["cpu_seconds_per_sample"] for line in lines),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return one target's results as a table in Markdown."""
+    metric, methods = result["metric"], result["methods"]
+    first = methods["scratch"]
+    goal = f"{SHARE:.0%}" if metric == "recognised" else f"loss {result['target']:.3f}"
+    rows = [
+        f"| method | parameters | rate | samples | {metric} | samples to {goal} | of scratch | CPU seconds to it | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, line in methods.items():
+        p = ""
+        if name != "scratch" and len(line["final"]) > 1 and line["num_samples"] == first["num_samples"]:
+            test = difference(first["final"], line["final"], paired=True, higher_is_better=metric == "recognised")
+            p = f" (p {test.p:.3f})"
+        reached, share, seconds = "not reached", "", ""
+        found = [value for value in line["reached"] if value is not None]
+        if found:
+            reached = _spread(found, 0)
+            if len(found) < len(line["reached"]):
+                reached += f" in {len(found)} of {len(line['reached'])}"
+            seconds = f"{statistics.fmean(found) * line['cpu_seconds_per_sample']:.0f}"
+            # Where training from scratch does not reach it, its whole budget is a lower bound.
+            whole = [value or first["num_samples"] for value in first["reached"]]
+            bound = "under " if None in first["reached"] else ""
+            share = f"{bound}{statistics.fmean(found) / statistics.fmean(whole):.2f}"
+        cells = [
+            name,
+            f"{line['parameters']:,}",
+            f"{line['learning_rate']:g}",
+            f"{line['num_samples']:,}",
+            _spread(line["final"], 3) + p,
+            reached,
+            share,
+            seconds,
+            f"{max(line['peak_bytes']) / 1e6:.0f} MB",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):,.{digits}f}{spread}"
+
+
+def tune(out: Path, target: Target, small: bool) -> None:
+    """Print what each candidate rate of each method reaches on the two shapes, with a seed of its own."""
+    base = source(out, TUNING_SEED, small)
+    methods = {method.name: method for method in METHODS}
+    for name, rates in TUNING.items():
+        for rate in rates:
+            training = plan(out, "classes", target, methods[name], rate, TUNING_SEED, small)
+            train(training, arguments(methods[name], base))
+            values = [f"{value:.3f}" for _, value in curve(training, "recognised")]
+            loss = curve(training, "validation_loss")[-1][1]
+            print(f"{name}, learning rate {rate:g}: loss {loss:.3f}; recognised {', '.join(values)}", flush=True)
+
+
+def source(out: Path, seed: int, small: bool) -> Path:
+    """Return the run of the source of a seed, trained once."""
+    training = plan(out, "source", SOURCE, METHODS[0], SOURCE_RATE, seed, small)
+    train(training, ())
+    return training.folder
+
+
+def arguments(method: Method, base: Path) -> tuple[str, ...]:
+    """Return the arguments of the training command that start it from the source."""
+    return () if method.trainable is None else ("--initialize-from", str(base), *method.arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--tune", action="store_true", help="compare learning rates on the two shapes instead, one seed"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
+    options = parser.parse_args()
+    out, small = options.out.absolute(), options.dry_run
+    names = ["classes"] if options.tune else options.targets
+    if small:
+        options.seeds = 2
+    for place, (name, target) in enumerate({"source": SOURCE, **{name: TARGETS[name] for name in names}}.items()):
+        latents(out / "data" / name, target, (12, 6) if small else target.num, seed=place)
+    if options.tune:
+        tune(out, TARGETS["classes"], small)
+        return
+    results = {}
+    for name in names:
+        results[name] = measure(out, name, TARGETS[name], options.seeds, small)
+        print(f"\n{name}\n\n{table(results[name])}", flush=True)
+    (out / "finetune.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(out: Path, name: str, target: Target, seeds: int, small: bool) -> dict[str, Any]:
+    """Train the methods of a target as far as they are not trained, and return what they measured."""
+    groups: dict[str, list[Training]] = {}
+    for seed in range(seeds):
+        base = source(out, seed, small)
+        for method in METHODS:
+            if method.name in target.methods:
+                training = plan(out, name, target, method, RATES[method.name], seed, small)
+                train(training, arguments(method, base))
+                groups.setdefault(method.name, []).append(training)
+    metric = "recognised" if name == "classes" else "validation_loss"
+    goal = SHARE
+    if metric == "validation_loss":
+        goal = statistics.fmean(curve(training, metric)[-1][1] for training in groups["scratch"])
+    methods = {method: summary(trainings, metric, goal) for method, trainings in groups.items()}
+    return {"metric": metric, "target": goal, "methods": methods}
+
+
+if __name__ == "__main__":
+    main()
