@@ -309,7 +309,18 @@ def _publish(temporary: Path, path: str, flush: bool) -> None:
                 os.fsync(file.fileno())
         temporary.replace(path)
     else:
-        _request(path, lambda filesystem, inner: filesystem.put_file(str(temporary), inner))
+        upload(temporary, path)
+
+
+def upload(path: Path, url: str) -> None:
+    """Copy a local file to a URL, where readers see it whole or not at all."""
+    _request(url, lambda filesystem, inner: filesystem.put_file(str(path), inner))
+
+
+def download(url: str, path: Path) -> None:
+    """Copy the file at a URL to a local path, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _request(url, lambda filesystem, inner: filesystem.get_file(inner, str(path)))
 
 
 def write_bytes(path: str, content: bytes, *, flush: bool = True) -> None:

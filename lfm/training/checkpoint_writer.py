@@ -35,13 +35,20 @@ class CheckpointWriter:
         keep: number of checkpoints to keep.
         average: name of the average whose weights are the weights of the run.
         subsets_digest: of the data; see `Mixture.subsets_digest`.
+        on_publish: called in the thread of rank 0 after a checkpoint is published.
     """
 
     def __init__(
-        self, engine: Engine, folder: RunFolder, keep: int, average: str = "ema", subsets_digest: str | None = None
+        self,
+        engine: Engine,
+        folder: RunFolder,
+        keep: int,
+        average: str = "ema",
+        subsets_digest: str | None = None,
+        on_publish: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine, self.folder, self.keep, self.average = engine, folder, keep, average
-        self.subsets_digest = subsets_digest
+        self.subsets_digest, self.on_publish = subsets_digest, on_publish
         self._buffers = HostBuffers()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None  # writes this rank's part, then publishes; None between checkpoints
@@ -157,3 +164,4 @@ class CheckpointWriter:
     def _publish(self) -> None:
         assert self._state is not None
         self.folder.publish(self._state.samples_seen, self._state, self.keep)
+        self.on_publish()

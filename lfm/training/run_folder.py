@@ -30,7 +30,7 @@ from lfm.training.ranks import Ranks
 from lfm.weights_file import WEIGHTS
 
 STATE = "state.json"
-_FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 _SNAPSHOTS = "snapshots"
 _PREFIX = "samples-"
 DAMAGED = "damaged-"  # prefix of a checkpoint that was put aside
@@ -65,17 +65,21 @@ class RunState(BaseModel):
 class RunFolder:
     """A run's folder on a local or network file system; it need not exist yet.
 
+    Args:
+        path: the folder.
+        key: of the configuration that names the folder, for messages.
+
     Raises:
         CheckpointError: the path is a URL, or a file.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, key: str = "run") -> None:
         if not storage.is_local(path):
-            raise CheckpointError(f"{path}: a run is written to a local folder; copy it to object storage afterwards")
-        self.path = Path(path)
+            raise CheckpointError(f"{path}: must be a local folder; copy the run to one")
+        self.path, self.key = Path(path), key
         if self.path.exists() and not self.path.is_dir():
-            raise CheckpointError(f"{path}: is a file, not a folder; name another with run")
-        self.checkpoints = self.path / _FOLDER
+            raise CheckpointError(f"{path}: is a file, not a folder; name another with {key}")
+        self.checkpoints = self.path / CHECKPOINTS
 
     def temporary_tag(self, samples_seen: int) -> str:
         """Return the name of the checkpoint at `samples_seen` while it is written."""
@@ -149,7 +153,7 @@ class RunFolder:
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{self.path.absolute()}: is not shared: rank {ranks.world.rank} does not see what rank 0 writes; "
-                    "set run to a folder on a file system that all machines share"
+                    f"set {self.key} to a folder on a file system that all machines share"
                 )
             next(self.path.parent.iterdir(), None)  # makes a network file system look again
             time.sleep(0.2)
@@ -192,7 +196,7 @@ class RunFolder:
                 ) from error
             except OSError as error:
                 raise CheckpointError(
-                    f"{self.path}: cannot be written: {error}; name another folder with run"
+                    f"{self.path}: cannot be written: {error}; name another folder with {self.key}"
                 ) from error
             for path in self.checkpoints.glob(f"{storage.TEMPORARY_PREFIX}*"):
                 storage.remove(str(path))
@@ -217,7 +221,7 @@ class RunFolder:
         if free < needed:
             raise CheckpointError(
                 f"{self.path}: {free / 1e9:,.1f} GB are free, {needed / 1e9:,.1f} GB are needed for checkpoints of "
-                f"{size / 1e9:,.1f} GB; make room, name another folder with run, or set train.keep_checkpoints lower"
+                f"{size / 1e9:,.1f} GB; make room, name another folder with {self.key}, or set train.keep_checkpoints lower"
             )
 
     def publish(self, samples_seen: int, state: RunState, keep: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from lfm import autoencoder as autoencoders
+from lfm import storage
 from lfm.autoencoder import Autoencoder
 from lfm.data import manifest as manifests
 from lfm.data.columns.selection import select
@@ -25,6 +27,7 @@ from lfm.models.config import ModelConfig
 from lfm.precision import precision_on
 from lfm.storage.cache import DEFAULT_LIMIT, Cache
 from lfm.training.loss_terms import LossTerm, TrainingLoss
+from lfm.training.run_folder import RunFolder
 from lfm.world import World
 from pipelines.common.experiment.config_schema import ExperimentConfig
 
@@ -41,6 +44,16 @@ def cache(folder: str | None, gigabytes: float | None = DEFAULT_LIMIT / 1e9) -> 
     """Return the cache of remote shards in `folder`, of at most `gigabytes` of 10^9 bytes; None is no limit."""
     limit = math.inf if gigabytes is None else gigabytes * 1e9
     return Cache(Path(folder), limit) if folder else Cache(limit=limit)
+
+
+def run_folder(config: ExperimentConfig) -> RunFolder:
+    """Return the folder in which an experiment is trained: its run, or for a URL a folder of the cache."""
+    if storage.is_local(config.run):
+        return RunFolder(config.run)
+    url = config.run.rstrip("/")
+    name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    parent = cache(config.data.cache, config.data.cache_gigabytes).folder / "runs"
+    return RunFolder(str(parent / name), key="data.cache")
 
 
 def autoencoder(name: str, world: World, precision: str = "fp32") -> Autoencoder:

@@ -104,12 +104,12 @@ class BestRecord:
 class BestWeights:
     """Measures the EMA weights, and saves them when their distance is the smallest so far; all ranks take part."""
 
-    def __init__(self, sampler: EmaSampler, mixture: Mixture, reference_set: ReferenceSet | None) -> None:
+    def __init__(self, sampler: EmaSampler, folder: Path, mixture: Mixture, reference_set: ReferenceSet | None) -> None:
         config, world = sampler.config, sampler.engine.world
         assert config.evaluation, "the experiment is evaluated during training"
         self.sampler, self.engine, self.reference_set = sampler, sampler.engine, reference_set
         self.evaluation, self.every = config.evaluation, config.evaluation.every
-        self.folder = Path(config.run)
+        self.folder = folder
         self.stream = sampler.open_stream(mixture, world.size * sampler.micro_batch, world)
 
     def measure(self, header: WeightsHeader) -> dict[str, float]:

@@ -19,6 +19,7 @@ from lfm.precision import float32_arithmetic, trained_precision
 from lfm.training.engine import BYTES_PER_PARAMETER, Engine
 from lfm.training.ranks import Ranks
 from lfm.training.run_folder import RunFolder, RunState
+from lfm.training.run_mirror import RunMirror
 from lfm.training.step_guard import StepGuard
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
@@ -37,10 +38,10 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The plan of a training, and its result; `weights` is None after a dry run."""
+    """The plan of a training, and its result; `weights` is their path or URL, None after a dry run."""
 
     plan: str
-    weights: Path | None = None
+    weights: str | None = None
     samples_seen: int = 0
     loss: float | None = None
 
@@ -70,24 +71,33 @@ def run(
         _require_equal_configuration(config, ranks)
         mixture = factory.load_mixture(config)
         ranks.require_equal(f"latents of {mixture.name}", [mixture.digest, mixture.subsets_digest])
-        folder = RunFolder(config.run)
+        folder = factory.run_folder(config)
         if dry_run:
+            if world.is_main and not storage.is_local(config.run):
+                RunMirror(config.run, folder).fetch()
             checkpoint = _choose_checkpoint(folder, ranks, dry_run=True)
             prepared = _prepare(config, mixture, world, folder, checkpoint, initialization, allow_changes)
             return TrainResult(prepared.plan)
         with folder.only_one() if world.is_main else nullcontext():
             folder.require_shared(ranks)
+            mirror = None
+            if world.is_main and not storage.is_local(config.run):
+                mirror = RunMirror(config.run, folder)
+                mirror.fetch()
             checkpoint = _choose_checkpoint(folder, ranks)
             if checkpoint and world.is_main:
                 folder.repair_weights(checkpoint[0])
             prepared = _prepare(config, mixture, world, folder, checkpoint, initialization, allow_changes)
-            with float32_arithmetic(prepared.config.train.precision or "fp32", factory.device(world)):
-                loop = _start(mixture, prepared, ranks, folder)
+            precision = prepared.config.train.precision or "fp32"
+            with mirror or nullcontext(), float32_arithmetic(precision, factory.device(world)):
+                loop = _start(mixture, prepared, ranks, folder, mirror)
                 loop.run(checkpoint[0] if checkpoint else None, prepared.origin.weights)
-            loop.engine.close()
+                loop.engine.close()
     if loop.stop_requested:
         raise KeyboardInterrupt
-    return TrainResult(prepared.plan, folder.path / weights_file.WEIGHTS, loop.samples_seen, loop.losses.get("loss"))
+    return TrainResult(
+        prepared.plan, storage.join(config.run, weights_file.WEIGHTS), loop.samples_seen, loop.losses.get("loss")
+    )
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,9 @@ def _rate_factors(config: ExperimentConfig, model: VelocityNetwork) -> dict[str,
     return factors
 
 
-def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder) -> TrainingLoop:
+def _start(
+    mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder, mirror: RunMirror | None
+) -> TrainingLoop:
     """Start the engine on all ranks, and build the training loop."""
     config = prepared.config
     guard = StepGuard(config.train.skip_above)
@@ -216,7 +228,10 @@ def _start(mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: R
         initialized_from=prepared.origin.record,
         base=prepared.origin.base,
     )
-    return TrainingLoop(config, mixture, header, engine, folder, prepared.reference_set)
+    if mirror is None:
+        return TrainingLoop(config, mixture, header, engine, folder, prepared.reference_set)
+    mirror.carry()
+    return TrainingLoop(config, mixture, header, engine, folder, prepared.reference_set, mirror.carry)
 
 
 def _header(config: ExperimentConfig, mixture: Mixture, model_config: ModelConfig) -> WeightsHeader:

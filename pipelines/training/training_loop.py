@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +69,7 @@ class TrainingLoop:
         engine: the model in training, with the averages that `averages` names.
         folder: run folder.
         reference_set: for the distance during training; None if the experiment measures none.
+        on_checkpoint: called on the main rank, in a thread, after each checkpoint.
     """
 
     def __init__(
@@ -79,11 +80,16 @@ class TrainingLoop:
         engine: Engine,
         folder: RunFolder,
         reference_set: ReferenceSet | None = None,
+        on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.train, self.header = config, config.train, header
         self.engine, self.world, self.folder = engine, engine.world, folder
         self.checkpoints = CheckpointWriter(
-            engine, folder, config.train.keep_checkpoints, subsets_digest=mixture.subsets_digest
+            engine,
+            folder,
+            config.train.keep_checkpoints,
+            subsets_digest=mixture.subsets_digest,
+            on_publish=on_checkpoint,
         )
         self.micro_batch = factory.micro_batch(config, self.world)
         self.training_loss = factory.training_loss(config, header.model)
@@ -98,9 +104,9 @@ class TrainingLoop:
             decoder = factory.matching_autoencoder(header.autoencoder, None, self.world, mixture.name)
             sampler = EmaSampler(config, header.model, engine, decoder, self.network)
             if self.train.validate_every:
-                self.evaluators.append(Validation(sampler, training_shards, held_back))
+                self.evaluators.append(Validation(sampler, folder.path, training_shards, held_back))
             if config.evaluation:
-                self.evaluators.append(BestWeights(sampler, training_shards, reference_set))
+                self.evaluators.append(BestWeights(sampler, folder.path, training_shards, reference_set))
             if reference_set:
                 self.distances = (reference_set.network.frechet,)
         self.samples_seen, self.total_samples = 0, self.train.num_steps * self.train.global_batch

@@ -31,15 +31,16 @@ class Validation:
 
     Args:
         sampler: generates the images.
+        folder: run folder.
         training_shards: mixture of the shards whose first conditions the images have.
         held_back: mixture of the shards of the validation loss; if it has none, there is no loss.
     """
 
-    def __init__(self, sampler: EmaSampler, training_shards: Mixture, held_back: Mixture) -> None:
+    def __init__(self, sampler: EmaSampler, folder: Path, training_shards: Mixture, held_back: Mixture) -> None:
         config, classes = sampler.config, sampler.model.num_classes
         assert config.train.validate_every, "the experiment is validated"
         self.sampler, self.engine = sampler, sampler.engine
-        self.every, self.folder = config.train.validate_every, Path(config.run) / "previews"
+        self.every, self.folder = config.train.validate_every, folder / "previews"
         self.sigma_min = config.flow.sigma_min
         self.columns = classes if classes and classes <= MOST_COLUMNS else None
         self.num_images = MOST_IMAGES // self.columns * self.columns if self.columns else MOST_IMAGES

@@ -138,7 +138,7 @@ class ExperimentConfig(ConfigSection):
     """The configuration of one experiment, as in its YAML file."""
 
     run: Name
-    """Folder for checkpoints, weights and logs."""
+    """Folder for checkpoints, weights and logs, or its URL in object storage."""
     condition: Literal["none", "class", "inpaint", "semantic", "class+inpaint", "class+semantic"] = "none"
     """Conditions of the model."""
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)
