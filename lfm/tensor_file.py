@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from lfm.errors import DataError, on_one_line
 
 _HEADER = "lfm"  # the only key of the metadata: safetensors writes several keys in a random order
 _CHECKSUM = "crc32"  # key of the checksum in the header
-_PIECE_SIZE = 64 << 20  # bytes of one request to remote storage
 
 
 def save(path: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -70,15 +70,11 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _local_copy(path: str) -> Iterator[str]:
-    """Provide `path` as a local file; a remote file is copied to a temporary one, piece by piece."""
+    """Provide `path` as a local file; a remote file is copied to a temporary one."""
     if storage.is_local(path):
         storage.require_regular(path)
         yield path
         return
     with tempfile.NamedTemporaryFile() as copy:
-        size = -1
-        while copy.tell() != size:  # a range past the end of the file is empty
-            size = copy.tell()
-            copy.write(storage.read_range(path, size, _PIECE_SIZE))
-        copy.flush()
+        storage.download(path, Path(copy.name))
         yield copy.name

@@ -213,7 +213,9 @@ def _check_size(path: str, size: int, limit: int) -> None:
 def read_range(path: str, offset: int, size: int) -> bytes:
     """Return up to `size` bytes from `offset` on, by one request; fewer at the end of the file."""
     if not is_local(path):
-        return _request(path, lambda filesystem, inner: bytes(filesystem.cat_file(inner, offset, offset + size)))
+        return _request(
+            path, lambda filesystem, inner: bytes(filesystem.cat_file(inner, start=offset, end=offset + size))
+        )
     with storage_errors(path), Path(path).open("rb") as file:
         file.seek(offset)
         return file.read(size)

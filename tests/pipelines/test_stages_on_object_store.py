@@ -85,6 +85,12 @@ def test_a_file_that_another_process_writes_or_removes_is_noticed(store: ObjectS
     assert storage.exists(f"{folder}/b") and not storage.exists(f"{folder}/a")
 
 
+def test_a_part_of_a_file_is_read(store: ObjectStore) -> None:
+    path = f"s3://{BUCKET}/part"
+    storage.write_bytes(path, b"0123456789")
+    assert [storage.read_range(path, *part) for part in ((0, 3), (3, 4), (8, 9))] == [b"012", b"3456", b"89"]
+
+
 def test_two_ranks_write_every_shard_once(
     store: ObjectStore, small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 PIECE = 1 << 16
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"  # with the status 403
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER, on, no seconds: closing sends RST
 
 
@@ -109,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "drop":
             self.close_connection = True
         elif fault and fault.kind == "status":
-            self.answer(fault.at, [("Content-Type", "application/xml")], BUSY, None)
+            self.answer(fault.at, [("Content-Type", "application/xml")], DENIED if fault.at == 403 else BUSY, None)
         else:
             self.answer(*self.ask_store(body), fault)
 
