@@ -11,14 +11,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lfm import autoencoder as autoencoders
 from lfm import storage
 from lfm.autoencoder import Autoencoder
 from lfm.data import manifest as manifests
+from lfm.data.columns.class_column import read_classes
 from lfm.data.columns.selection import select
 from lfm.data.manifest import AutoencoderRecord, Manifest
+from lfm.data.stream.balanced_order import Balance
 from lfm.data.stream.latent_stream import StreamOptions
 from lfm.data.stream.mixture import LatentSource, Mixture, mix, single_source
 from lfm.data.stream.mixture_order import Stage
@@ -88,7 +91,8 @@ def load_mixture(config: ExperimentConfig) -> Mixture:
     data = config.data
     if data.shards is not None:
         mixture = single_source(data.shards, manifests.load(data.shards, "latents"), data.skip_shards)
-        return replace(mixture, sources=(_subset(mixture.sources[0], data.where, "data.where", config),))
+        subset = _subset(mixture.sources[0], data.where, "data.where", config)
+        return replace(mixture, sources=(_balanced(subset, data.balance, "data.balance", config),))
     sources = [
         _subset(
             LatentSource(each.shards, manifests.load(each.shards, "latents"), each.name, each.skip_shards, each.flips),
@@ -106,6 +110,11 @@ def load_mixture(config: ExperimentConfig) -> Mixture:
             f"data.sources {without_classes.name}: {without_classes.folder} has no classes, and can only serve the null "
             "condition of condition: class; set condition_dropout, or leave it out"
         )
+    balanced = tuple(
+        _balanced(source, each.balance, f"data.sources {each.name}: balance", config)
+        for source, each in zip(mixture.sources, data.sources, strict=True)
+    )
+    mixture = replace(mixture, sources=balanced)
     return replace(mixture, stages=_stages(config, mixture.split(data.held_back)[0]))
 
 
@@ -115,6 +124,17 @@ def _subset(source: LatentSource, where: str | None, place: str, config: Experim
         return source
     of_columns = cache(config.data.cache, config.data.cache_gigabytes)
     return replace(source, where=where, selection=select(source.folder, source.manifest, where, of_columns, place))
+
+
+def _balanced(source: LatentSource, power: float, place: str, config: ExperimentConfig) -> LatentSource:
+    """Return a source with its classes balanced; those that are one class of the mixture count as one."""
+    if not power:
+        return source
+    of_columns = cache(config.data.cache, config.data.cache_gigabytes)
+    codes, counts = read_classes(source.folder, source.manifest, source.selection, of_columns, place)
+    if source.class_map is not None:
+        codes = np.array([source.class_map.index(index) for index in source.class_map], codes.dtype)[codes]
+    return replace(source, balance=Balance(codes, counts, power))
 
 
 def _stages(config: ExperimentConfig, training: Mixture) -> tuple[Stage, ...]:

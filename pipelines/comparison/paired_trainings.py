@@ -20,6 +20,8 @@ LOG, CONFIG = "log.jsonl", "config.json"
 # Keys that may differ between two trainings of one seed without changing their samples, noise and times.
 PAIRING_KEYS = (
     "data.shards",
+    "data.where",
+    "data.balance",
     "data.sources",
     "data.stages",
     "data.window",

@@ -1,23 +1,28 @@
-"""The plan of a mixture: samples and passes of each source by stage, and the merged classes."""
+"""The plan of a mixture: samples and passes of each source by stage and of each balanced class, and the merged classes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import numpy as np
 
 from lfm.data.stream.mixture import LatentSource, Mixture
 from lfm.data.stream.mixture_order import StagedShares
 from pipelines.common.experiment.config_schema import ExperimentConfig
 
 MOST_CLASSES = 20  # that are listed one by one
+ENDS = 5  # of more balanced classes than that, how many of the largest and of the smallest are listed
 
 
 def describe_mixture(config: ExperimentConfig, training: Mixture) -> Iterator[str]:
     """Yield the lines of a plan for the shards of a mixture to train on; none for one whole data set."""
     yield from _describe_subsets(training)
-    if len(training.sources) == 1:
-        return
     total = config.train.num_steps * config.train.global_batch
     shares = StagedShares(training.stages)
+    for source, count in zip(training.sources, shares.counts(total)[:, 0].tolist(), strict=True):
+        yield from _describe_balance(source, count, config.data.warn_passes)
+    if len(training.sources) == 1:
+        return
     starts = [stage.first_sample for stage in training.stages if stage.first_sample < total]
     for stage, start, end in zip(training.stages, starts, [*starts[1:], total], strict=False):
         yield f"from sample {start:,} to {end:,}:"
@@ -49,6 +54,33 @@ def _describe_subsets(training: Mixture) -> Iterator[str]:
             f"{source.folder} where {source.where}: {source.num_samples:,} of {total:,} samples "
             f"({source.num_samples / total:.2%}); a pass reads {sum(map(bool, sizes)):,} of {len(shards):,} shards, "
             f"{read / 1e9:,.3f} GB for {needed / 1e9:,.3f} GB of these samples"
+        )
+
+
+def _describe_balance(source: LatentSource, count: int, warn_passes: float) -> Iterator[str]:
+    """Yield the shares and passes of the balanced classes of a source that is read `count` times: all, or the ends of many."""
+    if source.balance is None:
+        return
+    classes, sizes = source.balance.classes()
+    read = source.balance.shares().counts(np.array([count]))[:, 0]
+    names = [source.manifest.classes[index].name for index in classes.tolist()]
+    by_size = np.argsort(-sizes, kind="stable").tolist()
+    yield f"{source.folder}: {len(by_size):,} classes, balanced with {source.balance.power:g}:"
+    shown = by_size if len(by_size) <= MOST_CLASSES else [*by_size[:ENDS], *by_size[-ENDS:]]
+    for place, number in enumerate(shown):
+        if place == ENDS and len(shown) < len(by_size):
+            yield f"  {len(by_size) - len(shown):,} more"
+        size, share = int(sizes[number]), read[number] / max(1, count)
+        yield (
+            f"  {names[number]}: {share:.2%} ({size / sizes.sum():.2%} of the data), {read[number]:,} samples, "
+            f"{read[number] / size:,.2f} passes over {size:,}"
+        )
+    passes = read / sizes
+    most = int(np.argmax(passes))
+    if passes[most] > warn_passes:
+        yield (
+            f"warning: {source.folder}: each sample of class {names[most]} is read {passes[most]:,.0f} times, more than "
+            f"data.warn_passes {warn_passes:g}; lower balance, or add samples"
         )
 
 

@@ -66,7 +66,7 @@ class LatentStream:
 
     Raises:
         DataError: the shards hold no latents or no member that the condition needs, or a shard to leave out is unknown.
-        ConfigError: the cache does not hold two windows of shards of each source.
+        ConfigError: the cache does not hold two windows of shards of each source, or all shards of a balanced one.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class LatentStream:
         self.manifest, self.options, self.world, self.cache = manifest, options, world, cache
         self.device = torch.device(device)
         selections = [source.selection for source in mixture.sources]
-        self.order = MixtureOrder(sizes, mixture.stages, options.seed, options.window, selections)
+        balances = [source.balance for source in mixture.sources]
+        self.order = MixtureOrder(sizes, mixture.stages, options.seed, options.window, selections, balances)
         self.scale, self.shift = manifest.autoencoder.scale_factor, manifest.autoencoder.shift
         self.members = {member.suffix: member for member in manifest.members}
         self.fields: dict[str, tuple[str, str]] = {}
@@ -102,12 +103,13 @@ class LatentStream:
         self._window: tuple[tuple[int, int], ...] | None = None
 
     def _reserve(self, mixture: Mixture) -> None:
-        """Reserve room in the cache for two windows of each remote source."""
+        """Reserve room in the cache for two windows of each remote source, or for all shards if classes are balanced."""
         needed = 0
         for source, first in zip(mixture.sources, self.order.first_shards.tolist(), strict=False):
             if not storage.is_local(source.folder):
                 shards = source.manifest.shards
-                needed += sum(heapq.nlargest(2 * self.options.window, (shard.bytes for shard in shards)))
+                num_open = 2 * self.options.window if source.balance is None else len(shards)
+                needed += sum(heapq.nlargest(num_open, (shard.bytes for shard in shards)))
                 paths = [storage.join(source.folder, shard.name) for shard in shards]
                 copies = [copy_name(path, shard.bytes, shard.crc32) for path, shard in zip(paths, shards, strict=True)]
                 self._copies |= dict(enumerate(copies, first))

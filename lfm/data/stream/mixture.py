@@ -15,6 +15,7 @@ from fractions import Fraction
 from lfm.data import manifest as manifests
 from lfm.data.columns.selection import Selection
 from lfm.data.manifest import ClassRecord, Manifest
+from lfm.data.stream.balanced_order import Balance
 from lfm.data.stream.mixture_order import Stage
 from lfm.errors import ConfigError, DataError
 
@@ -39,6 +40,7 @@ class LatentSource:
     class_map: tuple[int, ...] | None = None  # the mixture's class of each class of the source; None if they are equal
     where: str = ""  # the expression that chose the samples
     selection: Selection | None = None  # the samples that are read; None for all
+    balance: Balance | None = None  # of the classes of these samples; None for the data as they are
 
     def shard_sizes(self) -> list[int]:
         """Return the number of samples that are read of each shard, counting those to leave out as empty."""
@@ -91,6 +93,8 @@ class Mixture:
     def split(self, num_held_back: int) -> tuple[Mixture, Mixture]:
         """Return the mixture of the shards to train on, and that of the last `num_held_back` shards of each source.
 
+        Classes are balanced in the first only, so that losses on the second are comparable.
+
         Raises:
             DataError: no shards of a source would be left to train on.
         """
@@ -105,7 +109,7 @@ class Mixture:
                 )
             border = len(shards) - num_held_back
             training.append(_with_shards(source, slice(border)))
-            held_back.append(_with_shards(source, slice(border, None)))
+            held_back.append(_with_shards(replace(source, balance=None), slice(border, None)))
         return self._of(training), self._of(held_back)
 
     def _of(self, sources: list[LatentSource]) -> Mixture:
@@ -189,6 +193,7 @@ def _with_shards(source: LatentSource, part: slice) -> LatentSource:
         manifest=manifest,
         skip_shards=tuple(name for name in source.skip_shards if name not in names),
         selection=source.selection.of_shards(part) if source.selection else None,
+        balance=source.balance.of_shards(part) if source.balance else None,
     )
 
 

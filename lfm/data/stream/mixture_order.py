@@ -1,20 +1,12 @@
 """The order of samples of a mixture: a pure function of (shard sizes, weights, seed), like the order of each source.
 
-Of the first n samples of a stage, source i has c_i(n) = n w_i, up to rounding. Rounding must not take back what it gave, so
-sources are divided in two again and again: at a node of the tree, of n samples
-
-    left(n) = floor(n w_left / (w_left + w_right) + 1/2),    right(n) = n - left(n)
-
-and both never fall as n grows. The sample n belongs to the source whose count grows from n to n + 1, and is the c_i(n)-th of
-that source's own order, in which every sample comes once before any comes again. Nothing drifts: a count is off by less than
-one sample for up to three sources at any n, and by less than (1 + depth of the tree) / 2 for more. A stage begins with the
-counts at which the one before it ended, so any position is found from one sum over the stages.
+The sample n belongs to the source whose share (`lfm.data.stream.shares`) grows from n to n + 1, and is the c_i(n)-th of that
+source's own order, in which every sample comes once before any comes again. A stage begins with the counts at which the one
+before it ended, so any position is found from one sum over the stages.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,9 +14,9 @@ from fractions import Fraction
 import numpy as np
 
 from lfm.data.columns.selection import Selection
+from lfm.data.stream.balanced_order import Balance, BalancedOrder
 from lfm.data.stream.sample_order import Order
-
-_LARGEST_SUM = 2**30  # of integer weights, so that products of two of them fit int64
+from lfm.data.stream.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -33,42 +25,6 @@ class Stage:
 
     first_sample: int
     weights: tuple[Fraction, ...]  # relative, one for each source; 0 leaves a source out
-
-
-class Shares:
-    """The number of samples of each source among the first n.
-
-    Args:
-        weights: relative weights, not negative, with a positive sum.
-    """
-
-    def __init__(self, weights: Sequence[Fraction]) -> None:
-        self.weights = _integers(weights)
-        # As in Huffman's code, the two lightest nodes are joined first, so that heavy sources are rounded least often.
-        heap: list[tuple[int, int, int | tuple]] = [
-            (weight, leaf, leaf) for leaf, weight in enumerate(self.weights) if weight
-        ]
-        heapq.heapify(heap)
-        while len(heap) > 1:
-            (first, _, left), (second, number, right) = heapq.heappop(heap), heapq.heappop(heap)
-            heapq.heappush(heap, (first + second, len(self.weights) + number, (left, right, first, first + second)))
-        self._root = heap[0][2]
-
-    def counts(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the samples of each source among the first n, int64 (sources, len(numbers)), for each n of `numbers`."""
-        counts = np.zeros((len(self.weights), len(numbers)), np.int64)
-        self._fill(self._root, numbers, counts)
-        return counts
-
-    def _fill(self, node: int | tuple, numbers: np.ndarray, counts: np.ndarray) -> None:
-        if isinstance(node, int):
-            counts[node] = numbers
-            return
-        left, right, weight, total = node
-        whole, rest = np.divmod(numbers, total)
-        of_left = whole * weight + (2 * rest * weight + total) // (2 * total)
-        self._fill(left, of_left, counts)
-        self._fill(right, numbers - of_left, counts)
 
 
 class StagedShares:
@@ -111,6 +67,7 @@ class MixtureOrder:
         seed: seed of all permutations. One source has the order that `Order` gives it with this seed.
         window: number of shards of each source that are shuffled together.
         selections: the samples of each source that `shard_sizes` counts, where they are not all; None for all.
+        balances: how the classes of each source are balanced; None where they are not.
     """
 
     def __init__(
@@ -120,13 +77,18 @@ class MixtureOrder:
         seed: int,
         window: int,
         selections: Sequence[Selection | None] = (),
+        balances: Sequence[Balance | None] = (),
     ) -> None:
         self.window = window
         self.selections = selections or [None] * len(shard_sizes)
-        self.orders = [
-            Order(sizes, seed, window, stream=(source,) if len(shard_sizes) > 1 else ())
-            for source, sizes in enumerate(shard_sizes)
-        ]
+        self.orders: list[Order | BalancedOrder] = []
+        for source, (sizes, balance) in enumerate(zip(shard_sizes, balances or [None] * len(shard_sizes), strict=True)):
+            stream = (source,) if len(shard_sizes) > 1 else ()
+            self.orders.append(
+                Order(sizes, seed, window, stream=stream)
+                if balance is None
+                else BalancedOrder(sizes, seed, window, balance, stream=stream)
+            )
         self.first_shards = np.cumsum([0, *map(len, shard_sizes)])  # number of each source's first shard
         self._shares = StagedShares(stages)
 
@@ -169,14 +131,3 @@ class MixtureOrder:
                 before.tolist(), (self.first_shards[index] + np.asarray(upcoming, np.int64)).tolist(), strict=True
             )
         return [shard for _, shard in sorted(keyed, key=lambda pair: pair[0])]  # by samples until then, of the mixture
-
-
-def _integers(weights: Sequence[Fraction]) -> list[int]:
-    """Return integers in the proportion of the weights; rounded to about 10 digits if they would be too large."""
-    total = sum(weights, Fraction(0))
-    assert total > 0 and min(weights) >= 0, "weights are not negative, and one is positive"
-    shares = [weight / total for weight in weights]
-    common = math.lcm(*(share.denominator for share in shares))
-    if common > _LARGEST_SUM:
-        return [max(1, round(share * (_LARGEST_SUM - len(shares)))) if share else 0 for share in shares]
-    return [int(share * common) for share in shares]

@@ -12,6 +12,7 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Index = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Power = Annotated[float, Field(ge=0, le=1)]
 
 
 class ConfigSection(BaseModel):
@@ -37,6 +38,8 @@ class SourceConfig(ConfigSection):
     """Samples to read while a source of `repeat` 1 is read once."""
     where: Name | None = None
     """Condition on the columns of samples, such as score > 0.5; samples that it does not hold for are not read."""
+    balance: Power = 0.0
+    """How far classes are balanced within the source, from 0, as they are, to 1, all alike; shares are count^(1 - balance)."""
     classes: dict[str, str] = {}
     """The mixture's names of this source's classes; classes of one name are one class, others keep their name."""
     flips: bool = True
@@ -67,6 +70,8 @@ class DataConfig(ConfigSection):
     """Folder or URL of the latent shards."""
     where: Name | None = None
     """Condition on the columns of the samples in `shards`; samples that it does not hold for are not read."""
+    balance: Power = 0.0
+    """How far classes in `shards` are balanced, from 0, as they are, to 1, all alike; shares are count^(1 - balance)."""
     sources: tuple[SourceConfig, ...] = ()
     """Several data sets that are mixed, instead of `shards`."""
     stages: tuple[StageConfig, ...] = ()
@@ -98,6 +103,8 @@ class DataConfig(ConfigSection):
             raise ValueError("skip_shards: name them in the source that holds them")
         if self.sources and self.where is not None:
             raise ValueError("where: write it into the source whose samples it chooses")
+        if self.sources and self.balance:
+            raise ValueError("balance: write it into the source whose classes it balances")
         if self.stages and not (self.sources and all(source.weight for source in self.sources)):
             raise ValueError("stages: give every source a weight, which they change")
         names = [source.name for source in self.sources]

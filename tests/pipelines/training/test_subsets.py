@@ -5,27 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from lfm.data import manifest as manifests
-from lfm.data.columns.column_index import INDEX, write_index
-from lfm.data.manifest import Manifest
+from lfm.data.manifest import INDEX
+from tests.support.columns import with_scores
 from tests.support.commands import SmallSet, assert_one_line
 from tests.support.training_runs import assert_same_weights, plan, train
-
-
-def with_scores(folder: Path, target: Path, factor: float = 1.0) -> Manifest:
-    """Copy latents, and give the samples a column `score` of 0, 1, 2, ... times a factor."""
-    shutil.copytree(folder, target, dirs_exist_ok=True)
-    manifest = manifests.load(str(target))
-    assert manifest.columns is not None
-    columns = pq.read_table(folder / INDEX).to_pydict()
-    columns["score"] = [factor * number for number in range(manifest.num_samples)]
-    record = write_index(str(target), [columns], {**manifest.columns.types, "score": "float"})
-    manifest = manifest.model_copy(update={"columns": record})
-    manifests.publish(str(target), manifest)
-    return manifest
 
 
 def test_the_plan_says_what_a_subset_costs(experiment: Path, small_set: SmallSet, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.data.stream.mixture_order import MixtureOrder, Shares, Stage
+from lfm.data.stream.mixture_order import MixtureOrder, Stage
 from lfm.data.stream.sample_order import Order
+from lfm.data.stream.shares import Shares
 from lfm.world import World
 
 SMALL = settings(max_examples=60, deadline=None)
@@ -43,6 +44,9 @@ def test_shares_are_exact_at_every_sample(weights: list[Fraction], start: int) -
     numbers = np.arange(start, start + 300)
     counts = Shares(weights).counts(numbers)
     assert (counts.sum(axis=0) == numbers).all()
+    sources, before = Shares(weights).places(start, 299)
+    assert (sources == np.argmax(np.diff(counts, axis=1), axis=0)).all()
+    assert (before == counts[sources, np.arange(299)]).all()
     steps = np.diff(counts, axis=1)
     assert ((steps == 0) | (steps == 1)).all(), "every sample belongs to one source, for ever"
     bound = 1 if len(weights) <= 3 else Fraction(3, 2)
