@@ -46,7 +46,11 @@ def encode(config: EncodeConfig) -> None:
 
 @stage_command(InspectConfig)
 def inspect(config: InspectConfig) -> None:
-    """Describe the shards in PATH, and save a sheet of their first images; or say how the image PATH was made."""
+    """Describe the shards in PATH, and save a sheet of their first images.
+
+    Of several folders of latents, or of an experiment, print shares, classes, columns, and the samples that two sources share.
+    Of an image of `lfm sample`, print how it was made.
+    """
     if config.path.lower().endswith(".png"):
         from pipelines.sampling.image_note import read_options
 

@@ -110,7 +110,9 @@ class InspectConfig:
     """Options of `lfm inspect`."""
 
     path: Annotated[Location, Argument()]
-    """Folder or URL of raw or latent shards, or a PNG of `lfm sample`."""
+    """Folder or URL of raw or latent shards, the YAML file of an experiment, or a PNG of `lfm sample`."""
+    others: Annotated[tuple[Location, ...], Argument()] = ()
+    """Folders or URLs of more latent shards: say what they share with those of PATH."""
     verify: bool = False
     """Compare every shard with its checksum."""
     out: str = "sheet.png"

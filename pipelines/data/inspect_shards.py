@@ -5,7 +5,6 @@ On the sheet, holes of masks are tinted red, and a segmentation is laid over its
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -16,7 +15,6 @@ import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.columns.column_summary import summarize_columns
 from lfm.data.evaluation_images import ShardedImages
 from lfm.data.latent_shards import LatentShard
 from lfm.data.manifest import Manifest, ShardRecord
@@ -28,6 +26,7 @@ from lfm.world import World
 from pipelines.common import factory, image_files
 from pipelines.common.progress import Progress
 from pipelines.data.data_options import InspectConfig
+from pipelines.data.inspect_mixture import describe_columns, describe_mixed_sources, describe_size, is_mixture
 
 HOLE = np.array([255, 0, 0])
 SMALLEST_SIDE = 128  # of an image on the sheet: smaller ones are enlarged
@@ -43,21 +42,20 @@ class InspectResult:
 
 
 def run(config: InspectConfig, world: World) -> InspectResult:
-    """Describe the shards of a folder, or list the samples that training reads from them.
+    """Describe the shards of a folder, or of several, or list the samples that training reads from one.
 
     Raises:
-        ConfigError: an option is set that would not be used.
+        ConfigError: an option is set that would not be used, or an experiment is wrong.
         DataError: the set is incomplete, or (with `verify`) differs from its manifest; names the damaged shards.
     """
+    if is_mixture(config):
+        return InspectResult("\n".join(describe_mixed_sources(config)))
     manifest = manifests.load(config.path, "latents" if config.plan else None)
     _refuse_unused_options(config, manifest)
     if config.plan:
         return InspectResult("\n".join(_training_order(config, manifest)))
     cache = factory.cache(config.cache)
-    lines = list(_description(manifest))
-    if manifest.columns is not None:
-        with contextlib.suppress(ConfigError):  # without pyarrow
-            lines += [f"  column {line}" for line in summarize_columns(config.path, manifest.columns, cache)]
+    lines = [*_description(manifest), *describe_columns(config.path, manifest, cache)]
     if config.verify:
         _verify(config, manifest, cache)
         lines.append("every shard equals its record in the manifest")
@@ -95,11 +93,7 @@ def _named(options: set[str]) -> str:
 
 
 def _description(manifest: Manifest) -> Iterator[str]:
-    size = sum(shard.bytes for shard in manifest.shards)
-    yield (
-        f"{manifest.kind} shards: {manifest.num_samples:,} samples of {manifest.image_size} x {manifest.image_size} pixels "
-        f"in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB ({size / max(1, manifest.num_samples) / 1e3:.1f} kB each)"
-    )
+    yield describe_size(manifest)
     for entry in manifest.classes:
         yield f"  class {entry.index:>4} {entry.name}: {entry.count:,}"
     for reason, count in Counter(reject.reason for reject in manifest.rejects).most_common():

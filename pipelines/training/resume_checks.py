@@ -21,6 +21,7 @@ FREE_KEYS = {
     "run",
     "data.shards",
     "data.warn_passes",
+    "data.allow_leaks",
     "data.cache",
     "data.cache_gigabytes",
     "data.skip_shards",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lfm import storage, weights_file
-from lfm.data.stream.mixture import Mixture
+from lfm.data.stream.mixture import Mixture, shared_shards
 from lfm.errors import ConfigError, DataError, hide_credentials
 from lfm.models import registry
 from lfm.models.config import ModelConfig
@@ -25,11 +25,11 @@ from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.experiment.config_schema import ExperimentConfig, differences
+from pipelines.common.experiment.mixture_plan import describe_mixture
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import load_reference_set
 from pipelines.training.initialization import Initialization, Origin, prepare_weights
-from pipelines.training.mixture_plan import describe_mixture
 from pipelines.training.resume_checks import check_continues
 from pipelines.training.training_loop import TrainingLoop, averages
 
@@ -155,7 +155,13 @@ def _prepare(
     """Check everything that can be checked before training, and build the network."""
     recorded = trained_precision(checkpoint[1].config) if checkpoint else None
     config = factory.with_precision(config, factory.device(world), recorded)
-    training, manifest = mixture.split(config.data.held_back)[0], mixture.manifest
+    (training, held_back), manifest = mixture.split(config.data.held_back), mixture.manifest
+    if not config.data.allow_leaks and (leaks := shared_shards(training, held_back)):
+        held, trained = leaks[0]
+        raise DataError(
+            f"data.held_back {config.data.held_back}: the samples of {held} are also trained on, in {trained}; lower it, leave "
+            "one of the two out with skip_shards, or set data.allow_leaks"
+        )
     if not all(source.num_samples for source in training.sources):
         raise DataError(
             f"{mixture.name}: data.skip_shards leaves nothing to train on, or where selects none of the rest; leave less out"

@@ -8,13 +8,14 @@ indices, and each new name of a later one gets the next index. A source without 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.columns.selection import Selection
-from lfm.data.manifest import ClassRecord, Manifest
+from lfm.data.manifest import ClassRecord, Manifest, ShardRecord
 from lfm.data.stream.balanced_order import Balance
 from lfm.data.stream.mixture_order import Stage
 from lfm.errors import ConfigError, DataError
@@ -182,6 +183,20 @@ def shard_sizes(manifest: Manifest, skip_shards: tuple[str, ...], folder: str) -
     if unknown:
         raise DataError(f"{folder}: no shard {unknown[0]} to leave out; name it as its file")
     return [0 if shard.name in skip_shards else shard.samples for shard in manifest.shards]
+
+
+def shared_shards(training: Mixture, held_back: Mixture) -> list[tuple[str, str]]:
+    """Return the paths of shards that are held back and have the bytes of one that is trained on, with those of the latter."""
+    trained = {shard.sha256: path for path, shard in _shards_read(training)}
+    return [(path, trained[shard.sha256]) for path, shard in _shards_read(held_back) if shard.sha256 in trained]
+
+
+def _shards_read(mixture: Mixture) -> Iterator[tuple[str, ShardRecord]]:
+    """Yield the shards that samples are read of, with their paths or URLs."""
+    for source in mixture.sources:
+        for shard, size in zip(source.manifest.shards, source.shard_sizes(), strict=True):
+            if size:
+                yield storage.join(source.folder, shard.name), shard
 
 
 def _with_shards(source: LatentSource, part: slice) -> LatentSource:

@@ -88,6 +88,8 @@ class DataConfig(ConfigSection):
     """Names of damaged shards to leave out."""
     held_back: int = Field(default=0, ge=0)
     """Number of shards at the end of each source that are used for the validation loss and not for training."""
+    allow_leaks: bool = False
+    """Train although the latents of a held-back shard are also those of a shard that is trained on, in another source."""
 
     @property
     def folders(self) -> tuple[str, ...]:

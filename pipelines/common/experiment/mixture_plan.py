@@ -38,7 +38,7 @@ def describe_mixture(config: ExperimentConfig, training: Mixture) -> Iterator[st
                 f"data.warn_passes {config.data.warn_passes:g}; lower its weight, or add samples"
             )
     if "class" in config.conditions:
-        yield from _describe_classes(training)
+        yield from describe_classes(training)
 
 
 def _describe_subsets(training: Mixture) -> Iterator[str]:
@@ -88,7 +88,7 @@ def _passes(source: LatentSource, count: int) -> str:
     return f"{count:,} samples, {count / source.num_samples:,.2f} passes over {source.num_samples:,}"
 
 
-def _describe_classes(training: Mixture) -> Iterator[str]:
+def describe_classes(training: Mixture) -> Iterator[str]:
     """Yield the counts of the merged classes, and of each source in them."""
     classes = training.manifest.classes
     yield f"{len(classes)} classes" + ("" if len(classes) <= MOST_CLASSES else f", {MOST_CLASSES} of them:")
