@@ -5,6 +5,7 @@
     000000.columns.json   raw shards: what was learned of its samples, for the index
     000000.json      its record, written after it: the shard is done
     columns.parquet  the index of all samples, if pyarrow is installed (`lfm.data.columns`)
+    near_duplicates.json  images that are nearly equal, if `lfm shard` was asked for them
     manifest.json    the merged records, written last: the data set is complete
 
 Any process that finds all records writes the manifest, so that no process has to wait for another.
@@ -31,9 +32,10 @@ VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 INDEX = "columns.parquet"
+NEAR_DUPLICATES = "near_duplicates.json"
 logger = logging.getLogger(__name__)
 
-SHARD_FILES = r"\d{6}\.(tar|json|columns\.json)|columns\.parquet|manifest\.json|recipe\.json"
+SHARD_FILES = r"\d{6}\.(tar|json|columns\.json)|columns\.parquet|near_duplicates\.json|manifest\.json|recipe\.json"
 
 
 # Limits of the numbers in files that others may have written, so that none asks for memory without end.

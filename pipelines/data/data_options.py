@@ -71,6 +71,8 @@ class ShardConfig:
     """Save a sheet of 16 images with class, mask and map before anything is packed."""
     seed: Annotated[Seed, Section("Options")] = 0
     """Seed of the shuffle into shards and of generated masks."""
+    near_duplicates: Literal["keep", "report", "drop"] = "keep"
+    """Images that look like an earlier one: keep them, report them, or drop them; the last two read every image twice."""
     workers: Annotated[Count, EXECUTION] = 1
     """Number of processes that decode and write."""
     part: Annotated[str, Flag(metavar="K/N")] = "1/1"

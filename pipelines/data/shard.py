@@ -7,16 +7,17 @@ job that any process can do at any time, and repeat.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
-from lfm.data.manifest import ClassRecord, Manifest, Reject, ShardRecord
+from lfm.data.manifest import NEAR_DUPLICATES, ClassRecord, Manifest, Reject, ShardRecord
 from lfm.data.masks import MASKS
+from lfm.data.near_duplicates import NearDuplicate, import_imagehash
 from lfm.data.raw_shards import IMAGE_ENCODINGS, raw_members
 from lfm.data.sources.layouts import LAYOUTS, read
 from lfm.data.sources.names import storable
@@ -29,9 +30,19 @@ from lfm.world import World
 from pipelines.common.processes import map_processes, part_of
 from pipelines.common.progress import Progress
 from pipelines.data.data_options import ShardConfig
+from pipelines.data.shard_claims import clear_work
 from pipelines.data.shard_columns import FactsWriter, write_raw_index
+from pipelines.data.shard_duplicates import (
+    describe_near_duplicates,
+    find_near_duplicates,
+    save_pairs,
+    sheet_name,
+    write_report,
+)
 from pipelines.data.shard_plan import describe, interpret_maps, save_sheet, survey
 from pipelines.data.shard_set import complete_records, write_shard
+
+NEAR_DUPLICATE = "near duplicate"  # reason of rejects that do not count against `max_rejected`
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,9 @@ class ShardJob:
     number: int
     source: Source  # its items are those of this shard
     required_fields: frozenset[str]  # of each sample: the fields of the whole source
+    near_duplicates: Mapping[int, str] = field(
+        default_factory=dict
+    )  # rows to drop, with the images that they are near to
 
     @property
     def name(self) -> str:
@@ -91,9 +105,18 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
     if config.sheet:
         save_sheet(source, sample, config.sheet)
     if config.dry_run:
+        if config.near_duplicates != "keep":
+            _, line = _near_duplicates(config, source, part, None)
+            description = f"{description}\n{line}"
         return ShardResult(summary, description, None)
     announce(description)
     manifests.claim(config.dest, recipe, overwrite=config.overwrite)
+    if _needs_near_duplicates(config, own_jobs):
+        copies, line = _near_duplicates(config, source, part, config.dest)
+        announce(line)
+        if config.near_duplicates == "drop":
+            jobs = _without(jobs, shard_order(config, source), source, copies)
+            own_jobs = jobs[part.slice_of(len(jobs))]
     _write_jobs(config, jobs, own_jobs, Rejections(config.max_rejected, len(source.items)))
     return ShardResult(summary, description, _publish_if_complete(config, source, recipe, jobs))
 
@@ -106,7 +129,7 @@ def _read(config: ShardConfig) -> Source:
         config.label_column,
         config.mask_files,
         config.map_files,
-        leave_out=(config.dest, *([config.sheet] if config.sheet else [])),
+        leave_out=(config.dest, *([config.sheet, sheet_name(config.sheet)] if config.sheet else [])),
     )
     source = read(config.source, config.layout, config.split, choices)
     if config.mask_value != "white" and "mask" not in source.fields:
@@ -118,6 +141,8 @@ def _check(config: ShardConfig) -> World:
     """Refuse wrong options; return this command's place among the parts."""
     if config.layout not in ("auto", *LAYOUTS):
         raise ConfigError(f"`layout` {config.layout}: unknown; one of auto, {', '.join(LAYOUTS)}")
+    if config.near_duplicates != "keep":
+        import_imagehash(f"`near_duplicates` {config.near_duplicates}")
     part = part_of(config.part)
     if part.size > 1 and config.overwrite:
         raise ConfigError("`overwrite`: would remove the shards of other parts; use it once, without `part`")
@@ -126,12 +151,57 @@ def _check(config: ShardConfig) -> World:
 
 def plan(config: ShardConfig, source: Source) -> list[ShardJob]:
     """Assign images to shards. The order is random, so that every shard has images of all classes."""
-    order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(source.items))
     jobs = []
-    for number, start in enumerate(range(0, len(order), config.samples_per_shard)):
-        items = tuple(source.items[index] for index in order[start : start + config.samples_per_shard])
+    for number, indices in enumerate(shard_order(config, source)):
+        items = tuple(source.items[index] for index in indices)
         jobs.append(ShardJob(config, number, replace(source, items=items, about=About()), frozenset(_required(source))))
     return jobs
+
+
+def shard_order(config: ShardConfig, source: Source) -> list[list[int]]:
+    """Return the numbers of the source's images in each shard."""
+    order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(source.items)).tolist()
+    return [order[start : start + config.samples_per_shard] for start in range(0, len(order), config.samples_per_shard)]
+
+
+def _needs_near_duplicates(config: ShardConfig, own_jobs: list[ShardJob]) -> bool:
+    """Return whether near duplicates must be searched: they are not known, or shards are to be made without them."""
+    if config.near_duplicates == "keep":
+        return False
+    is_known = storage.exists(storage.join(config.dest, NEAR_DUPLICATES))
+    return not is_known or not {job.name for job in own_jobs} <= manifests.done(config.dest)
+
+
+def _near_duplicates(
+    config: ShardConfig, source: Source, part: World, dest: str | None
+) -> tuple[list[NearDuplicate], str]:
+    """Return the near duplicates of a source and a line about them; write their list and sheet."""
+    order = shard_order(config, source)
+    copies = find_near_duplicates(
+        source,
+        order,
+        config.crop,
+        frozenset(_required(source)),
+        dest,
+        own=part.slice_of(len(order)),
+        workers=config.workers,
+    )
+    if dest is not None:
+        write_report(dest, source, copies)
+    if config.sheet:
+        save_pairs(source, copies, config.crop, sheet_name(config.sheet))
+    return copies, describe_near_duplicates(source, copies)
+
+
+def _without(
+    jobs: list[ShardJob], order: list[list[int]], source: Source, copies: list[NearDuplicate]
+) -> list[ShardJob]:
+    """Return the jobs with the rows of near duplicates, which they reject."""
+    earlier = {each.image: source.items[each.earlier].image for each in copies}
+    return [
+        replace(job, near_duplicates={row: earlier[index] for row, index in enumerate(indices) if index in earlier})
+        for job, indices in zip(jobs, order, strict=True)
+    ]
 
 
 def _required(source: Source) -> set[str]:
@@ -157,6 +227,7 @@ class Rejections:
         Raises:
             DataError: there are too many; names the reasons and the first image.
         """
+        rejects = tuple(reject for reject in rejects if reject.reason != NEAR_DUPLICATE)  # which the user asked to drop
         self.by_reason.update(reject.reason for reject in rejects)
         if rejects and self.first is None:
             self.first = rejects[0]
@@ -201,6 +272,8 @@ def write_job(job: ShardJob) -> ShardRecord:
     def members() -> Iterator[dict[str, Any]]:
         for row, item in enumerate(job.source.items):
             try:
+                if row in job.near_duplicates:
+                    raise Rejected(NEAR_DUPLICATE, f"of {job.near_duplicates[row]}")
                 sample = _sample(job, item, sample_key(job.number, row))
             except Rejected as error:
                 rejects.append(Reject(source=storable(item.image), reason=error.reason, detail=storable(str(error))))
@@ -272,6 +345,8 @@ def _publish_if_complete(
         columns=write_raw_index(config.dest, [job.source for job in jobs], records),
     )
     manifests.publish(config.dest, manifest)
+    if config.near_duplicates != "keep":
+        clear_work(config.dest)
     return manifest
 
 
@@ -293,6 +368,7 @@ def _recipe(config: ShardConfig, source: Source) -> dict[str, Any]:
         "mask_value": config.mask_value if config.mask_value != "white" else None,
         "colours": {f"{colour:06x}": label for colour, label in source.maps.colours.items()},
         "is_binary": source.maps.is_binary,
+        "near_duplicates": "drop" if config.near_duplicates == "drop" else None,
     }
     return {
         "kind": "raw",
