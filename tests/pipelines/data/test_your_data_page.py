@@ -33,6 +33,8 @@ def folder(name: str, files: dict) -> Callable[[Path], object]:
 
 SOURCES: dict[str, Callable[[Path], object]] = {
     "lfm shard pictures raw": folder("pictures", CAT_DOG),
+    "lfm shard pictures raw --near-duplicates report --sheet sheet.png": folder("pictures", CAT_DOG),
+    "lfm shard pictures raw --near-duplicates drop": folder("pictures", CAT_DOG),
     "lfm shard pictures raw --split train": folder("pictures", photos("Train/cat/0.png", "val/cat/1.png")),
     "lfm shard pictures raw --classes inner-folders": folder(
         "pictures", photos("real/cat/0.png", "clipart/cat/1.png", "clipart/dog/2.png")
