@@ -80,6 +80,40 @@ def test_mistakes_are_one_line(experiment: Path, small_set: SmallSet, tmp_path: 
     assert_one_line(plan(experiment, short, balance), "is not of these samples")
 
 
+def test_faults_of_sources_are_one_line(
+    experiment: Path, small_set: SmallSet, subset: tuple[str, str], tmp_path: Path
+) -> None:
+    """Each names the source or the folder, and what to change."""
+    shards, _ = subset
+    whole = f"{{shards: {small_set.latents}, name: whole"
+
+    def mixed(part: str, first: str = f"{whole}}}") -> str:
+        return f"data={{window: 2, sources: [{first}, {{shards: {shards}, name: part, balance: 1{part}}}]}}"
+
+    manifest = manifests.load(shards)
+    loud = tuple(entry.model_copy(update={"name": entry.name.upper()}) for entry in manifest.classes)
+    clash = shutil.copytree(small_set.latents, tmp_path / "clash")
+    manifests.publish(str(clash), manifests.load(str(clash)).model_copy(update={"classes": loud}))
+    last = manifest.num_samples - manifest.shards[-1].samples
+    held_back = ("data.held_back=1", "train.validate_every=5")
+    for overrides, *words in (
+        ((mixed(", where: scor > 1"),), "data.sources part: where", "no column is called scor"),
+        ((mixed(", where: score < 0"),), "data.sources part: where", shards, "none of the 40 samples"),
+        ((mixed(", weight: 0", f"{whole}, weight: 1}}"),), "data.sources.1.weight: 0", "greater than 0"),
+        ((mixed("", f"{{shards: {clash}}}"),), "data.sources clash and part", "differ in spelling only", "in classes"),
+        ((mixed(f", where: score >= {last}"), *held_back), "data.sources part", "nothing is left to train on"),
+        (
+            (f"data.shards={shards}", f"data.where=score >= {last}", "data.balance=1", *held_back),
+            shards,
+            "where selects none of the rest",
+        ),
+    ):
+        assert_one_line(plan(experiment, *overrides), *words)
+    assert plan(experiment, mixed("")).exit_code == 0
+    shutil.rmtree(shards)
+    assert_one_line(plan(experiment, mixed("")), shards, "no manifest.json")
+
+
 @pytest.mark.slow
 def test_a_balanced_training_resumes_and_another_balance_is_a_named_change(
     experiment: Path, subset: tuple[str, str], tmp_path: Path

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lfm import storage
 from lfm.data.columns.selection import Selection
 from lfm.data.stream.balanced_order import Balance, BalancedOrder, class_weights
 from lfm.data.stream.latent_stream import LatentStream
@@ -192,13 +194,26 @@ def test_the_stream_has_all_classes_alike_on_every_world(tmp_path: Path) -> None
         assert part and part.items() <= samples.items()
 
 
-def test_the_cache_must_hold_a_balanced_remote_source(tmp_path: Path) -> None:
-    latents = Latents(str(tmp_path), std=0.0)
-    size = sum(shard.bytes for shard in latents.manifest.shards)
-    codes = np.zeros(sum(SIZES), np.uint16)
-    plain = single_source("memory://nowhere", latents.manifest)
-    source = replace(plain.sources[0], balance=Balance(codes, np.array(SIZES), 0.5))
-    small = Cache(tmp_path / "cache", size - 1)
-    LatentStream(plain, OPTIONS, World(), small).close()
+def test_a_remote_source_is_read_as_a_local_one_if_the_cache_holds_it(tmp_path: Path) -> None:
+    latents = Latents(str(tmp_path / "latents"), std=0.0)
+    remote = f"memory://{uuid.uuid4()}"
+    for path in (tmp_path / "latents").glob("*.tar"):
+        storage.write_bytes(f"{remote}/{path.name}", path.read_bytes())
+    size = sum(shard.bytes for shard in latents.manifest.shards if shard.samples)
+    codes = np.arange(sum(SIZES), dtype=np.uint16) % 3
+
+    def mixture(folder: str) -> Mixture:
+        source = single_source(folder, latents.manifest).sources[0]
+        return Mixture((replace(source, balance=Balance(codes, np.array(SIZES), 0.5)),), latents.manifest)
+
+    def read(folder: str, cache: Cache) -> dict[int, tuple[bytes, ...]]:
+        stream = LatentStream(mixture(folder), OPTIONS, World(), cache)
+        batches = list(islice(stream.batches(8), 6))
+        stream.close()
+        return samples_of(*batches)
+
+    local = read(str(tmp_path / "latents"), Cache(Path("/nowhere")))
+    empty = sum(shard.bytes for shard in latents.manifest.shards if not shard.samples)
+    assert read(remote, Cache(tmp_path / "cache", size + empty)) == local
     with pytest.raises(ConfigError, match="raise its limit"):
-        LatentStream(replace(plain, sources=(source,)), OPTIONS, World(), Cache(tmp_path / "other", size - 1))
+        LatentStream(mixture(remote), OPTIONS, World(), Cache(tmp_path / "small", size - 1))
