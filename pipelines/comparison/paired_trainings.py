@@ -17,7 +17,7 @@ from pipelines.common.experiment.config_schema import ExperimentConfig, differen
 from pipelines.comparison.comparison_options import CompareConfig
 
 LOG, CONFIG = "log.jsonl", "config.json"
-# Keys that may differ between two trainings of one seed without changing their samples, noise and times.
+# Keys that decide which samples a training reads when: trainings that differ in one of them are no pairs.
 PAIRING_KEYS = (
     "data.shards",
     "data.where",

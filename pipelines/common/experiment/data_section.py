@@ -77,7 +77,7 @@ class DataConfig(ConfigSection):
     stages: tuple[StageConfig, ...] = ()
     """Weights of the sources that change during training."""
     warn_passes: PositiveFloat = 100.0
-    """Warn of a source of a mixture that is read more often than this."""
+    """Warn of a source of a mixture, or a balanced class, that is read more often than this."""
     window: Count = 8
     """Number of shards that are shuffled together."""
     cache: str | None = None

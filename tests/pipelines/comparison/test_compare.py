@@ -52,10 +52,15 @@ def test_two_configurations_are_trained_in_pairs_and_compared(configs: tuple[Pat
 def test_the_plan_says_which_runs_are_pairs(configs: tuple[Path, Path], tmp_path: Path) -> None:
     other = tmp_path / "other_draws.yaml"
     other.write_text("extends: first.yaml\ntrain: {seed: 10}\n")
-    result = lfm("compare", *configs, other, "--out", tmp_path / "out", "--dry-run", *MEASURED)
+    for key, value in (("where", "width > 1"), ("balance", "0.5")):
+        (tmp_path / f"other_{key}.yaml").write_text(f"extends: first.yaml\ndata: {{{key}: {value}}}\n")
+    others = other, tmp_path / "other_where.yaml", tmp_path / "other_balance.yaml"
+    result = lfm("compare", *configs, *others, "--out", tmp_path / "out", "--dry-run", *MEASURED)
     assert result.exit_code == 0, result.output
     assert "second: seeds 0, 1, 2; 6 steps of 8; paired with the first" in result.output
     assert "other_draws: seeds 10, 11, 12; 6 steps of 8; not paired: train.seed differs" in result.output
+    for key in ("where", "balance"):
+        assert f"other_{key}: seeds 0, 1, 2; 6 steps of 8; not paired: data.{key} differs" in result.output
     assert not (tmp_path / "out").exists()
 
 
