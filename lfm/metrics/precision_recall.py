@@ -22,7 +22,7 @@ from torch import Tensor
 _BLOCK_ROWS = 1024  # rows of the distance matrix in memory at once
 
 
-def _distances(first: Tensor, second: Tensor) -> Iterator[Tensor]:
+def distances(first: Tensor, second: Tensor) -> Iterator[Tensor]:
     """Yield the Euclidean distances between `first` (N, D) and `second` (M, D) in blocks (B, M) of rows."""
     second = second.double()
     for rows in first.double().split(_BLOCK_ROWS):
@@ -32,7 +32,7 @@ def _distances(first: Tensor, second: Tensor) -> Iterator[Tensor]:
 def _radii(features: Tensor, k: int) -> Tensor:
     """Return the distance of each feature (N, D) to its k-th nearest neighbour, float64 (N,)."""
     k = min(k, len(features) - 1)
-    return torch.cat([block.kthvalue(k + 1, dim=1).values for block in _distances(features, features)])
+    return torch.cat([block.kthvalue(k + 1, dim=1).values for block in distances(features, features)])
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
@@ -42,17 +42,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 def _fraction_inside(points: Tensor, manifold: Tensor, k: int) -> float:
     radii = _radii(manifold, k)
-    return float(torch.cat([(block <= radii).any(1) for block in _distances(points, manifold)]).double().mean())
+    return float(torch.cat([(block <= radii).any(1) for block in distances(points, manifold)]).double().mean())
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
     """Return density and coverage of features (N, D) and (M, D)."""
     radii = _radii(real, k)
-    blocks = zip(_distances(real, fake), radii.split(_BLOCK_ROWS), strict=True)
+    blocks = zip(distances(real, fake), radii.split(_BLOCK_ROWS), strict=True)
     inside = torch.cat([block < radius[:, None] for block, radius in blocks])
     return float(inside.sum() / (k * len(fake))), float(inside.any(1).double().mean())
-
-
-def nearest(points: Tensor, candidates: Tensor) -> Tensor:
-    """Return for each of `points` (N, D) the row of the nearest of `candidates` (M, D), int64 (N,)."""
-    return torch.cat([block.argmin(1) for block in _distances(points, candidates)])

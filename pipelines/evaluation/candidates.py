@@ -34,6 +34,7 @@ class CandidateBatch:
     real: Tensor | None = None  # uint8 (B, 3, H, W): the ground truth of each image
     segmentation: Tensor | None = None  # int64 (B, H, W): the segmentation map of the ground truth
     nfe: Tensor | None = None  # int64 (B,)
+    latents: Tensor | None = None  # float32 (B, C, h, w), scaled, of which the images were decoded
     seconds: float = 0.0  # time to generate the batch
 
 
@@ -148,6 +149,7 @@ class GeneratedImages:
         model = models.load(name)
         header = model.header
         self.models, self.name, self.image_size, self.crop = models, name, header.image_size, header.crop
+        self.header = header
         self.real, self.batch_size, self.first_seed = real, config.batch_size, config.first_seed or 0
         self.solving = Solving(config.solver or "heun", config.num_steps, atol=config.atol, rtol=config.rtol)
         self.guidance = Guidance(guidance_scale)
@@ -206,7 +208,8 @@ class GeneratedImages:
         if conditions.masks is not None:
             images = conditions.composite(rows, images)
         tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return CandidateBatch(tensor, nfe=result.nfe, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return CandidateBatch(tensor, nfe=result.nfe, latents=result.latents.cpu(), seconds=seconds)
 
 
 def check_conditions(model: TrainedModel, images: ImageSet, option: str) -> None:

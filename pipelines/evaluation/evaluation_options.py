@@ -68,6 +68,10 @@ class EvaluateConfig:
     """Ground-truth images, paired by key; enables psnr, ssim, lpips, p-ids, u-ids."""
     neighbours: Annotated[str | None, Flag(metavar="PATH")] = None
     """Images of the first reference; the report shows the nearest of them below each image."""
+    nearest: Annotated[str | None, Flag(metavar="LATENTS")] = None
+    """Latents that the runs were trained on; measures how many images are copies of them."""
+    held_back: Annotated[str | None, Flag(metavar="LATENTS")] = None
+    """Latents that the runs were not trained on, for --nearest.  [default: the run's data.held_back shards]"""
     network: Annotated[tuple[str, ...], Flag(metavar="NAME")] = ()
     """Feature network of a reference, unless it is fd-lite; may be repeated."""
     lpips: Annotated[str | None, Flag(metavar="FILE")] = None

@@ -69,9 +69,14 @@ class FeatureFiles:
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks in order."""
         for block in range(len(self.counts)):
-            yield self._load(block)
+            yield self.load(block)
 
-    def _load(self, block: int) -> Block:
+    def load(self, block: int) -> Block:
+        """Return the results of one block.
+
+        Raises:
+            DataError, StorageError: If its file is damaged or does not exist.
+        """
         path = storage.join(self.folder, _name(block))
         tensors, header = tensor_file.load(path)
         lengths = {len(tensor) for name, tensor in tensors.items() if name.endswith(".pooled")}
@@ -83,7 +88,7 @@ class FeatureFiles:
 
     def _is_damaged(self, block: int) -> bool:
         try:
-            self._load(block)
+            self.load(block)
         except DataError as error:
             logger.warning("%s; making it again", error)
             return True

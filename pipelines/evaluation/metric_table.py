@@ -8,8 +8,8 @@ feature files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from lfm.errors import ConfigError
 from lfm.metrics.frechet import Gaussian, frechet_distance, singular_warning
 from lfm.metrics.inception_score import inception_score
 from lfm.metrics.kid import kid
+from lfm.metrics.memorisation import Memorisation
 from lfm.metrics.paired import DiscriminationScores, discrimination_scores, psnr, ssim
 from lfm.metrics.precision_recall import density_coverage, precision_recall
 from lfm.metrics.segmentation import Confusion
@@ -39,6 +40,7 @@ NEEDS = {
     "lpips": "`lpips`",
     "segmenter": "`segmenter`",
     "nfe": "a run, whose images are generated here",
+    "training": "`nearest`",
 }
 
 
@@ -47,7 +49,7 @@ class EvaluationInputs:
     """What the metrics of an evaluation can be computed from."""
 
     reference_sets: list[ReferenceSet]
-    provides: tuple[str, ...]  # of the candidates: pairs, segmentations, nfe
+    provides: tuple[str, ...]  # of the candidates: pairs, segmentations, nfe, training
     modules: tuple[str, ...]  # lpips, segmenter
 
     def available(self, reference_set: ReferenceSet) -> set[str]:
@@ -69,6 +71,7 @@ class Comparison:
     files: FeatureFiles
     number: int  # of the reference's network among all networks
     reference_set: ReferenceSet
+    memorisation: Mapping[str, Memorisation] = field(default_factory=dict)  # by space; empty without training samples
 
     @cached_property
     def statistics(self) -> tuple[dict[str, Gaussian], Tensor]:
@@ -146,6 +149,14 @@ def _mean_of(column: str) -> Callable[[Comparison], float]:
     return lambda comparison: float(comparison.files.column(column).double().mean())
 
 
+def _memorised(space: str) -> Callable[[Comparison], float]:
+    return lambda comparison: 100 * comparison.memorisation[space].memorised
+
+
+def _ratio(space: str) -> Callable[[Comparison], float]:
+    return lambda comparison: comparison.memorisation[space].ratio
+
+
 TABLE = (
     Metric("fd", "lower", set(), _frechet),
     Metric("fid", "lower", {"published"}, _frechet, is_default=False),
@@ -175,6 +186,10 @@ TABLE = (
         lambda comparison: comparison.confusion.pixel_accuracy,
         per_network=False,
     ),
+    Metric("memorised-features", "lower", {"training"}, _memorised("features"), "%", per_network=False),
+    Metric("memorised-latents", "lower", {"training"}, _memorised("latents"), "%", per_network=False),
+    Metric("ratio-features", "higher", {"training"}, _ratio("features"), per_network=False),
+    Metric("ratio-latents", "higher", {"training"}, _ratio("latents"), per_network=False),
     Metric("nfe", "lower", {"nfe"}, _mean_of("nfe"), per_network=False),
     Metric("seconds", "lower", {"nfe"}, _mean_of("seconds"), "s", per_network=False),
 )
@@ -209,9 +224,17 @@ class Results(NamedTuple):
     warnings: list[str]
 
 
-def compute(metrics: list[Metric], files: FeatureFiles, inputs: EvaluationInputs) -> Results:
-    """Compute metrics of a candidate from its feature files."""
-    comparisons = [Comparison(files, number, references) for number, references in enumerate(inputs.reference_sets)]
+def compute(
+    metrics: list[Metric],
+    files: FeatureFiles,
+    inputs: EvaluationInputs,
+    memorisation: Mapping[str, Memorisation] | None = None,
+) -> Results:
+    """Compute metrics of a candidate from its feature files, and from how near its images are to training samples."""
+    comparisons = [
+        Comparison(files, number, references, memorisation or {})
+        for number, references in enumerate(inputs.reference_sets)
+    ]
     results = Results({}, {}, [])
     for name, metric, comparison in _computations(metrics, comparisons, inputs):
         value = metric.compute(comparison)

@@ -25,19 +25,27 @@ class PerImagePass:
     """Computes the columns of feature files for candidates.
 
     Columns besides the features: `n.paired`, the features of the ground truth; one for each entry of the metric table with
-    `per_pair`; `lpips`; `confusion`; `nfe`; `seconds`; and in the first block `shown`, the first images.
+    `per_pair`; `lpips`; `confusion`; `nfe`; `seconds`; `latents`, if they are asked for; and in the first block `shown`, the
+    first images.
 
     Args:
         out: Folder of the evaluation.
         networks: Feature networks, at least one, on the device of all computations.
         modules: Files of the exported modules `lpips` and `segmenter`, those that are in use.
         trust_code: Whether code in these files may be run.
+        with_latents: Whether to store the latents of generated images.
     """
 
     def __init__(
-        self, out: str, networks: list[FeatureNetwork], modules: dict[str, str], trust_code: bool = False
+        self,
+        out: str,
+        networks: list[FeatureNetwork],
+        modules: dict[str, str],
+        *,
+        trust_code: bool = False,
+        with_latents: bool = False,
     ) -> None:
-        self.out, self.networks, self.device = out, networks, networks[0].device
+        self.out, self.networks, self.device, self.with_latents = out, networks, networks[0].device, with_latents
         self.hashes = {name: file_hash(path) for name, path in modules.items()}
         self.modules = {name: load_module(path, self.device, trust_code=trust_code) for name, path in modules.items()}
 
@@ -46,6 +54,7 @@ class PerImagePass:
         networks = [network.content_hash for network in self.networks]
         columns = [metric.name for metric in metric_table.TABLE if metric.per_pair]
         recipe = [candidate.identity, candidate.counts, code_version(), networks, self.hashes, columns]
+        recipe += ["latents"] if self.with_latents else []
         folder = storage.join(self.out, f"blocks-{manifests.digest(recipe)[:16]}")
         return FeatureFiles(folder, candidate.counts)
 
@@ -63,6 +72,8 @@ class PerImagePass:
             if batch.nfe is not None:
                 seconds = torch.full(batch.nfe.shape, batch.seconds / len(batch.nfe))
                 result |= {"nfe": batch.nfe, "seconds": seconds}
+            if self.with_latents and batch.latents is not None:
+                result["latents"] = batch.latents
             if num_missing > 0:
                 result["shown"] = batch.images[:num_missing]
                 num_missing -= len(batch.images)
