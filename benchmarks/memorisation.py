@@ -53,18 +53,42 @@ def train(run: Path, latents: Path, num_steps: int, global_batch: int) -> None:
     subprocess.run(command, check=True, cwd=CHECKOUT)
 
 
-def measure(run: Path, latents: Path, held_back: Path, reference: Path, out: Path, num: int) -> dict[str, Any]:
-    """Generate images, compare them with the training samples, and return the metrics."""
+def reference(held_back: Path) -> Path:
+    """Return the reference made of the images beside held-back latents."""
+    out = held_back.parent / "reference.safetensors"
+    make_reference.run(ReferenceConfig(str(held_back.parent / "raw"), str(out)), World())
+    return out
+
+
+def measure(run: Path, latents: Path, held_back: Path, num: int) -> dict[str, Any]:
+    """Generate images, compare them with the training samples, and return the run's row of the report."""
     config = EvaluateConfig(
         (str(run),),
-        (str(reference),),
-        str(out),
+        (str(reference(held_back)),),
+        str(run.parent / "report"),
         nearest=str(latents),
         held_back=str(held_back),
         num=num,
         num_steps=NUM_SOLVER_STEPS,
     )
     return evaluate.run(config, World()).report["rows"][0]
+
+
+def table(rows: dict[int, dict[str, Any]]) -> str:
+    """Return the measures as a table in Markdown, a line for each number of training images and each space."""
+    lines = [
+        "| training images | distance of | memorised | ratio | ratio below 1/3 | median distance | threshold | held back: ratio "
+        "| median distance |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for count, row in rows.items():
+        for space in ("features", "latents"):
+            values = row["nearest"][space]
+            shares = f"{values['memorised']:.1%} | {values['ratio']:.2f} | {values['small_ratio']:.1%}"
+            distances = f"{values['nearest']:.3g} | {values['threshold']:.3g}"
+            held_back = f"{values['held_back_ratio']:.2f} | {values['held_back_nearest']:.3g}"
+            lines.append(f"| {count:,} | {space} | {shares} | {distances} | {held_back} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -75,13 +99,17 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, help="by default those of the configuration")
     parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
-    out, nums = options.out.resolve(), {"few": options.num_few, "many": options.num_many}
+    out, counts = options.out.resolve(), {"few": options.num_few, "many": options.num_many}
     num_steps = options.num_steps or config_file.load(str(CONFIG)).train.num_steps
     num_held_back, num_generated, global_batch = NUM_HELD_BACK, NUM_GENERATED, GLOBAL_BATCH
     if options.dry_run:
-        nums, num_steps, num_held_back, num_generated, global_batch = {"few": 4, "many": 8}, 2, 4, 4, 4
-    for name, num in nums.items():
-        train(out / name / "run", scenes(out, name, num), num_steps, global_batch)
+        counts, num_steps, num_held_back, num_generated, global_batch = {"few": 4, "many": 8}, 2, 4, 4, 4
+    held_back, rows = scenes(out, "held-back", num_held_back), {}
+    for name, count in counts.items():
+        latents, run = scenes(out, name, count), out / name / "run"
+        train(run, latents, num_steps, global_batch)
+        rows[count] = measure(run, latents, held_back, num_generated)
+    print(table(rows))
 
 
 if __name__ == "__main__":

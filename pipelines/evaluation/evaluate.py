@@ -7,6 +7,7 @@ seed by seed, whatever the number of ranks. The report records everything that d
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,7 +19,7 @@ from lfm import storage
 from lfm.data.evaluation_images import FolderImages, ImageSet, open_images, pick
 from lfm.errors import ConfigError
 from lfm.metrics import features
-from lfm.metrics.precision_recall import nearest
+from lfm.metrics.memorisation import nearest_samples
 from lfm.metrics.reference import Reference
 from lfm.weights_file import WEIGHTS
 from lfm.world import World
@@ -29,11 +30,14 @@ from pipelines.evaluation import metric_table, report
 from pipelines.evaluation.candidates import Candidate, GeneratedImages, ModelLoader, PairedImages, StoredImages
 from pipelines.evaluation.evaluation_options import EvaluateConfig
 from pipelines.evaluation.feature_files import FeatureFiles
+from pipelines.evaluation.latent_sets import open_latents
 from pipelines.evaluation.metric_table import EvaluationInputs, Metric, Results
+from pipelines.evaluation.nearest_search import NearestSearch, TrainingComparison
 from pipelines.evaluation.per_image_pass import NUM_SHOWN, PerImagePass
 
 PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "scikit-learn", "diffusers")
-RUN_OPTIONS = ("num", "first_seed", "guidance_scale", "solver", "num_steps", "atol", "rtol", "precision", "autoencoder")
+GENERATION_OPTIONS = ("num", "first_seed", "guidance_scale", "solver", "num_steps", "atol", "rtol", "precision")
+RUN_OPTIONS = ("nearest", "held_back", *GENERATION_OPTIONS, "autoencoder")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class EvaluateResult:
 
 
 def run(config: EvaluateConfig, world: World) -> EvaluateResult:
-    """Evaluate every candidate, and write report.json, report.txt and report.png into the folder `out`.
+    """Evaluate every candidate, and write report.json, report.txt, report.png and nearest.png into the folder `out`.
 
     Raises:
         ConfigError, DataError, CheckpointError: If the inputs do not fit together; before anything is generated.
@@ -54,19 +58,25 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
     reference_sets = _load_reference_sets(config, world)
     candidates = _candidates(config, world)
     real = _open_neighbours(config, reference_sets[0])
+    search = _open_nearest(config, candidates, reference_sets[0])
     for candidate in candidates:
         for reference_set in reference_sets:
             reference_set.check_comparable(candidate.name, candidate.image_size, candidate.crop)
         if sum(candidate.counts) < 2:
             raise ConfigError(f"{candidate.name}: holds a single image; metrics need at least two")
     modules = {name: path for name, path in (("lpips", config.lpips), ("segmenter", config.segmenter)) if path}
-    inputs = EvaluationInputs(reference_sets, candidates[0].provides, tuple(modules))
+    provides = (*candidates[0].provides, "training") if search else candidates[0].provides
+    inputs = EvaluationInputs(reference_sets, provides, tuple(modules))
     metrics = metric_table.choose(config.metrics, inputs)
     plan = "\n".join(_plan(candidate, config, metrics) for candidate in candidates)
     if config.dry_run:
         return EvaluateResult(plan, {}, "")
     image_pass = PerImagePass(
-        config.out, [reference_set.network for reference_set in reference_sets], modules, config.trust_code
+        config.out,
+        [reference_set.network for reference_set in reference_sets],
+        modules,
+        trust_code=config.trust_code,
+        with_latents=search is not None,
     )
     settings = {
         "targets": [candidate.settings for candidate in candidates],
@@ -74,27 +84,45 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
         "networks": [_description(reference_set) for reference_set in reference_sets],
         "modules": image_pass.hashes,
         "metrics": [metric.name for metric in metrics],
-    }
+    } | ({"nearest": search.settings} if search else {})
     if world.is_main:
         report.check_folder(config.out, settings, overwrite=config.overwrite)
     complete = [image_pass.run(candidate, world) for candidate in candidates]
+    if search:
+        complete.append(search.compute_features(world))
     if not all(complete):
         return EvaluateResult(plan, {}, "")
     files = [image_pass.files(candidate) for candidate in candidates]
-    results = [metric_table.compute(metrics, each, inputs) for each in files]
+    comparisons = search.compare(files) if search else [None] * len(files)
+    results = [
+        metric_table.compute(metrics, each, inputs, comparison.measures if comparison else None)
+        for each, comparison in zip(files, comparisons, strict=True)
+    ]
     content = {
         "settings": settings,
-        "rows": [_row(*row, inputs) for row in zip(candidates, files, results, strict=True)],
+        "rows": [_row(*row, inputs) for row in zip(candidates, files, results, comparisons, strict=True)],
         "metrics": results[0].descriptions,
         "versions": _versions(),
     }
+    return EvaluateResult(plan, content, _write_report(config, content, files, comparisons, real, reference_sets[0]))
+
+
+def _write_report(
+    config: EvaluateConfig,
+    content: dict[str, Any],
+    files: list[FeatureFiles],
+    comparisons: Sequence[TrainingComparison | None],
+    real: ImageSet | None,
+    reference_set: ReferenceSet,
+) -> str:
+    """Write the report with its images, and return its table."""
     first_blocks = [next(each.blocks()) for each in files]
     neighbours = None
     if real:
         pooled = [block["0.pooled"][:NUM_SHOWN] for block in first_blocks]
-        neighbours = _nearest_images(real, reference_sets[0].reference, pooled)
-    table = report.write(config.out, content, [block["shown"] for block in first_blocks], neighbours)
-    return EvaluateResult(plan, content, table)
+        neighbours = _nearest_images(real, reference_set.reference, pooled)
+    nearest = [comparison.shown for comparison in comparisons if comparison]
+    return report.write(config.out, content, [block["shown"] for block in first_blocks], neighbours, nearest)
 
 
 def _load_reference_sets(config: EvaluateConfig, world: World) -> list[ReferenceSet]:
@@ -155,9 +183,15 @@ def _description(reference_set: ReferenceSet) -> dict[str, str]:
     return {"name": network.name, "content_hash": network.content_hash, "description": network.description}
 
 
-def _row(candidate: Candidate, files: FeatureFiles, results: Results, inputs: EvaluationInputs) -> dict[str, Any]:
+def _row(
+    candidate: Candidate,
+    files: FeatureFiles,
+    results: Results,
+    comparison: TrainingComparison | None,
+    inputs: EvaluationInputs,
+) -> dict[str, Any]:
     """Return a candidate's part of the report."""
-    warnings = list(results.warnings)
+    warnings = [*results.warnings, *(comparison.warnings if comparison else [])]
     for reference_set in inputs.reference_sets:
         header = reference_set.reference.header
         if header.stored and "jp" in header.stored:
@@ -170,7 +204,7 @@ def _row(candidate: Candidate, files: FeatureFiles, results: Results, inputs: Ev
         **candidate.settings,
         "metrics": results.values,
         "warnings": warnings,
-    }
+    } | ({"nearest": comparison.description} if comparison else {})
 
 
 def _open_neighbours(config: EvaluateConfig, reference_set: ReferenceSet) -> ImageSet | None:
@@ -194,10 +228,29 @@ def _open_neighbours(config: EvaluateConfig, reference_set: ReferenceSet) -> Ima
     return real
 
 
+def _open_nearest(
+    config: EvaluateConfig, candidates: list[Candidate], reference_set: ReferenceSet
+) -> NearestSearch | None:
+    """Return the search for the nearest training samples; it uses the feature network of the first reference.
+
+    Raises:
+        ConfigError, DataError: If there are no latents to compare with, or they are not those of the runs.
+    """
+    if config.nearest is None:
+        if config.held_back is not None:
+            raise ConfigError(f"`held_back` {config.held_back}: is for `nearest`; set both, or leave it out")
+        return None
+    runs = [candidate for candidate in candidates if isinstance(candidate, GeneratedImages)]
+    headers = {run.name: run.header for run in runs}
+    training, held_back = open_latents(config.nearest, config.held_back, headers, config.cache)
+    return NearestSearch(config.out, training, held_back, reference_set.network, runs[-1])
+
+
 def _nearest_images(real: ImageSet, reference: Reference, pooled: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the real images nearest to those with the features `pooled` (n, D), uint8 (n, 3, H, W), for each candidate."""
     assert reference.features is not None and reference.rows is not None, "checked when they were opened"
-    rows = [reference.rows[nearest(points, reference.features)].tolist() for points in pooled]
+    nearest = [nearest_samples(points, [reference.features], k=1).rows[:, 0] for points in pooled]
+    rows = [reference.rows[numbers].tolist() for numbers in nearest]
     return [torch.from_numpy(np.stack(pick(real, part))).permute(0, 3, 1, 2) for part in rows]
 
 

@@ -1,4 +1,4 @@
-"""The report of `lfm evaluate`: report.json, report.txt with a table, and report.png with images and curves."""
+"""The report of `lfm evaluate`: report.json, report.txt with a table, report.png with images and curves, and nearest.png."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from lfm.errors import ConfigError, DataError
 from pipelines.common import image_files
 from pipelines.common.plots import line_plot
 from pipelines.evaluation.metric_table import DEVIATION
+from pipelines.evaluation.nearest_search import NearestImages
 
-REPORT, TEXT, SHEET = "report.json", "report.txt", "report.png"
+REPORT, TEXT, SHEET, NEAREST = "report.json", "report.txt", "report.png", "nearest.png"
 AXES = ("samples_seen", "guidance_scale")  # settings over which metrics are plotted
 MIN_PIXELS = 64  # smaller images are enlarged
+CAPTION_PIXELS = 14  # height of the distances below the images of nearest.png
 
 
 def check_folder(out: str, settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -45,18 +47,31 @@ def _with_precision(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"targets": targets}
 
 
-def write(out: str, content: dict[str, Any], shown: list[torch.Tensor], neighbours: list[torch.Tensor] | None) -> str:
-    """Write the three files, and return the table.
+def write(
+    out: str,
+    content: dict[str, Any],
+    shown: list[torch.Tensor],
+    neighbours: list[torch.Tensor] | None,
+    nearest: list[NearestImages],
+) -> str:
+    """Write the files, and return the table.
 
     Args:
         out: Folder of the report.
         content: Content of report.json; its `rows` describe the candidates, and its `metrics` the metrics.
         shown: First images of each candidate, uint8 (n, 3, H, W).
         neighbours: The nearest real image of each of them.
+        nearest: The images of each candidate that are nearest to training samples; empty for no such sheet.
     """
     text = table(content)
     storage.write_bytes(storage.join(out, TEXT), (text + "\n").encode())
     image_files.save(sheet(content, shown, neighbours), storage.join(out, SHEET))
+    if nearest:
+        rows = content["rows"]
+        parts = [
+            _with_title(label(row, rows), nearest_sheet(images)) for row, images in zip(rows, nearest, strict=True)
+        ]
+        image_files.save(_stack(parts), storage.join(out, NEAREST))
     storage.write_json(storage.join(out, REPORT), _as_json(content))
     return text
 
@@ -76,6 +91,14 @@ def table(content: dict[str, Any]) -> str:
         names = [name for name, description in metrics.items() if description["better"] == direction]
         if names:
             text.append(f"{direction} is better: {', '.join(names)}")
+    if nearest := content["settings"].get("nearest"):
+        measures = rows[0]["nearest"]
+        text.append(
+            f"memorised: nearer to one of {nearest['training']['count']:,} training samples than {measures['quantile']:.0%} "
+            f"of {nearest['held_back']['count']:,} held-back images are (distance {measures['features']['threshold']:.4g} "
+            f"of features, {measures['latents']['threshold']:.4g} of latents); {measures['quantile']:.0%} is expected of "
+            "new images"
+        )
     return "\n".join([*text, *dict.fromkeys(warning for row in rows for warning in row["warnings"])])
 
 
@@ -100,12 +123,35 @@ def sheet(content: dict[str, Any], shown: list[torch.Tensor], neighbours: list[t
         parts.append(_with_title(label(rows[index], rows), grid))
     if axis := next((key for key in AXES if len({row.get(key) for row in rows}) > 1), None):
         parts.append(curves(content, axis))
+    return _stack(parts)
+
+
+def _stack(parts: list[Image.Image]) -> Image.Image:
+    """Return images below each other."""
     canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:
         canvas.paste(part, (0, top))
         top += part.height
     return canvas
+
+
+def nearest_sheet(nearest: NearestImages) -> Image.Image:
+    """Return rows of generated images, each beside the nearest training samples, with the distances below them."""
+    enlarge = max(1, MIN_PIXELS // nearest.images.shape[-1])
+    tiles = []
+    for images, distances in zip(nearest.images, nearest.distances.tolist(), strict=True):
+        row = image_files.grid(images.permute(0, 2, 3, 1).numpy(), columns=3, enlarge=enlarge)
+        tile = Image.new("RGB", (row.width + MIN_PIXELS // 4, row.height + CAPTION_PIXELS), "white")
+        tile.paste(row, (0, 0))
+        drawing = ImageDraw.Draw(tile)
+        for column, (distance, threshold) in enumerate(zip(distances, nearest.thresholds.tolist(), strict=True), 1):
+            is_copy = distance < threshold
+            text, colour = f"{distance:.3g}{' copy' if is_copy else ''}", "red" if is_copy else "black"
+            drawing.text((column * row.width // 3 + 2, row.height), text, fill=colour)
+        tiles.append(np.asarray(tile))
+    sheet = image_files.grid(np.stack(tiles), columns=min(4, len(tiles)))
+    return _with_title("generated | nearest training sample by features | by latents; below them the distances", sheet)
 
 
 def curves(content: dict[str, Any], axis: str) -> Image.Image:

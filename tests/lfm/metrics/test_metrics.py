@@ -14,8 +14,9 @@ from torch import Tensor
 from lfm.metrics.frechet import FeatureSums, Gaussian, frechet_distance, singular_warning
 from lfm.metrics.inception_score import inception_score
 from lfm.metrics.kid import kid, squared_discrepancy
+from lfm.metrics.memorisation import nearest_samples
 from lfm.metrics.paired import discrimination_scores, psnr, ssim
-from lfm.metrics.precision_recall import density_coverage, nearest, precision_recall
+from lfm.metrics.precision_recall import density_coverage, precision_recall
 from lfm.metrics.segmentation import Confusion
 from tests.support.recorded_values import recorded
 
@@ -96,7 +97,8 @@ def test_neighbour_metrics_of_the_recorded_features_equal_brute_force(k: int) ->
     expected = (precision, recall, inside.sum() / k / 300, inside.any(1).mean())
     features = torch.from_numpy(real), torch.from_numpy(fake)
     assert (*precision_recall(*features, k), *density_coverage(*features, k)) == pytest.approx(expected)
-    assert nearest(features[1], features[0]).tolist() == across.argmin(0).tolist()
+    nearest = nearest_samples(features[1], [features[0]], k=1)
+    assert nearest.rows[:, 0].tolist() == across.argmin(0).tolist()
 
 
 # --- the Frechet distance ----------------------------------------------------------------------------------------
