@@ -77,17 +77,23 @@ def measure(run: Path, latents: Path, held_back: Path, num: int) -> dict[str, An
 def table(rows: dict[int, dict[str, Any]]) -> str:
     """Return the measures as a table in Markdown, a line for each number of training images and each space."""
     lines = [
-        "| training images | distance of | memorised | ratio | ratio below 1/3 | median distance | threshold | held back: ratio "
-        "| median distance |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| training images | distance of | memorised | ratio (held back) | ratio below 1/3 | median distance (held back) "
+        "| threshold |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for count, row in rows.items():
         for space in ("features", "latents"):
             values = row["nearest"][space]
-            shares = f"{values['memorised']:.1%} | {values['ratio']:.2f} | {values['small_ratio']:.1%}"
-            distances = f"{values['nearest']:.3g} | {values['threshold']:.3g}"
-            held_back = f"{values['held_back_ratio']:.2f} | {values['held_back_nearest']:.3g}"
-            lines.append(f"| {count:,} | {space} | {shares} | {distances} | {held_back} |")
+            cells = [
+                f"{count:,}",
+                space,
+                f"{values['memorised']:.1%}",
+                f"{values['ratio']:.2f} ({values['held_back_ratio']:.2f})",
+                f"{values['small_ratio']:.1%}",
+                f"{values['nearest']:.3g} ({values['held_back_nearest']:.3g})",
+                f"{values['threshold']:.3g}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -127,7 +127,7 @@ def _load(folder: str, runs: Mapping[str, WeightsHeader]) -> Manifest:
 
 
 def _identity(record: AutoencoderRecord | None) -> tuple[Any, ...] | None:
-    return record and (record.content_hash, record.scale_factor, record.shift)
+    return None if record is None else (record.content_hash, record.scale_factor, record.shift)
 
 
 def _parts(folder: str, manifest: Manifest, header: WeightsHeader) -> tuple[LatentSource, LatentSource]:

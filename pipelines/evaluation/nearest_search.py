@@ -187,7 +187,8 @@ class NearestSearch:
 
 def _pick(files: FeatureFiles, numbers: Sequence[int]) -> Tensor:
     """Return the latents of some generated images, float32 (B, C, h, w), in the order of their numbers."""
-    latents, first = {}, 0
+    latents: dict[int, Tensor] = {}
+    first = 0
     for block, count in enumerate(files.counts):
         if inside := [number for number in numbers if first <= number < first + count]:
             stored = files.load(block)["latents"]
