@@ -114,3 +114,13 @@ def test_finetune(tmp_path: Path) -> None:
     assert "| DiffFit |" in output
     methods = json.loads((tmp_path / "finetune.json").read_text())["classes"]["methods"]
     assert methods["LoRA"]["parameters"] < 0.1 * methods["full"]["parameters"]
+
+
+def test_memorisation(tmp_path: Path) -> None:
+    """Two steps on 4 and on 8 scenes; the second time, everything exists."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    first = run_apart("memorisation", tmp_path)
+    assert "| 4 | features |" in first and "| 8 | latents |" in first
+    assert run_apart("memorisation", tmp_path).splitlines()[-4:] == first.splitlines()[-4:]
+    with Image.open(tmp_path / "few" / "report" / "nearest.png") as image:
+        assert image.width > 3 * 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def open_latents(
     sets = [LatentSet(part.folder, _without_empty_shards(part), cache) for part in (training, rest)]
     if not sets[1].manifest.num_samples:
         raise ConfigError(
-            f"`nearest` {nearest}: {name} held back none of it (data.held_back), and the threshold needs images that it "
+            f"`nearest` {nearest}: {name} held none of it back (data.held_back), and the threshold needs images that it "
             "was not trained on; name latents of such images with `held_back`"
         )
     if sets[0].manifest.num_samples < 2:
@@ -133,15 +134,21 @@ def _identity(record: AutoencoderRecord | None) -> tuple[Any, ...] | None:
 def _parts(folder: str, manifest: Manifest, header: WeightsHeader) -> tuple[LatentSource, LatentSource]:
     """Return the part of latents that a run was trained on, and the part that it held back."""
     data = header.config.get("data") or {}
-    sources = [data, *data.get("sources", ())]
-    own = next((source for source in sources if source.get("shards") == folder), None)
-    if own is None and header.manifest_digest == manifest.digest:  # they have moved
+    own = next((source for source in data.get("sources", ()) if _are_same(source["shards"], folder)), None)
+    if header.manifest_digest == manifest.digest:  # the only source, wherever it is now
         own = data
     if own is None:
         return LatentSource(folder, manifest), LatentSource(folder, manifest.model_copy(update={"shards": ()}))
     whole = single_source(folder, manifest, tuple(own.get("skip_shards", ())))
     training, rest = whole.split(data.get("held_back", 0))
     return training.sources[0], rest.sources[0]
+
+
+def _are_same(one: str, other: str) -> bool:
+    """Return whether two paths or URLs name the same folder."""
+    if storage.is_local(one) and storage.is_local(other):
+        return Path(one).resolve() == Path(other).resolve()
+    return one.rstrip("/") == other.rstrip("/")
 
 
 def _without_empty_shards(source: LatentSource) -> Manifest:

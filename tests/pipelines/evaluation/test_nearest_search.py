@@ -23,7 +23,7 @@ from lfm.world import World
 from pipelines.evaluation import evaluate as stage
 from pipelines.evaluation import nearest_search
 from pipelines.evaluation.evaluation_options import EvaluateConfig
-from pipelines.evaluation.latent_sets import MIRROR, LatentSet
+from pipelines.evaluation.latent_sets import MIRROR, LatentSet, open_latents
 from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line
 from tests.support.feature_networks import trust
 from tests.support.feature_networks import trusting_lfm as lfm
@@ -175,6 +175,24 @@ def test_what_cannot_be_compared_is_refused_before_any_work(
     save_weights(str(none / WEIGHTS), tensors, changed)
     assert_one_line(evaluate(none, reference, small_set, out, *nearest), small_set.latents, "another autoencoder")
     assert not out.exists()
+
+
+def test_a_source_of_a_mixture_is_split_as_in_training(run: Path, small_set: SmallSet) -> None:
+    """It is recognised by its location; shards that were left out are neither training samples nor held back."""
+    _, header = load_weights(str(run))
+    source = {"shards": f"{small_set.latents}/", "skip_shards": ["000000.tar"]}
+    mixture = {"data": {"held_back": 1, "sources": [{"shards": "elsewhere"}, source]}}
+    mixed = dataclasses.replace(header, config=mixture, manifest_digest="of the mixture")
+    latents = str(small_set.latents)
+    training, held_back = open_latents(latents, None, {"mixed": mixed}, None)
+    assert (training.counts, held_back.counts) == ((16,), (8,))
+    assert training.key(3) == "000001.tar, row 3"
+    assert torch.equal(training.pick([3]), training.read(0)[3:4])
+    with pytest.raises(ConfigError, match="mixed and other were trained on different shards"):
+        open_latents(latents, None, {"mixed": mixed, "other": header}, None)
+    re_encoded = dataclasses.replace(header, manifest_digest="of other latents")
+    with pytest.raises(ConfigError, match="held none of it back"):
+        open_latents(latents, None, {"re-encoded": re_encoded}, None)
 
 
 def test_other_latents_calibrate_the_threshold_instead_of_the_runs_own(
