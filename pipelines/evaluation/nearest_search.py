@@ -8,6 +8,7 @@ of images, and the nearest samples so far, which are written after each shard.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lfm import storage, tensor_file
 from lfm.data import manifest as manifests
-from lfm.errors import DataError
+from lfm.errors import DataError, on_one_line
 from lfm.metrics.features import FeatureNetwork
 from lfm.metrics.memorisation import QUANTILE, Memorisation, NearestSamples, nearest_samples
 from lfm.world import World
@@ -26,6 +27,8 @@ from pipelines.common.provenance import code_version
 from pipelines.evaluation.candidates import GeneratedImages
 from pipelines.evaluation.feature_files import Block, FeatureFiles, describe
 from pipelines.evaluation.latent_sets import LatentSet
+
+logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 16  # images of each run in the sheet
 FEATURES, LATENTS = "features", "latents"  # the spaces
@@ -204,17 +207,17 @@ def _resume(path: str, sets: Sequence[FeatureFiles]) -> tuple[list[BySpace], int
         return none, 0
     try:
         tensors, header = tensor_file.load(path)
-    except DataError:
-        return none, 0  # damaged: the search begins again
-    results = [
-        {
-            space: NearestSamples(tensors[f"{number}.{space}.distances"], tensors[f"{number}.{space}.rows"])
-            for space in each
-        }
-        for number, each in enumerate(none)
-    ]
-    assert header is not None, "written by _save"
-    return results, int(header["shards"])
+        results = [
+            {
+                space: NearestSamples(tensors[f"{number}.{space}.distances"], tensors[f"{number}.{space}.rows"])
+                for space in each
+            }
+            for number, each in enumerate(none)
+        ]
+        return results, int((header or {})["shards"])
+    except (DataError, KeyError) as error:
+        logger.warning("%s: %s; searching again", path, on_one_line(error))
+        return none, 0
 
 
 def _save(path: str, results: Sequence[BySpace], shards: int) -> None:

@@ -135,6 +135,12 @@ def test_the_search_holds_one_block_and_resumes(
     assert reads == [16, 16, 8], "the second shard in two views, and the held-back one"
     assert resumed["rows"][0]["nearest"] == whole["rows"][0]["nearest"]
     assert len(list((tmp_path / "whole").glob("blocks-*/*"))) == 3
+    (state,) = (tmp_path / "parts").glob("nearest-*.safetensors")
+    for damaged in (state.read_bytes()[:-9], b""):
+        state.write_bytes(damaged)
+        reads.clear()
+        assert stage.run(parts, ALONE).report["rows"] == resumed["rows"]
+        assert reads == [16, 16, 8] * 2, "the search begins again"
 
 
 def test_several_ranks_share_the_features_and_the_last_one_searches(
