@@ -68,7 +68,8 @@ def run(config: EvaluateConfig, world: World) -> EvaluateResult:
     provides = (*candidates[0].provides, "training") if search else candidates[0].provides
     inputs = EvaluationInputs(reference_sets, provides, tuple(modules))
     metrics = metric_table.choose(config.metrics, inputs)
-    plan = "\n".join(_plan(candidate, config, metrics) for candidate in candidates)
+    lines = [_plan(candidate, config, metrics) for candidate in candidates]
+    plan = "\n".join([*lines, search.plan] if search else lines)
     if config.dry_run:
         return EvaluateResult(plan, {}, "")
     image_pass = PerImagePass(

@@ -83,6 +83,15 @@ class NearestSearch:
     run: GeneratedImages  # its autoencoder decodes the latents
 
     @property
+    def plan(self) -> str:
+        """The search in words."""
+        training, held_back = self.training, self.held_back
+        return (
+            f"nearest of {training.manifest.num_samples:,} training samples of {training.folder}, with a threshold from "
+            f"{held_back.manifest.num_samples:,} held-back images of {held_back.folder}"
+        )
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result besides the generated images, for the report."""
         return {

@@ -206,6 +206,8 @@ def test_other_latents_calibrate_the_threshold_instead_of_the_runs_own(
 ) -> None:
     """The run's own held-back shard is still no training sample."""
     both = config(run, reference, small_set, tmp_path / "out", held_back=str(tasks.latents))
+    plan = stage.run(dataclasses.replace(both, dry_run=True), ALONE).plan
+    assert f"32 training samples of {small_set.latents}" in plan and f"20 held-back images of {tasks.latents}" in plan
     content = stage.run(both, ALONE).report
     assert [content["settings"]["nearest"][name]["count"] for name in ("training", "held_back")] == [32, 20]
     with pytest.raises(ConfigError, match="other images, settings or metrics"):
