@@ -31,6 +31,7 @@ from pipelines.evaluation.latent_sets import LatentSet
 logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 16  # images of each run in the sheet
+FARTHER = 1.25  # ratio of median distances above which a model's own artefacts may hide copies
 FEATURES, LATENTS = "features", "latents"  # the spaces
 COLUMNS = ("0.pooled", "mirror.pooled")  # features of an image and of its mirror image
 
@@ -63,13 +64,20 @@ class TrainingComparison:
 
     @property
     def warnings(self) -> list[str]:
-        """Reasons to doubt the threshold."""
-        if self.num_held_back * QUANTILE >= 1:
-            return []
-        return [
-            f"{self.num_held_back:,} held-back images are few for a quantile of {QUANTILE:.0%}; hold back at least "
-            f"{round(1 / QUANTILE)}"
-        ]
+        """Reasons to doubt the share of copies."""
+        warnings = []
+        if self.num_held_back * QUANTILE < 1:
+            warnings.append(
+                f"{self.num_held_back:,} held-back images are few for a quantile of {QUANTILE:.0%}; hold back at least "
+                f"{round(1 / QUANTILE)}"
+            )
+        for space, measure in self.measures.items():
+            if measure.nearest > FARTHER * measure.held_back_nearest:
+                warnings.append(
+                    f"memorised-{space}: generated images are farther from training samples (median {measure.nearest:.3g}) than "
+                    f"held-back ones ({measure.held_back_nearest:.3g}), as images with artefacts are; copies may be missed"
+                )
+        return warnings
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def test_copies_of_training_samples_are_found(
     values = row(tmp_path)
     assert (values["metrics"]["memorised-features"], values["metrics"]["memorised-latents"]) == (100, 100)
     assert values["metrics"]["ratio-latents"] < 0.1
+    assert not any("farther" in warning for warning in values["warnings"])
     for shown in values["nearest"]["shown"]:
         for space in SPACES:
             assert shown[space]["training_sample"] == f"000001.tar, row {shown['seed'] + 4}"
@@ -105,6 +106,7 @@ def test_images_of_an_untrained_model_are_no_copies(
     values = stage.run(config(run, reference, small_set, tmp_path), ALONE).report["rows"][0]
     assert values["metrics"]["memorised-latents"] == 0
     assert values["metrics"]["ratio-latents"] > 0.8
+    assert any("memorised-latents: generated images are farther" in warning for warning in values["warnings"])
 
 
 def test_the_search_holds_one_block_and_resumes(
