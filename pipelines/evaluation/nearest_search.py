@@ -74,8 +74,8 @@ class TrainingComparison:
         for space, measure in self.measures.items():
             if measure.nearest > FARTHER * measure.held_back_nearest:
                 warnings.append(
-                    f"memorised-{space}: generated images are farther from training samples (median {measure.nearest:.3g}) than "
-                    f"held-back ones ({measure.held_back_nearest:.3g}), as images with artefacts are; copies may be missed"
+                    f"memorised-{space}: generated images are farther from training samples (median {measure.nearest:.3g}) "
+                    f"than held-back ones ({measure.held_back_nearest:.3g}), as images with artefacts are; copies may be missed"
                 )
         return warnings
 
