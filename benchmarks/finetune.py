@@ -69,7 +69,7 @@ TUNING: dict[str, tuple[float, ...]] = {
     "LoRA": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "DiffFit": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
 }
-RATES = {"scratch": 2.8e-3, "full": 1e-3, "full, null row": 1e-3, "LoRA": 4e-3, "DiffFit": 8e-3}
+RATES = {"scratch": 5.6e-3, "full": 2e-3, "full, null row": 2e-3, "LoRA": 8e-3, "DiffFit": 1.6e-2}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Target:
 
 TARGETS = {
     "classes": Target(
-        "class", NEW_CLASSES, (200, 128), 64, (1920, 480), (240, 60), tuple(method.name for method in METHODS)
+        "class", NEW_CLASSES, (200, 128), 64, (1440, 480), (60, 30), tuple(method.name for method in METHODS)
     ),
     "inpaint": Target("class+inpaint", SOURCE_CLASSES, (3072, 256), 64, (640, 640), (80, 40)),
     "semantic": Target("class+semantic", SOURCE_CLASSES, (3072, 256), 64, (640, 640), (80, 40)),
