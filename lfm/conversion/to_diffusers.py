@@ -13,9 +13,14 @@ from lfm.errors import ConfigError
 from lfm.models.config import ModelConfig
 from lfm.models.dit_config import DiTConfig
 from lfm.models.embeddings import MAX_PERIOD
+from lfm.models.noise_prediction import NUM_DIFFUSION_STEPS
 from lfm.weights_file import WeightsHeader
 
 NULL_CLASS = 1000  # of diffusers' DiTPipeline, whatever the number of classes
+PATH_TIMES = torch.linspace(0, 1, 2001)
+STRIDE = (
+    20  # of the diffusion steps at which an exported noise-predicting model is exact: 50 steps, the pipeline's default
+)
 _REPAIR = "export to safetensors instead"
 
 # Fields of a DiTConfig that change the function and that DiTTransformer2DModel does not have.
@@ -40,7 +45,7 @@ _BLOCK_MODULES = {
 
 
 def build_pipeline(weights: dict[str, Tensor], header: WeightsHeader, autoencoder: Autoencoder) -> Any:
-    """Return a `DiTPipeline` whose steps are those of the solver euler.
+    """Return a `DiTPipeline`: its steps are those of the solver euler, or of DDIM for a model that predicts noise.
 
     Raises:
         ConfigError: diffusers is too old, or cannot express the model or the autoencoder.
@@ -50,18 +55,31 @@ def build_pipeline(weights: dict[str, Tensor], header: WeightsHeader, autoencode
         raise ConfigError("the export needs a diffusers with FlowMapEulerDiscreteScheduler; upgrade diffusers")
     if autoencoder.shift or type(autoencoder.model).__name__ != "AutoencoderKL":
         raise ConfigError(f"diffusers' DiTPipeline decodes with an AutoencoderKL without shift_factor; {_REPAIR}")
-    config = header.model
-    if header.prediction != "velocity" or not isinstance(config, DiTConfig) or config.time_scale % 1:
-        raise ConfigError(f"diffusers' DiTPipeline needs a velocity model with an integer time_scale; {_REPAIR}")
-    state, arguments = to_diffusers(weights, config)
+    config, predicts_noise = header.model, header.prediction == "noise"
+    if not isinstance(config, DiTConfig) or config.time_scale % 1 or (predicts_noise and config.time_scale != 1):
+        raise ConfigError(
+            "diffusers' DiTPipeline needs a DiT with an integer time_scale, and 1 if it predicts noise; " + _REPAIR
+        )
+    times = torch.arange(0, NUM_DIFFUSION_STEPS, STRIDE) if predicts_noise else PATH_TIMES
+    state, arguments = to_diffusers(weights, config, times)
     transformer = diffusers.DiTTransformer2DModel(**arguments)
     transformer.load_state_dict(state)
-    scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=int(config.time_scale))
+    if predicts_noise:
+        scheduler = diffusers.DDIMScheduler(
+            num_train_timesteps=NUM_DIFFUSION_STEPS, beta_start=1e-4, beta_end=0.02, clip_sample=False
+        )
+    else:
+        scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=int(config.time_scale))
     return diffusers.DiTPipeline(transformer.eval(), autoencoder.model, scheduler)
 
 
-def to_diffusers(weights: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def to_diffusers(
+    weights: dict[str, Tensor], config: ModelConfig, times: Tensor = PATH_TIMES
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights and the constructor arguments of a DiTTransformer2DModel that computes the same.
+
+    Args:
+        times: the times at which it must do so, before they are scaled.
 
     Raises:
         ConfigError: there is none; names the field of the configuration that it cannot express.
@@ -73,7 +91,7 @@ def to_diffusers(weights: dict[str, Tensor], config: ModelConfig) -> tuple[dict[
         if config.has_null_condition:
             table[NULL_CLASS] = weights[CLASS_TABLE][config.num_classes]
     embedding = {
-        "timestep_embedder.linear_1.weight": _fit_frequencies(weights[TIME_FIRST_WEIGHT], config),
+        "timestep_embedder.linear_1.weight": _fit_frequencies(weights[TIME_FIRST_WEIGHT], config, times),
         "timestep_embedder.linear_1.bias": weights["time_embedding.mlp.0.bias"],
         "timestep_embedder.linear_2.weight": weights["time_embedding.mlp.2.weight"],
         "timestep_embedder.linear_2.bias": weights[TIME_LAST_BIAS],
@@ -121,11 +139,12 @@ def _require_expressible(config: ModelConfig) -> DiTConfig:
     return config
 
 
-def _fit_frequencies(weight: Tensor, config: DiTConfig) -> Tensor:
+def _fit_frequencies(weight: Tensor, config: DiTConfig, times: Tensor) -> Tensor:
     """Return the first weight (hidden, n) of the time embedding for the frequencies of diffusers, P^(-i/(n/2 - 1)).
 
-    With a frequency shift of 1 they are the same. With times that are not scaled, every angle is in [0, 1], where the sines
-    and cosines of one set of frequencies are linear combinations of those of the other, up to the precision of float32.
+    With a frequency shift of 1 they are the same. Otherwise the sines and cosines of one set of frequencies are, at `times`,
+    linear combinations of those of the other, up to the precision of float32: at times in [0, 1] since every angle is small,
+    and at 50 diffusion steps since they are fewer than the n combined functions.
     """
     if config.frequency_shift == 1:
         return weight
@@ -134,10 +153,10 @@ def _fit_frequencies(weight: Tensor, config: DiTConfig) -> Tensor:
             f"frequency_shift {config.frequency_shift}: diffusers' DiTTransformer2DModel has other time frequencies; "
             f"train with model.frequency_shift: 1, or {_REPAIR}"
         )
-    half, times = weight.shape[1] // 2, torch.linspace(0, 1, 2001, dtype=torch.float64)
+    half = weight.shape[1] // 2
 
     def waves(shift: int) -> Tensor:
-        angles = times[:, None] * MAX_PERIOD ** (-torch.arange(half, dtype=torch.float64) / (half - shift))
+        angles = times.double()[:, None] * MAX_PERIOD ** (-torch.arange(half, dtype=torch.float64) / (half - shift))
         return torch.cat([angles.cos(), angles.sin()], 1)  # (times, n)
 
     combination = torch.linalg.lstsq(

@@ -133,4 +133,7 @@ def _export_pipeline(config: ExportConfig, weights: dict[str, Tensor], header: W
             (folder / "model_index.json").write_text(json.dumps(index, indent=1))
         except OSError as error:
             raise LfmError(f"{folder}: cannot be written: {error}") from error
-    return f"{folder}: DiffusionPipeline.from_pretrained loads it; its steps are those of the solver euler"
+    steps = "those of the solver euler"
+    if header.prediction == "noise":
+        steps = "DDIM's, exact for 50, 25, 10 or 5 of them"
+    return f"{folder}: DiffusionPipeline.from_pretrained loads it; its steps are {steps}"
