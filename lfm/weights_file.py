@@ -33,6 +33,8 @@ class SourceRecord:
     """Of its tensors, see `digest`."""
     samples_seen: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """That the source had seen."""
+    licence: Annotated[str, Field(min_length=1)] | None = None
+    """Of the source, or of the source that it started from, as its own configuration states it."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -62,6 +64,14 @@ class WeightsHeader:
     base: SourceRecord | None = None
     """The weights that hold all tensors that this file does not, or None for a complete file."""
 
+    @property
+    def licence(self) -> str | None:
+        """Licence that the configuration states, else that of the weights from which the run started."""
+        own = self.config.get("licence")
+        if isinstance(own, str):
+            return own
+        return self.initialized_from.licence if self.initialized_from else None
+
     def to_json(self) -> str:
         """Serialize to one line of JSON."""
         content = asdict(self) | {
@@ -72,6 +82,8 @@ class WeightsHeader:
         for name in ("initialized_from", "base"):
             if content[name] is None:
                 del content[name]
+            elif content[name]["licence"] is None:  # as it was before there was one
+                del content[name]["licence"]
         return json.dumps(content)
 
     @staticmethod

@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import socket
 import stat
 import tempfile
@@ -29,6 +30,7 @@ from fsspec.core import url_to_fs
 from isal.isal_zlib import crc32
 
 from lfm.errors import ConfigError, DataError, LfmError, StorageError, hide_credentials
+from lfm.storage import hub
 from lfm.storage.locks import is_at, lock, remove_unlocked
 from lfm.storage.retry import T, with_retries
 
@@ -103,11 +105,23 @@ def require_apart(source: str, dest: str) -> None:
         raise ConfigError(f"{dest}: source and destination are the same folder; choose another folder for the result")
 
 
+def _in_hub_cache(path: str) -> str:
+    """Return the local copy of a file on the Hugging Face Hub, and other paths and URLs as they are."""
+    if not hub.is_on_hub(path):
+        return path
+    copy = hub.cached_file(path)
+    if copy is None:
+        raise StorageError(f"{path}: no such file")
+    return str(copy)
+
+
 def exists(path: str) -> bool:
     """Return whether a file or folder exists."""
     if is_local(path):
         with storage_errors(path):
             return Path(path).exists()
+    if hub.is_on_hub(path):
+        return hub.cached_file(path) is not None
     return _request(path, lambda filesystem, inner: bool(filesystem.exists(inner)), refresh=True)
 
 
@@ -165,6 +179,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def open_read(path: str) -> IO[bytes]:
     """Open a file for reading bytes from the start."""
+    path = _in_hub_cache(path)
     if is_local(path):
         with storage_errors(path):
             return Path(path).open("rb")
@@ -177,6 +192,7 @@ def read_bytes(path: str, limit: int = LARGEST_FILE) -> bytes:
     Raises:
         StorageError: the file cannot be read, is no regular file (such as a device or a pipe), or is larger than `limit`.
     """
+    path = _in_hub_cache(path)
     if is_local(path):
         with storage_errors(path):
             _check_size(path, require_regular(path), limit)
@@ -322,6 +338,9 @@ def upload(path: Path, url: str) -> None:
 def download(url: str, path: Path) -> None:
     """Copy the file at a URL to a local path, whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if hub.is_on_hub(url):
+        shutil.copyfile(_in_hub_cache(url), path)
+        return
     _request(url, lambda filesystem, inner: filesystem.get_file(inner, str(path)))
 
 

@@ -23,6 +23,7 @@ COMMANDS = (
     model_commands.sample,
     model_commands.import_,
     model_commands.export,
+    model_commands.push,
     model_commands.ema,
     model_commands.demo,
     installation_commands.doctor,

@@ -10,7 +10,7 @@ from lfm.errors import ConfigError
 from pipelines.cli.stage_command import echo, show, stage_command, with_flags
 from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.demo.demo_options import DemoConfig
-from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
+from pipelines.exchange.exchange_options import ExportConfig, ImportConfig, PushConfig
 from pipelines.monitoring.status_options import StatusConfig
 from pipelines.sampling.sample_options import SampleConfig
 from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
@@ -181,6 +181,23 @@ def export(config: ExportConfig) -> None:
     from pipelines.exchange.import_export import export_weights
 
     result = export_weights(config)
+    if config.dry_run:
+        return show(config, result)
+    echo(result)
+
+
+@stage_command(PushConfig)
+def push(config: PushConfig) -> None:
+    """Publish the EMA weights of RUN with a model card in REPOSITORY, USER/NAME on the Hugging Face Hub.
+
+    \b
+    hf auth login
+    lfm push runs/mine me/mine --licence cc-by-4.0
+    lfm sample hf://me/mine --out samples
+    """
+    from pipelines.exchange.push import run
+
+    result = with_flags(run(config), PushConfig)
     if config.dry_run:
         return show(config, result)
     echo(result)

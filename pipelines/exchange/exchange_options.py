@@ -1,4 +1,4 @@
-"""Options of the commands that import and export weights."""
+"""Options of the commands that import, export and publish weights."""
 
 from __future__ import annotations
 
@@ -44,5 +44,29 @@ class ExportConfig:
     """Format: safetensors (one file) or diffusers (a folder that DiffusionPipeline loads)."""
     merge: bool = False
     """Put the weights of a trained part together with their base; otherwise safetensors holds the part alone."""
+    autoencoder: MovedAutoencoder = None
+    dry_run: DryRun = False
+
+
+@stage_options
+class PushConfig:
+    """Options of `lfm push`."""
+
+    run: Annotated[Location, Argument()]
+    """Run folder, checkpoint or weights file."""
+    repository: Annotated[str, Argument(), Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """USER/NAME of the model's repository on the Hugging Face Hub, which is created if it does not exist."""
+    licence: Annotated[str | None, Flag(metavar="ID")] = None
+    """Licence of the weights, such as cc-by-4.0.  [default: that of the configuration, else of the source of the run]"""
+    report: Annotated[Location | None, Flag(metavar="DIR")] = None
+    """Report of `lfm evaluate` on this model, for the card."""
+    private: bool = False
+    """Let nobody else see a repository that is created."""
+    revision: Annotated[str | None, Flag(metavar="BRANCH")] = None
+    """Branch to push to, which must exist.  [default: main]"""
+    num_samples: Annotated[int, Field(ge=0, le=64)] = 16
+    """Images on the card; of a model whose conditions are images its newest preview is taken. 0 means none."""
+    out: Annotated[Location | None, Flag(metavar="DIR")] = None
+    """Write the repository's files to this folder, and push nothing."""
     autoencoder: MovedAutoencoder = None
     dry_run: DryRun = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -126,14 +127,23 @@ def _export_pipeline(config: ExportConfig, weights: dict[str, Tensor], header: W
     pipeline = build_pipeline(weights, header, codec)
     folder = Path(config.dest)
     if not config.dry_run:
-        try:
-            pipeline.save_pretrained(folder)
-            index = json.loads((folder / "model_index.json").read_text())
-            index["id2label"] = {entry.index: entry.name for entry in header.classes}
-            (folder / "model_index.json").write_text(json.dumps(index, indent=1))
-        except OSError as error:
-            raise LfmError(f"{folder}: cannot be written: {error}") from error
+        save_pipeline(pipeline, header, folder)
     steps = "those of the solver euler"
     if header.prediction == "noise":
         steps = "DDIM's, exact for 50, 25, 10 or 5 of them"
     return f"{folder}: DiffusionPipeline.from_pretrained loads it; its steps are {steps}"
+
+
+def save_pipeline(pipeline: Any, header: WeightsHeader, folder: Path) -> None:
+    """Write a pipeline of diffusers with the names of the classes.
+
+    Raises:
+        LfmError: the folder cannot be written.
+    """
+    try:
+        pipeline.save_pretrained(folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["id2label"] = {entry.index: entry.name for entry in header.classes}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    except OSError as error:
+        raise LfmError(f"{folder}: cannot be written: {error}") from error

@@ -188,7 +188,7 @@ def load_initial_weights(
     lines += _advice(model, header, time_shift)
     return InitialWeights(
         adaptation.result,
-        SourceRecord(options.source, digest, header.samples_seen),
+        SourceRecord(options.source, digest, header.samples_seen, header.licence),
         header.prediction,
         "\n".join(lines),
         frozenset(part.name for part in adaptation.parts if part.origin in ("adapted", "new")),

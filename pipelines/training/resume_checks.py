@@ -19,6 +19,7 @@ from pipelines.common.experiment.config_schema import ExperimentConfig
 # training takes, and what is saved and logged, but not what is learned.
 FREE_KEYS = {
     "run",
+    "licence",
     "data.shards",
     "data.warn_passes",
     "data.allow_leaks",

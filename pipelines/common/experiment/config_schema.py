@@ -139,6 +139,8 @@ class ExperimentConfig(ConfigSection):
 
     run: Name
     """Folder for checkpoints, weights and logs, or its URL in object storage."""
+    licence: Name | None = None
+    """Licence of the weights for the model card, such as cc-by-4.0 (an identifier of the Hugging Face Hub or SPDX)."""
     condition: Literal["none", "class", "inpaint", "semantic", "class+inpaint", "class+semantic"] = "none"
     """Conditions of the model."""
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)
