@@ -14,7 +14,6 @@ from torch import Tensor
 from lfm.autoencoder import content_hash
 from lfm.data.evaluation_images import FolderImages, ImageSet, blocks_of
 from lfm.errors import ConfigError, DataError
-from lfm.flow.guidance import Guidance
 from lfm.inference import trained_model
 from lfm.inference.condition_inputs import Conditions, encode_conditions
 from lfm.inference.trained_model import TrainedModel
@@ -138,13 +137,20 @@ class GeneratedImages:
         config: Options of the evaluation.
         real: Ground truth with the masks or segmentation maps that the model takes.
         models: Loads the model, once to check these arguments and then for each batch.
+        weak: The weaker model of `config.autoguidance`, if any.
 
     Raises:
         ConfigError, CheckpointError, DataError: If the model cannot be loaded, or cannot be sampled this way.
     """
 
     def __init__(
-        self, name: str, guidance_scale: float, config: EvaluateConfig, real: ImageSet | None, models: ModelLoader
+        self,
+        name: str,
+        guidance_scale: float,
+        config: EvaluateConfig,
+        real: ImageSet | None,
+        models: ModelLoader,
+        weak: TrainedModel | None = None,
     ) -> None:
         model = models.load(name)
         header = model.header
@@ -152,7 +158,7 @@ class GeneratedImages:
         self.header = header
         self.real, self.batch_size, self.first_seed = real, config.batch_size, config.first_seed or 0
         self.solving = Solving(config.solver or "heun", config.num_steps, atol=config.atol, rtol=config.rtol)
-        self.guidance = Guidance(guidance_scale)
+        self.guidance = model.guidance(guidance_scale, autoguidance=weak)
         self.provides: tuple[str, ...] = ("nfe",)
         if real is None:
             self.conditions = encode_conditions(header, model.autoencoder)
@@ -182,6 +188,9 @@ class GeneratedImages:
         names = ("weights_hash", "first_seed", "guidance_scale", "solving", "precision", "pairs_digest")
         self.identity: Any = [self.settings[key] for key in names]
         self.identity += [asdict(self.solving), header.autoencoder.content_hash]
+        if weak is not None:
+            self.settings["autoguidance"] = {"run": weak.name, "weights_hash": content_hash(weak.network, 1.0, 0.0)}
+            self.identity.append(self.settings["autoguidance"]["weights_hash"])
 
     def batches(self, block: int) -> Iterator[CandidateBatch]:
         model, first = self.models.load(self.name), sum(self.counts[:block])

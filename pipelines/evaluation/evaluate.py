@@ -37,7 +37,7 @@ from pipelines.evaluation.per_image_pass import NUM_SHOWN, PerImagePass
 
 PACKAGES = ("torch", "numpy", "pillow", "torchmetrics", "scikit-learn", "diffusers")
 GENERATION_OPTIONS = ("num", "first_seed", "guidance_scale", "solver", "num_steps", "atol", "rtol", "precision")
-RUN_OPTIONS = ("nearest", "held_back", *GENERATION_OPTIONS, "autoencoder")
+RUN_OPTIONS = ("nearest", "held_back", *GENERATION_OPTIONS, "autoguidance", "autoencoder")
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,11 @@ def _candidates(config: EvaluateConfig, world: World) -> list[Candidate]:
         raise ConfigError(f"`num` {config.num}: with `pairs` there is one image for each of them; leave it out")
     real = open_images(config.pairs, factory.cache(config.cache)) if config.pairs else None
     models = ModelLoader(config.autoencoder, factory.device(world), config.precision)
+    weak = None
+    if config.autoguidance:
+        weak = ModelLoader(config.autoencoder, factory.device(world), config.precision).load(config.autoguidance)
     return [
-        GeneratedImages(name, scale, config, real, models)
+        GeneratedImages(name, scale, config, real, models, weak)
         for name in config.targets
         for scale in config.guidance_scale or (1.0,)
     ]

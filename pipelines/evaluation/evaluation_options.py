@@ -87,6 +87,8 @@ class EvaluateConfig:
     """Seed of the first image; the others follow it.  [default: 0]"""
     guidance_scale: tuple[Annotated[float, Field(ge=-1000, le=1000)], ...] = ()
     """Classifier-free guidance scale; repeat it for a curve.  [default: 1]"""
+    autoguidance: Annotated[str | None, Flag(metavar="RUN")] = None
+    """Guide away from this weaker model, at its null condition if its classes are others, in place of the null condition."""
     solver: str | None = None
     """ODE solver: euler, midpoint, heun, rk4, ab2, sde, dopri5, bosh3, ...  [default: heun]"""
     num_steps: NumSteps = None

@@ -21,6 +21,7 @@ from lfm import storage, weights_file
 from lfm.data.manifest import Manifest
 from lfm.data.stream.mixture import Mixture
 from lfm.errors import ConfigError, DataError
+from lfm.flow.guidance import Guidance
 from lfm.metrics.frechet import FeatureSums, frechet_distance
 from lfm.types import Condition
 from lfm.weights_file import WeightsHeader
@@ -45,7 +46,7 @@ def load_reference_set(config: ExperimentConfig, manifest: Manifest, world: Worl
     """
     evaluation = config.evaluation
     assert evaluation, "the experiment is evaluated during training"
-    if evaluation.guidance_scale != 1 and not config.condition_dropout:
+    if evaluation.guidance_scale != 1 and not (config.condition_dropout or evaluation.autoguidance):
         raise ConfigError(
             "evaluation.guidance_scale: guidance needs a condition and condition_dropout; set them too, or leave it out"
         )
@@ -78,7 +79,7 @@ class BestRecord:
             logger.warning("%s: damaged; the next weights are the best so far", error)
             return
         if isinstance(content, dict) and "samples_seen" in content:
-            self.content = {"num_steps": NUM_STEPS, **content}  # records of before name no steps
+            self.content = {"num_steps": NUM_STEPS, "autoguidance": None, **content}  # records of before name neither
 
     def update(self, distance: float, samples_seen: int) -> bool:
         """Return whether a distance is the smallest so far, and take it into the record if it is.
@@ -104,12 +105,19 @@ class BestRecord:
 class BestWeights:
     """Measures the EMA weights, and saves them when their distance is the smallest so far; all ranks take part."""
 
-    def __init__(self, sampler: EmaSampler, folder: Path, mixture: Mixture, reference_set: ReferenceSet | None) -> None:
+    def __init__(
+        self,
+        sampler: EmaSampler,
+        folder: Path,
+        mixture: Mixture,
+        reference_set: ReferenceSet | None,
+        guidance: Guidance,
+    ) -> None:
         config, world = sampler.config, sampler.engine.world
         assert config.evaluation, "the experiment is evaluated during training"
         self.sampler, self.engine, self.reference_set = sampler, sampler.engine, reference_set
         self.evaluation, self.every = config.evaluation, config.evaluation.every
-        self.folder = folder
+        self.folder, self.guidance = folder, guidance
         self.stream = sampler.open_stream(mixture, world.size * sampler.micro_batch, world)
 
     def measure(self, header: WeightsHeader) -> dict[str, float]:
@@ -162,5 +170,5 @@ class BestWeights:
         """Return this rank's images of the batch that begins at image `first`, their conditions, and which are counted."""
         batch = self.stream.batch(first)
         evaluation, seeds = self.evaluation, batch.sample_numbers.tolist()
-        latents = self.sampler.latents(seeds, batch.condition, evaluation.guidance_scale, evaluation.num_steps)
+        latents = self.sampler.latents(seeds, batch.condition, self.guidance, evaluation.num_steps)
         return self.sampler.autoencoder.decode(latents), batch.condition, batch.sample_numbers < evaluation.num

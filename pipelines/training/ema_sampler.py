@@ -53,12 +53,12 @@ class EmaSampler:
         return LatentStream(mixture, options, world, cache, self.engine.device)
 
     def latents(
-        self, seeds: Sequence[int], condition: Condition, guidance_scale: float = 1.0, num_steps: int = NUM_STEPS
+        self, seeds: Sequence[int], condition: Condition, guidance: Guidance | None = None, num_steps: int = NUM_STEPS
     ) -> Tensor:
         """Return one latent for each seed, float32 (B, C, h, w); all ranks must call it with as many seeds."""
         noise = torch.from_numpy(image_noise(seeds, self.model.latent_shape)).to(self.engine.device)
-        guidance = Guidance(guidance_scale)
-        velocity = guided_velocity(self.network, self.model, condition.to(noise.device), len(seeds), guidance)
+        condition = condition.to(noise.device)
+        velocity = guided_velocity(self.network, self.model, condition, len(seeds), guidance or Guidance())
         return solvers.solve(SOLVER, velocity, noise, num_steps=num_steps)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ from lfm import weights_file
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.data.stream.mixture import Mixture
 from lfm.errors import DataError
+from lfm.flow.guidance import Guidance
 from lfm.flow.time_samplers import TIME_SAMPLERS, shifted_time
+from lfm.inference import trained_model
+from lfm.inference.trained_model import TrainedModel
 from lfm.models.noise_prediction import as_velocity
 from lfm.training.checkpoint_writer import CheckpointWriter
 from lfm.training.ema import decay_after, power_decay_after
@@ -31,7 +34,7 @@ from lfm.training.step_guard import MOST_SKIPPED_IN_A_ROW
 from lfm.types import LatentBatch
 from lfm.weights_file import WeightsHeader
 from pipelines.common import factory
-from pipelines.common.experiment.config_schema import ExperimentConfig, TrainConfig
+from pipelines.common.experiment.config_schema import EvaluationConfig, ExperimentConfig, TrainConfig
 from pipelines.common.progress import Progress
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import BestWeights
@@ -106,7 +109,9 @@ class TrainingLoop:
             if self.train.validate_every:
                 self.evaluators.append(Validation(sampler, folder.path, training_shards, held_back))
             if config.evaluation:
-                self.evaluators.append(BestWeights(sampler, folder.path, training_shards, reference_set))
+                model = TrainedModel(self.network, header, decoder, config.run)
+                guidance = _guidance(config.evaluation, model, engine.device)
+                self.evaluators.append(BestWeights(sampler, folder.path, training_shards, reference_set, guidance))
             if reference_set:
                 self.distances = (reference_set.network.frechet,)
         self.samples_seen, self.total_samples = 0, self.train.num_steps * self.train.global_batch
@@ -265,6 +270,14 @@ class TrainingLoop:
                 halves = {name: tensor.half() for name, tensor in weights.items()}
                 path = self.folder.snapshot(self.samples_seen, width)
                 weights_file.save_weights(str(path), halves, self._current_header())
+
+
+def _guidance(evaluation: EvaluationConfig, model: TrainedModel, device: torch.device) -> Guidance:
+    """Return the guidance of the images that are measured during training."""
+    weak = None
+    if evaluation.autoguidance is not None:
+        weak = trained_model.load(evaluation.autoguidance, device=device)
+    return model.guidance(evaluation.guidance_scale, autoguidance=weak)
 
 
 def averages(train: TrainConfig) -> tuple[str, ...]:

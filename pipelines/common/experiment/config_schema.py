@@ -130,6 +130,8 @@ class EvaluationConfig(ConfigSection):
     """Steps of the heun solver, each of two network evaluations."""
     guidance_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 means none."""
+    autoguidance: Name | None = None
+    """Run to guide away from in place of the null condition: a weaker model, or of other classes, at its null condition."""
     task_score: Literal["scenes"] | None = None
     """Whether the images show their condition, logged as `recognised`; scenes: classes of `lfm scenes`. By default none."""
 

@@ -357,6 +357,25 @@ def test_several_guidance_scales_give_a_curve(
         assert image.width >= 2 * 640, "plots of the metrics in two columns"
 
 
+def test_a_curve_of_autoguidance(weights: Path, reference: Path, tmp_path: Path) -> None:
+    """Guided by itself, a model makes the images of scale 1; by another one, others; the report names both."""
+    strong, weak = (randomized_run(weights, tmp_path / name, seed) for seed, name in enumerate(("strong", "weak")))
+    command = ("evaluate", strong, "--reference", reference, "--num", 5, "--num-steps", 2)
+    scales = ("--guidance-scale", 1, "--guidance-scale", 3)
+    distances = {}
+    for name in (strong, weak):
+        out = tmp_path / f"{name.name}-report"
+        assert lfm(*command, *scales, "--autoguidance", name, "--out", out).exit_code == 0
+        rows = report(out)["rows"]
+        assert [row["autoguidance"]["run"] for row in rows] == [str(name)] * 2
+        assert [row["metrics"]["nfe"] for row in rows] == [4, 8]
+        distances[name.name] = [row["metrics"]["kid"] for row in rows]
+    assert distances["strong"][1] == pytest.approx(distances["strong"][0], rel=1e-4)
+    assert distances["weak"][0] == distances["strong"][0] and distances["weak"][1] != distances["strong"][1]
+    images = lfm("evaluate", tmp_path, "--reference", reference, "--autoguidance", weak, "--out", tmp_path / "other")
+    assert images.exit_code == 2 and "--autoguidance" in images.stderr
+
+
 def randomized_run(weights: Path, folder: Path, seed: int = 0, precision: str = "fp32") -> Path:
     """Write a run whose weights have no zeros, and which is recorded as trained in `precision`."""
     tensors, header = load_weights(str(weights))

@@ -251,6 +251,33 @@ def test_the_best_weights_are_the_same_on_any_ranks(experiment: Path, small_set:
 
 
 @pytest.mark.slow
+def test_images_are_measured_with_the_guidance_of_another_run(
+    experiment: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    """On one rank and on two at stage 3; without a null condition of its own, since the other run has one."""
+    network = export_network(PooledPixels(), tmp_path / "small.pt2")
+    reference = make_small_reference(small_set, network, tmp_path)
+    measured = f"reference: {reference}, network: {network}, trust_code: true, every: 10, num: 20, num_steps: 3"
+    weak, settings = tmp_path / "weak", ("train.learning_rate=2.0e-2", "condition_dropout=0")
+    assert train(experiment, f"run={weak}", "train.num_steps=8").returncode == 0
+    curves = []
+    for name, guidance, ranks in (
+        ("plain", "", 1),
+        ("one", ", autoguidance: {weak}", 1),
+        ("two", ", autoguidance: {weak}", 2),
+    ):
+        scale = "guidance_scale: 3" if guidance else "guidance_scale: 1"
+        evaluation = f"evaluation={{{measured}, {scale}{guidance.format(weak=weak)}}}"
+        result = train(experiment, f"run={tmp_path / name}", evaluation, *settings, zero(3), ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        curves.append(torch.tensor([line["fd-small"] for line in lines if "fd-small" in line], dtype=torch.float64))
+    plain, one, two = curves
+    torch.testing.assert_close(two, one, rtol=1e-2, atol=0)
+    assert len(one) == 2 and ((one - plain).abs() / plain > 0.02).all()
+
+
+@pytest.mark.slow
 def test_runs_with_coupled_noise_and_small_micro_batches_are_measured(
     experiment: Path, small_set: SmallSet, tmp_path: Path
 ) -> None:
