@@ -52,7 +52,7 @@ def inspect(config: InspectConfig) -> None:
     Of an image of `lfm sample`, print how it was made.
     """
     if config.path.lower().endswith(".png"):
-        from pipelines.sampling.image_note import read_options
+        from pipelines.common.sample_jobs.image_note import read_options
 
         lines, options = read_options(config.path)
         return echo("\n".join([*lines, f"  again    {command_line('lfm sample', options)}"]))

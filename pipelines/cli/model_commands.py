@@ -8,11 +8,11 @@ from dataclasses import fields
 
 from lfm.errors import ConfigError
 from pipelines.cli.stage_command import echo, show, stage_command, with_flags
+from pipelines.common.sample_jobs.sample_options import SampleConfig
 from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.demo.demo_options import DemoConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig, PushConfig
 from pipelines.monitoring.status_options import StatusConfig
-from pipelines.sampling.sample_options import SampleConfig
 from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
 
 

@@ -14,11 +14,11 @@ from lfm import storage
 from lfm.world import World
 from pipelines.common import factory, image_files
 from pipelines.common.progress import Progress
+from pipelines.common.sample_jobs.sample_job import load_job
+from pipelines.common.sample_jobs.sample_options import SampleConfig
+from pipelines.common.sample_jobs.sample_plan import make_plan
 from pipelines.sampling import sample_record, trajectory_and_timing
 from pipelines.sampling.sample_folder import claim_folder, finished_images, save_images
-from pipelines.sampling.sample_job import load_job
-from pipelines.sampling.sample_options import SampleConfig
-from pipelines.sampling.sample_plan import make_plan
 
 
 @dataclass(frozen=True)

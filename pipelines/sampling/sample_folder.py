@@ -18,9 +18,9 @@ from lfm.data import manifest as manifests
 from lfm.errors import ConfigError, DataError
 from lfm.world import World
 from pipelines.common import image_files, processes
-from pipelines.sampling.image_note import make_note
-from pipelines.sampling.sample_job import SampleJob
-from pipelines.sampling.sample_plan import PlannedImage, plan_images
+from pipelines.common.sample_jobs.image_note import make_note
+from pipelines.common.sample_jobs.sample_job import SampleJob
+from pipelines.common.sample_jobs.sample_plan import PlannedImage, plan_images
 
 logger = logging.getLogger(__name__)
 

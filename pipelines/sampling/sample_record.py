@@ -13,8 +13,8 @@ from lfm.data.masks import hide
 from lfm.inference.condition_inputs import Conditions
 from pipelines.common import image_files
 from pipelines.common.provenance import code_version
-from pipelines.sampling.sample_job import SampleJob
-from pipelines.sampling.sample_plan import PlannedImage
+from pipelines.common.sample_jobs.sample_job import SampleJob
+from pipelines.common.sample_jobs.sample_plan import PlannedImage
 
 GRID, RECORD = "grid.png", "samples.json"
 MAX_GRID_IMAGES, MAX_GRID_COLUMNS = 1024, 20

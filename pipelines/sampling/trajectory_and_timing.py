@@ -8,44 +8,29 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lfm import storage
 from lfm.data.random_draws import image_noise
 from pipelines.common import image_files
-from pipelines.sampling.sample_job import SampleJob
+from pipelines.common.sample_jobs.sample_job import SampleJob
+from pipelines.common.sample_jobs.trajectory_frames import (
+    NUM_FRAMES,
+    NUM_IMAGES,
+    decode_frames,
+    enlargement,
+    record_frames,
+)
 
-NUM_IMAGES, NUM_FRAMES = 6, 10
 NUM_REPEATS = 3
-MIN_CELL_PIXELS = 64  # smaller images are enlarged
 TIMING = "timing.json"
-
-
-class FrameRecorder:
-    """A step callback that records the states (B, C, h, w) of NUM_FRAMES equidistant times from 1 to 0.
-
-    The state of a frame is the last one that the solver reached at or before its time.
-    """
-
-    def __init__(self, noise: Tensor) -> None:
-        self.times = torch.linspace(1, 0, NUM_FRAMES, dtype=torch.float64).tolist()
-        self.states = noise.expand(NUM_FRAMES, *noise.shape).clone()  # (frames, B, C, h, w)
-
-    def __call__(self, at: Tensor, state: Tensor, rows: Tensor) -> None:
-        for frame, frame_time in enumerate(self.times):
-            reached = at >= frame_time - 1e-9
-            self.states[frame, rows[reached]] = state[reached]
 
 
 def save_trajectory(job: SampleJob, kind: str) -> None:
     """Write the way of the first images from noise: as a PNG with a row per image, or as an animated GIF."""
-    batch, model = next(job.plan.batches(job.plan.images))[:NUM_IMAGES], job.model
-    noise = image_noise([image.seed for image in batch], model.latent_shape)
-    recorder = FrameRecorder(torch.from_numpy(noise).to(model.device))
-    batch_size = job.plan.config.batch_size
+    batch, batch_size = next(job.plan.batches(job.plan.images))[:NUM_IMAGES], job.plan.config.batch_size
+    recorder = record_frames(job.model, batch)
     job.solve(batch, recorder, batch_size)
-    frames = np.stack([model.decode(states, batch_size) for states in recorder.states])  # (frames, B, H, W, 3)
-    enlarge = max(1, MIN_CELL_PIXELS // model.header.image_size)
+    frames, enlarge = decode_frames(job.model, recorder, batch_size), enlargement(job.model)  # (frames, B, H, W, 3)
     path = storage.join(job.plan.config.out, f"trajectory.{kind}")
     if kind == "png":
         images = frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:])

@@ -29,13 +29,13 @@ from pipelines.common.options import (
     Share,
     stage_options,
 )
+from pipelines.common.sample_jobs.sample_options import SampleConfig
 from pipelines.data.data_options import AutoencoderConfig, EncodeConfig, InspectConfig, ShardConfig
 from pipelines.demo.demo_options import DemoConfig, ScenesConfig
 from pipelines.doctor.doctor_options import DoctorConfig
 from pipelines.evaluation.evaluation_options import EvaluateConfig, LikelihoodConfig, ReferenceConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
 from pipelines.monitoring.status_options import StatusConfig
-from pipelines.sampling.sample_options import SampleConfig
 from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
 from tests.support.commands import assert_one_line, lfm
 

@@ -109,8 +109,8 @@ def test_pixels_under_the_mask_have_no_influence(tasks: Tasks) -> None:
 @pytest.mark.parametrize("rule", ["centre", "pad", "squash"])
 def test_files_of_any_size_are_cropped_as_shards_are(tasks: Tasks, tmp_path: Path, rule: str) -> None:
     """The files are enlarged by whole numbers, so that nearest neighbour restores the centre of a segmentation."""
-    from pipelines.sampling.read_conditions import read_conditions
-    from pipelines.sampling.sample_options import SampleConfig
+    from pipelines.common.sample_jobs.read_conditions import read_conditions
+    from pipelines.common.sample_jobs.sample_options import SampleConfig
 
     paths = tuple(tmp_path / f"{name}.png" for name in ("image", "mask", "ids"))
     for path, source in zip(paths, files(tasks), strict=True):
@@ -155,8 +155,8 @@ def test_there_is_one_seed_for_each_row_by_default(tasks: Tasks, tmp_path: Path)
 
 
 def test_the_chosen_rows_of_shards_are_read(tasks: Tasks) -> None:
-    from pipelines.sampling.read_conditions import read_conditions
-    from pipelines.sampling.sample_options import SampleConfig
+    from pipelines.common.sample_jobs.read_conditions import read_conditions
+    from pipelines.common.sample_jobs.sample_options import SampleConfig
 
     model = library.load(str(tasks.runs / "semantic"))
     everything = [pixels_of(files(tasks, row)[2]) for row in range(20)]

@@ -9,9 +9,9 @@ from lfm import storage
 from lfm.errors import ConfigError, printable
 from pipelines.common import image_files
 from pipelines.common.number_lists import parse_indices
-from pipelines.sampling.sample_job import PER_IMAGE, SampleJob
-from pipelines.sampling.sample_options import SampleConfig
-from pipelines.sampling.sample_plan import PlannedImage
+from pipelines.common.sample_jobs.sample_job import PER_IMAGE, SampleJob
+from pipelines.common.sample_jobs.sample_options import SampleConfig
+from pipelines.common.sample_jobs.sample_plan import PlannedImage
 
 
 def make_note(job: SampleJob, image: PlannedImage, nfe: int) -> dict[str, Any]:

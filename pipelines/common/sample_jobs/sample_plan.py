@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lfm.errors import ConfigError
 from lfm.solvers import SOLVERS, Solving
 from pipelines.common.number_lists import parse_indices, parse_numbers
-from pipelines.sampling.sample_options import SampleConfig
+from pipelines.common.sample_jobs.sample_options import SampleConfig
 
 DEFAULT_NUM_IMAGES = 16
 

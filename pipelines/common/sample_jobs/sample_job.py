@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -20,8 +20,8 @@ from lfm.inference.trained_model import TrainedModel
 from lfm.solvers.batching import StepCallback, no_callback
 from lfm.types import SolverResult
 from pipelines.common import factory
-from pipelines.sampling.read_conditions import read_conditions
-from pipelines.sampling.sample_plan import PlannedImage, SamplePlan
+from pipelines.common.sample_jobs.read_conditions import read_conditions
+from pipelines.common.sample_jobs.sample_plan import PlannedImage, SamplePlan
 
 EVALUATIONS_THAT_PAY = 200  # of the network, for compiling its blocks
 # Options that change no image: they are not part of the recipe.
@@ -104,15 +104,15 @@ class SampleJob:
         guidance = self.guidance(images[0].scale)
         return self.model.solve(seeds, condition, self.plan.solving, guidance, on_step, batch_size)
 
-    def make(self, images: Sequence[PlannedImage]) -> tuple[np.ndarray, list[int]]:
-        """Make images of one guidance scale.
+    def make(self, images: Sequence[PlannedImage], on_step: StepCallback = no_callback) -> tuple[np.ndarray, list[int]]:
+        """Make images of one guidance scale; `on_step` is called after each step of the solver.
 
         Returns:
             pixels: uint8 (B, H, W, 3).
             nfe: network evaluations of each image.
         """
         batch_size = self.plan.config.batch_size
-        result = self.solve(images, batch_size=batch_size)
+        result = self.solve(images, on_step, batch_size)
         pixels = self.model.decode(result.latents, batch_size)
         if self.composites:
             pixels = self.conditions.composite([image.number for image in images], pixels)
@@ -127,14 +127,22 @@ class SampleJob:
         )
 
 
-def load_job(plan: SamplePlan, device: torch.device) -> SampleJob:
+def load_job(
+    plan: SamplePlan, device: torch.device, load_model: Callable[..., TrainedModel] = trained_model.load
+) -> SampleJob:
     """Load the models and conditions of a plan.
+
+    Args:
+        plan: the images to make.
+        device: where to compute.
+        load_model: loads a run with the keyword arguments of `lfm.load`; a caller that makes many jobs passes one that
+            keeps models.
 
     Raises:
         ConfigError, CheckpointError, DataError: an option, run or file does not fit.
     """
     config, weak = plan.config, None
-    load = partial(trained_model.load, autoencoder=config.autoencoder, device=device)
+    load = partial(load_model, autoencoder=config.autoencoder, device=device)
     model = load(config.run, precision=config.precision)
     if config.autoguidance:
         weak = load(config.autoguidance, precision=model.precision)

@@ -18,7 +18,7 @@ from lfm.inference.condition_inputs import Conditions, encode_conditions
 from lfm.inference.trained_model import TrainedModel
 from pipelines.common.class_names import resolve_classes
 from pipelines.common.read_samples import check_latents, conditions_of_latents, read_columns, sample_rows
-from pipelines.sampling.sample_options import SampleConfig
+from pipelines.common.sample_jobs.sample_options import SampleConfig
 
 FileOption = Literal["image", "mask", "segmentation"]
 
