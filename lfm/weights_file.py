@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, field, replace
 from typing import Annotated, Any
 
@@ -161,18 +163,41 @@ def load_with_base(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
 
 def load_file(run: str) -> tuple[dict[str, Tensor], WeightsHeader]:
     """Load the tensors of a file alone, without its base; see `load_weights`."""
-    path = run if run.endswith(".safetensors") else storage.join(run, WEIGHTS)
-    if not storage.exists(path):
-        raise CheckpointError(f"{run}: contains no {WEIGHTS}; train first, or name the run folder")
-    try:
+    path = _weights_path(run)
+    with _errors_of_weights(path):
         tensors, content = tensor_file.load(path)
         if content is not None:
             return tensors, WeightsHeader.from_content(content)
+    raise CheckpointError(f"{path}: has no lfm header; it was not written by `launch/train.py`")
+
+
+def load_header(run: str) -> WeightsHeader:
+    """Load the header of a file without reading its tensors; see `load_weights`."""
+    path = _weights_path(run)
+    with _errors_of_weights(path):
+        content = tensor_file.load_header(path)
+        if content is not None:
+            return WeightsHeader.from_content(content)
+    raise CheckpointError(f"{path}: has no lfm header; it was not written by `launch/train.py`")
+
+
+def _weights_path(run: str) -> str:
+    """Return the path of the weights file of a run folder, a checkpoint folder or a weights file."""
+    path = run if run.endswith(".safetensors") else storage.join(run, WEIGHTS)
+    if not storage.exists(path):
+        raise CheckpointError(f"{run}: contains no {WEIGHTS}; train first, or name the run folder")
+    return path
+
+
+@contextmanager
+def _errors_of_weights(path: str) -> Iterator[None]:
+    """Turn errors of a file that cannot be read, or of its header, into CheckpointError."""
+    try:
+        yield
     except DataError as error:
         raise CheckpointError(f"{error}; is it truncated? Restore it, or choose another checkpoint") from error
     except (ValueError, TypeError, KeyError, AttributeError, LfmError) as error:
         raise CheckpointError(f"{path}: cannot be read ({on_one_line(error)}); is it of another version?") from error
-    raise CheckpointError(f"{path}: has no lfm header; it was not written by `launch/train.py`")
 
 
 def _expected(header: WeightsHeader) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from lfm import storage
 from lfm.errors import CheckpointError
 from lfm.models.dit_config import DiTConfig
-from lfm.weights_file import WEIGHTS, WeightsHeader, load_weights, save_weights
+from lfm.weights_file import WEIGHTS, WeightsHeader, load_header, load_weights, save_weights
 from tests.support.models import WEIGHTS_HEADER
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(float("nan")), "t": torch.ones(4, 3).t()}
@@ -48,7 +48,7 @@ def test_weights_survive_the_file(tmp_path: Path) -> None:
     path = saved(tmp_path)
     for place in (path, tmp_path):
         tensors, header = load_weights(str(place))
-        assert header == WEIGHTS_HEADER
+        assert header == load_header(str(place)) == WEIGHTS_HEADER
         assert tensors.keys() == TENSORS.keys()
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, TENSORS[name], equal_nan=True, atol=0, rtol=0)
@@ -69,18 +69,23 @@ def test_weights_truncated_anywhere_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as error:
             load_weights(str(path))
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+        try:
+            assert load_header(str(path)) == WEIGHTS_HEADER  # the end of the file is not looked at
+        except CheckpointError as own_error:
+            assert str(own_error).startswith(str(path)) and "\n" not in str(own_error)
 
 
-def test_weights_that_are_missing_or_not_ours_are_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_weights, load_header])
+def test_weights_that_are_missing_or_not_ours_are_one_line(tmp_path: Path, load: Callable[[str], object]) -> None:
     for place in (tmp_path, tmp_path / "nowhere", tmp_path / "x.safetensors"):
         with pytest.raises(CheckpointError, match=f"^{place}: contains no weights.safetensors; train first"):
-            load_weights(str(place))
+            load(str(place))
     save_file(TENSORS | {"t": torch.ones(1)}, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match="no lfm header"):
-        load_weights(str(tmp_path))
+        load(str(tmp_path))
     (tmp_path / WEIGHTS).write_text("this is a text and no weights file")
     with pytest.raises(CheckpointError):
-        load_weights(str(tmp_path))
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -115,18 +120,20 @@ def test_a_header_of_another_version_is_one_line_naming_the_file(
     change(content)
     path = tmp_path / WEIGHTS
     save_file({"a": torch.ones(1)}, path, {"lfm": json.dumps(content)})
-    with pytest.raises(CheckpointError) as error:
-        load_weights(str(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    for load in (load_weights, load_header):
+        with pytest.raises(CheckpointError) as error:
+            load(str(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "5", '{"model": 3}'])
 def test_a_header_that_is_no_header_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / WEIGHTS
     save_file({"a": torch.ones(1)}, path, {"lfm": text})
-    with pytest.raises(CheckpointError) as error:
-        load_weights(str(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    for load in (load_weights, load_header):
+        with pytest.raises(CheckpointError) as error:
+            load(str(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_header_without_a_backbone_is_of_the_dit() -> None:
@@ -141,5 +148,6 @@ def test_weights_are_read_from_a_url(tmp_path: Path) -> None:
     storage.write_bytes(f"{url}/{WEIGHTS}", saved(tmp_path).read_bytes())
     tensors, header = load_weights(url)
     assert header == WEIGHTS_HEADER and tensors.keys() == TENSORS.keys()
+    assert load_header(url) == WEIGHTS_HEADER
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, TENSORS[name], equal_nan=True, atol=0, rtol=0)
