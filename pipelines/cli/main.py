@@ -21,6 +21,7 @@ COMMANDS = (
     model_commands.status,
     model_commands.compare,
     model_commands.sample,
+    model_commands.ui,
     model_commands.import_,
     model_commands.export,
     model_commands.push,

@@ -14,6 +14,7 @@ from pipelines.demo.demo_options import DemoConfig
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig, PushConfig
 from pipelines.monitoring.status_options import StatusConfig
 from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
+from pipelines.web.web_options import UiConfig
 
 
 @stage_command(SampleConfig)
@@ -141,6 +142,14 @@ def _arguments(options: LaunchedTrainOptions) -> list[str]:
     arguments = [part for flag, text in texts.items() if text is not None for part in (flag, text)]
     switches = {"--allow-changes": options.allow_changes, "--other-latents": options.other_latents}
     return arguments + [flag for flag, is_set in switches.items() if is_set]
+
+
+@stage_command(UiConfig)
+def ui(config: UiConfig) -> None:
+    """Open a web page that makes images with the weights of RUNS: on this machine alone, without any telemetry."""
+    from pipelines.web.serve import run
+
+    run(config, announce=echo)
 
 
 @stage_command(StatusConfig)

@@ -1,0 +1,1 @@
+"""The web page that makes images with trained models."""

@@ -1,0 +1,101 @@
+"""A headless browser on the page of `lfm ui`: Debian's chromium, driven by playwright."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.commands import REPOSITORY, free_port
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SECONDS = 60
+
+
+@contextmanager
+def page_server(runs: Sequence[Path]) -> Iterator[str]:
+    """Run `lfm ui` on a free port of this machine, and end it as Ctrl-C does; provides its address."""
+    command = [sys.executable, "-m", "pipelines.cli.main", "ui", *map(str, runs), "--port", str(free_port())]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if "Ctrl-C ends it" not in line:
+                pytest.fail(f"the server did not start: {line} {process.communicate(timeout=SECONDS)[1]}")
+            yield line.split()[0]
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0 and "Traceback" not in errors, errors
+        finally:
+            process.kill()
+
+
+@dataclass
+class Browser:
+    """A page in a browser that records which hosts it asks for something."""
+
+    page: Any  # playwright's
+    hosts: set[str] = field(default_factory=set)
+
+    def open(self, address: str) -> None:
+        """Open the page."""
+        self.page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
+        self.page.goto(address)
+        self.page.get_by_role("button", name="Generate").first.wait_for()
+
+    def choose_tab(self, name: str) -> None:
+        """Show the controls of a run."""
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def panel(self) -> Any:
+        """Return the visible tab."""
+        return self.page.locator("[role=tabpanel]:visible")
+
+    def set(self, label: str, value: str) -> None:
+        """Fill a text box or number whose label begins so."""
+        box = (
+            self.panel()
+            .locator("label, .block")
+            .filter(has_text=label)
+            .locator("input:visible, textarea:visible")
+            .first
+        )
+        box.fill(value)
+        box.press("Tab")
+
+    def paint(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Draw a line on the canvas, from and to points in fractions of the image."""
+        canvas = self.panel().locator(".lfm-canvas canvas").first
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        side = min(box["width"], box["height"])  # of the image, in the middle of the canvas
+        left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+        self.page.mouse.move(left + start[0] * side, top + start[1] * side)
+        self.page.mouse.down()
+        self.page.mouse.move(left + end[0] * side, top + end[1] * side, steps=12)
+        self.page.mouse.up()
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """A new browser; skips where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install lfm[test]")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        program = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = program.new_page(viewport={"width": 1280, "height": 1400})
+        page.set_default_timeout(1000 * SECONDS)
+        yield Browser(page)
+        program.close()
