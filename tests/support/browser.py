@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +21,8 @@ import pytest
 from tests.support.commands import REPOSITORY, free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-SECONDS = 60
+SECONDS = 30
+MILLISECONDS_TO_SETTLE = 1000  # of the canvas, after its image or its brush has changed
 
 
 @contextmanager
@@ -63,16 +67,72 @@ class Browser:
         return self.page.locator("[role=tabpanel]:visible")
 
     def set(self, label: str, value: str) -> None:
-        """Fill a text box or number whose label begins so."""
-        box = (
-            self.panel()
-            .locator("label, .block")
-            .filter(has_text=label)
-            .locator("input:visible, textarea:visible")
-            .first
-        )
+        """Fill the text or number box of a control whose label begins so."""
+        box = self._control(label).locator("textarea, input[type=text], input[type=number]").first
         box.fill(value)
-        box.press("Tab")
+        box.blur()
+
+    def choose(self, name: str) -> None:
+        """Click the checkbox or radio button of a name."""
+        self.panel().locator("label:has(input)").filter(has_text=re.compile(f"^\\s*{name}")).first.click()
+        self.page.wait_for_timeout(MILLISECONDS_TO_SETTLE)
+
+    def choose_label(self, name: str) -> None:
+        """Choose the label to paint with, of another colour than the one before, and wait until the brush has its colour."""
+        colour = self.panel().locator(".lfm-canvas button[title=Color]")
+        before = colour.evaluate("button => button.style.color")
+        self.choose(name)
+        self.page.wait_for_function(
+            "([button, before]) => button.style.color != before", arg=[colour.element_handle(), before]
+        )
+        self.page.wait_for_timeout(MILLISECONDS_TO_SETTLE)
+
+    def choose_from(self, label: str, choice: str) -> None:
+        """Choose from a list whose label begins so."""
+        self._control(label).locator("input").first.click()
+        self.page.get_by_role("option", name=choice, exact=True).click()
+
+    def choose_classes(self, *names: str) -> None:
+        """Choose these classes alone."""
+        box = self._control("Classes")
+        while (chosen := box.locator(".token-remove:visible, .token [role=button]:visible")).count():
+            chosen.first.click()
+        for name in names:
+            self.choose_from("Classes", name)
+        self.page.keyboard.press("Escape")
+
+    def upload(self, path: Path) -> None:
+        """Upload a file, and wait until it is shown."""
+        self.panel().locator("input[type=file]").first.set_input_files(str(path))
+        self.panel().get_by_text(path.stem).first.wait_for()
+        self.page.wait_for_timeout(MILLISECONDS_TO_SETTLE)
+
+    def generate(self) -> tuple[list[bytes], zipfile.ZipFile]:
+        """Press the button; returns the files of the images that the page shows, and the archive that it offers."""
+        self.panel().get_by_role("button", name="Generate").click()
+        download = self.panel().get_by_text("Download all")
+        download.wait_for()
+        sources = self.panel().locator(".grid-container img").evaluate_all("images => images.map(image => image.src)")
+        with self.page.expect_download() as started:
+            download.click()
+        images = [self.page.request.get(source).body() for source in sources]
+        return images, zipfile.ZipFile(io.BytesIO(Path(started.value.path()).read_bytes()))
+
+    def error(self) -> str:
+        """Press the button, and return the message that appears; it is closed."""
+        self.panel().get_by_role("button", name="Generate").click()
+        return self.message()
+
+    def message(self) -> str:
+        """Return the message that appears; it is closed."""
+        toast = self.page.locator(".toast-body").first
+        text = toast.inner_text()
+        toast.locator("button").click()
+        toast.wait_for(state="detached")
+        return text
+
+    def _control(self, label: str) -> Any:
+        return self.panel().locator(".block:visible").filter(has_text=re.compile(f"^\\s*{label}")).last
 
     def paint(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         """Draw a line on the canvas, from and to points in fractions of the image."""
@@ -83,7 +143,7 @@ class Browser:
         left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
         self.page.mouse.move(left + start[0] * side, top + start[1] * side)
         self.page.mouse.down()
-        self.page.mouse.move(left + end[0] * side, top + end[1] * side, steps=12)
+        self.page.mouse.move(left + end[0] * side, top + end[1] * side, steps=2)
         self.page.mouse.up()
 
 
