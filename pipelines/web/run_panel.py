@@ -29,6 +29,12 @@ DEFAULT_NUM_CLASSES, DEFAULT_SEEDS = 4, "0-3"
 MOST_STEPS, MOST_GUIDANCE = 250, 10
 MOST_FOLDERS = 20  # of finished requests, whose images pages may still show
 PROGRESS = gr.Progress()
+# gradio lets go of the brush when its colour changes, and the next stroke would be lost
+TAKE_BRUSH = """() => {
+    const editor = document.querySelector("#CANVAS")
+    const takeBrush = () => editor.querySelector("button[title=Brush]")?.click()
+    editor.addEventListener("pointerenter", takeBrush, {once: true})
+}"""
 
 
 class ImageService:
@@ -143,12 +149,10 @@ class RunPanel:
         gr.HTML(legend(labels, self.colours))
         fill = gr.Button("Fill the map with this label", size="sm")
         editor = self._add_canvas("Paint the map", self._brush(first), self._plain_map(first))
-        # gradio lets go of the brush when its colour changes
-        take_brush = f"() => document.querySelector('#{editor.elem_id} button[title=Brush]')?.click()"
-        changed = label.change(
+        label.change(
             lambda class_id: gr.ImageEditor(brush=self._brush(class_id)), label, editor, api_visibility="private"
         )
-        changed.then(None, js=take_brush, api_visibility="private")
+        label.change(None, js=TAKE_BRUSH.replace("CANVAS", str(editor.elem_id)), api_visibility="private")
         fill.click(lambda class_id: shown(self._plain_map(class_id)), label, editor, api_visibility="private")
         gr.on([upload.change, rule.change], self.show_map, [upload, rule], editor, api_visibility="private")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.support.commands import REPOSITORY, free_port
 
@@ -131,12 +132,27 @@ class Browser:
         toast.wait_for(state="detached")
         return text
 
+    def _canvas(self) -> Any:
+        return self.panel().locator(".lfm-canvas canvas").first
+
     def _control(self, label: str) -> Any:
         return self.panel().locator(".block:visible").filter(has_text=re.compile(f"^\\s*{label}")).last
 
+    def wait_for_colour(self, place: tuple[float, float], colour: tuple[int, int, int]) -> None:
+        """Wait until the canvas has a colour at a place in fractions of the image."""
+        for _ in range(SECONDS):
+            image = Image.open(io.BytesIO(self._canvas().screenshot())).convert("RGB")
+            side = min(image.size)
+            offset = (image.width - side) // 2, (image.height - side) // 2
+            shown = image.getpixel((offset[0] + int(place[0] * side), offset[1] + int(place[1] * side)))
+            if shown == colour:
+                return
+            self.page.wait_for_timeout(MILLISECONDS_TO_SETTLE)
+        pytest.fail(f"the canvas has the colour {shown} in place of {colour}")
+
     def paint(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         """Draw a line on the canvas, from and to points in fractions of the image."""
-        canvas = self.panel().locator(".lfm-canvas canvas").first
+        canvas = self._canvas()
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
         side = min(box["width"], box["height"])  # of the image, in the middle of the canvas

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lfm.synthetic.scenes import SEGMENT_NAMES
 from pipelines.common import image_files
+from pipelines.web.canvas import palette
 from tests.support.browser import Browser, page_server
 from tests.support.commands import Tasks, lfm
 
@@ -97,15 +98,17 @@ def test_a_painted_map_is_the_segmentation(page: Browser, tasks: Tasks, tmp_path
     page.choose_tab("semantic")
     page.choose_label("ground")
     page.panel().get_by_role("button", name="Fill the map").click()
-    page.choose_label("star")
-    page.paint((0.2, 0.25), (0.8, 0.25))
-    page.choose_label("disc")
-    page.paint((0.2, 0.75), (0.8, 0.75))
+    ground, star, disc = (SEGMENT_NAMES.index(name) for name in ("ground", "star", "disc"))
+    colours = palette(dict(enumerate(SEGMENT_NAMES)))
+    page.wait_for_colour((0.5, 0.5), colours[ground])
+    for label, height in {star: 4.5 / 16, disc: 12.5 / 16}.items():
+        page.choose_label(SEGMENT_NAMES[label])
+        page.paint((0.2, height), (0.8, height))
+        page.wait_for_colour((0.5, height), colours[label])
     page.set("Seeds", "4")
     page.set("Number of steps", STEPS)
     shown, archive = page.generate()
     ids = pixels(archive.read("segmentation.png"))
-    ground, star, disc = (SEGMENT_NAMES.index(name) for name in ("ground", "star", "disc"))
     assert set(np.unique(ids).tolist()) == {ground, star, disc}
     assert (ids[4, 4:12] == star).all() and (ids[12, 4:12] == disc).all() and (ids[8] == ground).all()
     (tmp_path / "map.png").write_bytes(archive.read("segmentation.png"))
