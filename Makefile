@@ -40,7 +40,7 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation --config-settings editable_mode=compat \
-		-e '.[docs,evaluate,s3,test]'
+		-e '.[docs,evaluate,s3,test,ui]'
 	touch $@
 	@echo "installed; for the commands in this shell: . $(VENV)/bin/activate"
 
