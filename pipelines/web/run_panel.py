@@ -92,15 +92,15 @@ class RunPanel:
             with gr.Column():
                 self._add_conditions()
                 self._add_settings()
+            with gr.Column():
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary")
                     stop = gr.Button("Stop")
-            with gr.Column():
                 gallery = gr.Gallery(
                     label="Images", object_fit="contain", columns=4, height="auto", buttons=["download"]
                 )
                 summary = gr.Markdown()
-                download = gr.DownloadButton("Download all, with the record of how they were made", visible=False)
+                download = gr.DownloadButton("Download all, with a record", visible=False)
                 trajectory = gr.Image(label="From noise to image", visible=False, format="png", buttons=["download"])
         start.click(
             self.generate,

@@ -94,7 +94,7 @@ def _build_page(headers: Mapping[str, WeightsHeader], config: UiConfig, folder: 
     maker = ImageMaker(factory.device(World()), config.batch_size, config.autoencoder)
     maker.prepare(config.runs[0])
     service = ImageService(maker, folder)
-    with gradio.Blocks(title="lfm", analytics_enabled=False) as page, gradio.Tabs():
+    with gradio.Blocks(title="lfm", analytics_enabled=False, fill_width=True) as page, gradio.Tabs():
         for number, (path, header) in enumerate(headers.items()):
             with gradio.Tab(_tab_name(path, headers)):
                 RunPanel(service, path, header, number)
