@@ -25,6 +25,7 @@ from pipelines.web.image_maker import ImageMaker
 from pipelines.web.web_options import UiConfig
 
 PRIVACY = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+MOST_UPLOAD = 200_000_000  # bytes of a file
 CSS = ".lfm-canvas, .lfm-canvas * {user-select: none}"  # else a stroke selects text, and the next one drags it
 
 
@@ -65,6 +66,7 @@ def serving(config: UiConfig) -> Iterator[str]:
                 quiet=True,
                 prevent_thread_lock=True,
                 footer_links=[],
+                max_file_size=MOST_UPLOAD,
                 ssr_mode=False,
                 pwa=False,
                 mcp_server=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,13 @@ def test_an_uploaded_map_is_the_segmentation(page: Browser, tasks: Tasks) -> Non
     page.set("Number of steps", STEPS)
     _, archive = page.generate()
     assert np.array_equal(pixels(archive.read("segmentation.png")), pixels(segmentation.read_bytes()))
+
+
+def test_other_addresses_of_the_machine_are_not_served(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    socket.create_connection(("127.0.0.1", port)).close()
+    with pytest.raises(ConnectionRefusedError):  # who listens on every address also listens on this one
+        socket.create_connection(("127.0.0.2", port))
 
 
 def test_controls_follow_the_condition_and_the_solver(page: Browser) -> None:
