@@ -20,37 +20,16 @@ from typing import Any
 import record
 from ruamel.yaml import YAML
 
-from lfm.world import World
 from pipelines.common.experiment import config_file
 from pipelines.comparison import comparison_report
 from pipelines.comparison.compare import run as compare
 from pipelines.comparison.comparison_options import CompareConfig
 from pipelines.comparison.paired_trainings import plan_trainings, read_log
-from pipelines.data import encode, shard
-from pipelines.evaluation import make_reference
-from pipelines.evaluation.evaluation_options import ReferenceConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BACKBONES = {"dit": CONFIGS / "demo.yaml", "unet": CONFIGS / "demo_unet.yaml"}
-IMAGE_SIZE = 64
 NUM_POINTS = 4  # measurements during a training
 SAMPLING: dict[str, Any] = {"num": 256, "num_steps": 10, "guidance_scale": 2.0}
-
-
-def photographs(folder: Path, images: Path) -> Path:
-    """Return latents of a folder of images, made once, whose last shard holds an eighth of the samples."""
-    raw, encoded = folder / "raw", folder / "latents"
-    num_training = sum(path.is_file() for path in images.rglob("*")) * 7 // 8
-    shard.run(shard.ShardConfig(str(images), str(raw), image_size=IMAGE_SIZE, samples_per_shard=num_training))
-    encode.run(encode.EncodeConfig(str(raw), str(encoded), flips=True), World())
-    return encoded
-
-
-def reference(folder: Path, test: Path) -> Path:
-    """Return the reference of fd-lite made of the test images."""
-    out = folder / "test.safetensors"
-    make_reference.run(ReferenceConfig(str(test), str(out), image_size=IMAGE_SIZE), World())
-    return out
 
 
 def write_config(out: Path, backbone: str, num_steps: int, measured: dict[str, Any]) -> Path:
@@ -135,8 +114,8 @@ def main() -> None:
     if options.dry_run:
         sizes, overrides = (64, 64), ["evaluation.num=2", "train.global_batch=4"]
         options.num_steps, options.seeds = 2, 1
-    data = photographs(out, options.images) if options.images else record.scenes(out, *sizes)
-    measured = {"reference": str(reference(out, options.test))} if options.images else {"task_score": "scenes"}
+    data = record.photographs(out, options.images) if options.images else record.scenes(out, *sizes)
+    measured = {"reference": str(record.reference(out, options.test))} if options.images else {"task_score": "scenes"}
     files = [write_config(out / "configs", backbone, options.num_steps, measured) for backbone in BACKBONES]
     config = CompareConfig(
         tuple(map(str, files)),

@@ -54,22 +54,31 @@ class Method:
     name: str
     trainable: tuple[str, ...] | None  # None: from scratch
     arguments: tuple[str, ...] = ()
+    guided_by_source: bool = False  # whether its images are guided away from the source's null condition
 
 
 METHODS = (
     Method("scratch", None),
     Method("full", ("all",)),
+    Method("full, guided by the source", ("all",), guided_by_source=True),
     Method("full, null row", ("all",), ("--new-classes", "null")),
     Method("LoRA", ("adapters", "conditions")),
     Method("DiffFit", ("scales", "norms_and_biases", "conditions")),
 )
 TUNING: dict[str, tuple[float, ...]] = {
-    "scratch": (1.4e-3, 2.8e-3, 5.6e-3),
+    "scratch": (1.4e-3, 2.8e-3, 5.6e-3, 1.12e-2),
     "full": (5e-4, 1e-3, 2e-3, 4e-3),
     "LoRA": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "DiffFit": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
 }
-RATES = {"scratch": 5.6e-3, "full": 2e-3, "full, null row": 2e-3, "LoRA": 8e-3, "DiffFit": 1.6e-2}
+RATES = {
+    "scratch": 5.6e-3,
+    "full": 2e-3,
+    "full, guided by the source": 2e-3,
+    "full, null row": 2e-3,
+    "LoRA": 8e-3,
+    "DiffFit": 1.6e-2,
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,11 @@ def _draw(images: Path, target: Target, num: int, seed: int) -> None:
             index += 1
 
 
+def run_folder(out: Path, name: str, method: Method, rate: float, seed: int) -> Path:
+    """Return the run folder of one training."""
+    return out / "runs" / name / f"{method.name.replace(', ', '-').replace(' ', '-')}-{rate:g}" / f"seed-{seed}"
+
+
 def plan(out: Path, name: str, target: Target, method: Method, rate: float, seed: int, small: bool) -> Training:
     """Return one training, whose configuration is written into `out`."""
     from_source = method.trainable is not None
@@ -151,9 +165,11 @@ def plan(out: Path, name: str, target: Target, method: Method, rate: float, seed
         changes |= {"evaluation.every": 1 if small else every, "evaluation.num": 2 if small else 128}
     else:
         changes["evaluation"] = None
-    folder = out / "runs" / name / f"{method.name.replace(', ', '-').replace(' ', '-')}-{rate:g}" / f"seed-{seed}"
+    folder = run_folder(out, name, method, rate, seed)
     file = record.write_config(out / "configs" / name, f"{method.name} {rate:g}", {"run": "unused", **changes})
-    overrides = (f"run={folder}", f"train.seed={seed}")
+    overrides: tuple[str, ...] = (f"run={folder}", f"train.seed={seed}")
+    if method.guided_by_source:
+        overrides += (f"evaluation.autoguidance={run_folder(out, 'source', METHODS[0], SOURCE_RATE, seed)}",)
     return Training(method.name, seed, str(file), config_file.load(str(file), overrides), overrides)
 
 

@@ -1,14 +1,17 @@
 """The record: how many samples and how much time each technique needs for what the paper's recipe reaches.
 
     python benchmarks/record.py OUT [--latents LATENTS] [--only NAME ...] [--seeds 3] [--long] [--tune] [--dry-run]
+    python benchmarks/record.py OUT --images TRAIN --test TEST [...]
 
 Trains the paper's recipe, and every entry of `ENTRIES`, which changes it, on drawn scenes with `lfm compare`: on the same
 samples, noise and times, several seeds each. LATENTS are latents of scenes, of which the last shard is held back; by default
 they are made in OUT as `lfm demo` makes them. --tune trains `TUNING` instead, one seed each: the values among which those of
-the recipe were chosen. --long trains three times as long, with `LONG_ENTRIES` and `LONG_TUNING`. All of it resumes.
+the recipe were chosen. --long trains three times as long, with `LONG_ENTRIES` and `LONG_TUNING`. --images trains on
+photographs in class folders, with `PHOTOGRAPHS_ENTRIES` and `PHOTOGRAPHS_TUNING`, and measures the distance of fd-lite to those
+of TEST. All of it resumes.
 
-Each finished entry is written to record.jsonl beside this file (record_long.jsonl with --long), or in OUT with --results;
-from all lines there the table of docs/record.md and its plot are made. The target is the mean of the recipe's last
+Each finished entry is written to record.jsonl beside this file (record_long.jsonl, record_photographs.jsonl), or in OUT with
+--results; from all lines there the table of docs/record.md and its plot are made. The target is the mean of the recipe's last
 measurements over its seeds. Its ratio of samples is where the mean curve of an entry reaches it; the ratio of CPU seconds
 multiplies it by the ratio of the CPU time per sample. --dry-run trains one entry for two steps, and writes into OUT alone.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +37,15 @@ from pipelines.comparison.paired_statistics import difference, reached_at
 from pipelines.comparison.paired_trainings import plan_trainings, read_log
 from pipelines.data import encode, shard
 from pipelines.demo import draw_scenes
+from pipelines.evaluation import make_reference
+from pipelines.evaluation.evaluation_options import ReferenceConfig
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent
 BASE = "paper"
 NUM_SCENES, NUM_HELD_BACK = 4096, 512  # the demo's scenes, and as many more for the validation loss
-METRICS = {"validation_loss": False, "recognised": True}  # whether higher is better
+IMAGE_SIZE = 64
+METRICS = {"validation_loss": False, "recognised": True, "fd-lite": False}  # whether higher is better
 
 RECIPE: dict[str, Any] = {
     "condition": "class",
@@ -117,6 +124,62 @@ LONG_TUNING: dict[str, Changes] = {
 }
 
 
+PHOTOGRAPHS: Changes = {
+    "train.num_steps": 480,
+    "train.validate_every": 120,
+    "evaluation": {"num": 256, "every": 120, "guidance_scale": 2.0, "num_steps": 10},
+}
+"""What photographs change of the recipe and of every entry."""
+
+UNET: Changes = {
+    "model": {
+        "backbone": "unet",
+        "model_channels": 32,
+        "channel_multipliers": [1, 2, 4],
+        "num_blocks": 1,
+        "attention_resolutions": [8, 4],
+        "head_channels": 32,
+    }
+}
+"""The paper's other backbone, as in configs/demo_unet.yaml."""
+
+PHOTOGRAPHS_ENTRIES: dict[str, Changes] = {
+    "logit-normal times": ENTRIES["logit-normal times"],
+    "Muon": ENTRIES["Muon"],
+    "logit-normal times, Muon": LONG_ENTRIES["logit-normal times, Muon"],
+    "ADM U-Net": UNET,
+    "direction loss": ENTRIES["direction loss"],
+    "rope, rms, swiglu, qk-norm": ENTRIES["rope, rms, swiglu, qk-norm"],
+    "internal velocity 0.5": ENTRIES["internal velocity 0.5"],
+    "cosine schedule, warmup": ENTRIES["cosine schedule, warmup"],
+    "token dropout 0.5": ENTRIES["token dropout 0.5"],
+}
+
+PHOTOGRAPHS_TUNING: dict[str, Changes] = {
+    f"learning rate {rate:g}": {"train.learning_rate": rate} for rate in (1e-3, 2e-3, 8e-3)
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One table of the record: its name, the entries, the candidates of tuning, and what its budget changes of the recipe."""
+
+    name: str
+    entries: dict[str, Changes]
+    tuning: dict[str, Changes]
+    budget: Changes
+
+
+RECORDS = {
+    record.name: record
+    for record in (
+        Record("record", ENTRIES, TUNING, {}),
+        Record("record_long", LONG_ENTRIES, LONG_TUNING, LONG),
+        Record("record_photographs", PHOTOGRAPHS_ENTRIES, PHOTOGRAPHS_TUNING, PHOTOGRAPHS),
+    )
+}
+
+
 def scenes(folder: Path, num: int, num_held_back: int) -> Path:
     """Return latents of drawn scenes, made once, whose last shard holds `num_held_back` samples."""
     images, raw, latents = folder / "scenes", folder / "raw", folder / "latents"
@@ -124,6 +187,22 @@ def scenes(folder: Path, num: int, num_held_back: int) -> Path:
     shard.run(shard.ShardConfig(str(images / "images"), str(raw), image_size=64, samples_per_shard=num))
     encode.run(encode.EncodeConfig(str(raw), str(latents)), World())
     return latents
+
+
+def photographs(folder: Path, images: Path) -> Path:
+    """Return latents of a folder of images, made once, whose last shard holds an eighth of the samples."""
+    raw, encoded = folder / "raw", folder / "latents"
+    num_training = sum(path.is_file() for path in images.rglob("*")) * 7 // 8
+    shard.run(shard.ShardConfig(str(images), str(raw), image_size=IMAGE_SIZE, samples_per_shard=num_training))
+    encode.run(encode.EncodeConfig(str(raw), str(encoded), flips=True), World())
+    return encoded
+
+
+def reference(folder: Path, test: Path) -> Path:
+    """Return the reference of fd-lite made of the test images."""
+    out = folder / "test.safetensors"
+    make_reference.run(ReferenceConfig(str(test), str(out), image_size=IMAGE_SIZE), World())
+    return out
 
 
 def write_config(folder: Path, name: str, changes: Changes) -> Path:
@@ -188,29 +267,30 @@ def samples_to_target(base: dict[str, Any], line: dict[str, Any], metric: str) -
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return the record as a table in Markdown."""
     base = results[BASE]
+    loss, quality = base["curves"]  # the validation loss, and what is measured on images
     rows = [
-        "| entry | seeds | validation loss | difference (p) | recognised | difference (p) | FLOPs per sample "
-        "| CPU time per sample | samples to the loss | CPU seconds to the loss | samples to the share |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| entry | seeds | validation loss | difference (p) | {quality} | difference (p) | FLOPs per sample "
+        "| CPU time per sample | samples to the loss | CPU seconds to the loss "
+        f"| samples to the {quality} | CPU seconds to it |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for line in results.values():
         cells = [line["name"], str(len(line["seeds"]))]
-        for metric, higher in METRICS.items():
+        for metric in (loss, quality):
             values = final(line, metric)
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.3f}{spread}")
             count = min(len(values), len(final(base, metric)))
+            higher = METRICS[metric]
             test = difference(final(base, metric)[:count], values[:count], paired=True, higher_is_better=higher)
             p = "" if count < 2 else " (< 0.001)" if test.p < 0.0005 else f" ({test.p:.3f})"
             cells.append("" if line is base else f"{test.mean:+.3f}{p}")
         cost = line["cpu_seconds_per_sample"] / base["cpu_seconds_per_sample"]
         flops = line["training_flops"] / line["num_samples"] / (base["training_flops"] / base["num_samples"])
-        reached = samples_to_target(base, line, "validation_loss")
-        share = samples_to_target(base, line, "recognised")
         cells += [f"{flops:.2f}", f"{cost:.2f}"]
-        cells += ["not reached" if reached is None else f"{reached:.2f}"]
-        cells += ["" if reached is None else f"{reached * cost:.2f}"]
-        cells += ["not reached" if share is None else f"{share:.2f}"]
+        for metric in (loss, quality):
+            reached = samples_to_target(base, line, metric)
+            cells += ["not reached", ""] if reached is None else [f"{reached:.2f}", f"{reached * cost:.2f}"]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -223,8 +303,9 @@ def write_document(results: dict[str, dict[str, Any]], document: Path, name: str
     assert found, f"{document} has no {begin}"
     document.write_text(f"{before}{begin}\n{table(results)}\n{end}{rest.partition(end)[2]}")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(METRICS))
-    for panel, metric in zip(panels, METRICS, strict=True):
+    metrics = list(results[BASE]["curves"])
+    panels = figure.subplots(1, len(metrics))
+    for panel, metric in zip(panels, metrics, strict=True):
         for number, line in enumerate(results.values()):
             mean = np.array(line["curves"][metric]).mean(0)
             style = {"color": "black", "linewidth": 2.5} if line["name"] == BASE else {"color": f"C{number % 10}"}
@@ -241,6 +322,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--latents", type=Path)
+    parser.add_argument("--images", type=Path, help="training photographs in class folders; by default drawn scenes")
+    parser.add_argument("--test", type=Path, help="photographs of the reference, with --images")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of entries; by default all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--long", action="store_true", help="train three times as long")
@@ -248,14 +331,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder of record.jsonl and record.md; by default those here")
     parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
-    out, name = options.out.absolute(), "record_long" if options.long else "record"
-    latents_folder, out = out, out / "long" if options.long else out
-    results, document = HERE / f"{name}.jsonl", CHECKOUT / "docs" / "record.md"
+    if bool(options.images) != bool(options.test):
+        parser.error("give --images and --test together, or neither for drawn scenes")
+    record = RECORDS["record_photographs" if options.images else "record_long" if options.long else "record"]
+    out = data_folder = options.out.absolute()
+    if record.budget:
+        out = out / record.name.removeprefix("record_")
+    results, document = HERE / f"{record.name}.jsonl", CHECKOUT / "docs" / "record.md"
     if options.dry_run or options.results or options.tune:
         folder = (options.results or out).absolute()
-        results, document = folder / f"{name}.jsonl", folder / f"{name}.md"
-    tuning, record, budget = (LONG_TUNING, LONG_ENTRIES, LONG) if options.long else (TUNING, ENTRIES, {})
-    entries, num, num_held_back = (tuning if options.tune else record), NUM_SCENES, NUM_HELD_BACK
+        results, document = folder / f"{record.name}.jsonl", folder / f"{record.name}.md"
+    entries, num, num_held_back = (record.tuning if options.tune else record.entries), NUM_SCENES, NUM_HELD_BACK
     overrides: tuple[str, ...] = ()
     seeds = 1 if options.tune else options.seeds
     if options.dry_run:
@@ -264,14 +350,18 @@ def main() -> None:
         options.only = [next(iter(entries))]
     if set(options.only or ()) - set(entries):
         parser.error(f"entries are {'; '.join(entries)}")
-    latents = options.latents or scenes(latents_folder, num, num_held_back)
+    if options.images:
+        latents = options.latents or photographs(out, options.images)
+        overrides = (f"evaluation.reference={reference(out, options.test)}", *overrides)
+    else:
+        latents = options.latents or scenes(data_folder, num, num_held_back)
     overrides = (f"data.shards={latents.absolute()}", *overrides)
     for entry in (BASE, *(options.only or entries)):
-        line = measure(out, entry, entries.get(entry, {}), seeds, overrides, budget)
+        line = measure(out, entry, entries.get(entry, {}), seeds, overrides, record.budget)
         if read_results(results).get(entry) != line:
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        write_document(read_results(results), document, name)
+        write_document(read_results(results), document, record.name)
     print(table(read_results(results)))
 
 

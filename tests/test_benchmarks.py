@@ -102,6 +102,13 @@ def test_record(tmp_path: Path) -> None:
     assert "| paper | 2 |" in (tmp_path / "record.md").read_text() and len(lines.splitlines()) == 2
 
 
+def test_record_on_photographs(small_set: SmallSet, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    images = small_set.images
+    assert "samples to the fd-lite" in run_apart("record", tmp_path, "--images", images, "--test", images)
+    assert "| paper | 2 |" in (tmp_path / "photographs" / "record_photographs.md").read_text()
+
+
 def test_backbones(tmp_path: Path) -> None:
     assert "| unet | 4 |" in run_apart("backbones", tmp_path)
     backbones = json.loads((tmp_path / "backbones.json").read_text())["backbones"]
