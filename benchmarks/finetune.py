@@ -1,6 +1,7 @@
 """Compare training from scratch with fine-tuning: images until new shapes are recognised, and until a loss is reached.
 
     python benchmarks/finetune.py OUT [--targets classes inpaint semantic size] [--seeds 3] [--tune] [--dry-run]
+    python benchmarks/finetune.py OUT --targets photographs --images TRAIN --test TEST [...]
 
 Source: the recipe of benchmarks/record.py with its longer budget, on drawn scenes of six shapes at 64 pixels. Targets:
 
@@ -9,7 +10,13 @@ Source: the recipe of benchmarks/record.py with its longer budget, on drawn scen
     semantic   segmentations as a condition beside the class, on the scenes of the source
     size       the six shapes at 128 pixels
 
-For the last three: samples until the validation loss is that of training from scratch at its end. Each method is trained with
+For the last three: samples until the validation loss is that of training from scratch at its end. And on photographs in class
+folders, of which the source has all classes but two:
+
+    photographs    the other two classes, from 50 images each: samples until the distance of fd-lite to the photographs of TEST
+                   is that of training from scratch at its end; then also KID, and the share of images that are copies
+
+Each method is trained with
 several seeds, on the same samples, noise and times, from the source of the same seed. Learning rates are those of `RATES`,
 chosen among `TUNING` with a seed of its own (--tune). Prints a table for each target, and writes OUT/finetune.json. Running
 the command again resumes. --dry-run trains for two steps.
@@ -21,6 +28,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -40,6 +48,8 @@ from pipelines.common.progress import Progress
 from pipelines.comparison.paired_statistics import difference, reached_at
 from pipelines.comparison.paired_trainings import Training, read_log
 from pipelines.data import encode, shard
+from pipelines.evaluation import evaluate, make_reference
+from pipelines.evaluation.evaluation_options import EvaluateConfig, ReferenceConfig
 
 NEW_CLASSES = CLASS_NAMES[:2]  # the first indices, which the recogniser knows them by
 SOURCE_CLASSES = CLASS_NAMES[2:]
@@ -92,22 +102,29 @@ class Target:
     num_steps: tuple[int, int]  # from scratch, and from the source
     every: tuple[int, int]  # steps between measurements
     methods: tuple[str, ...] = ("scratch", "full")
+    source: str = "source"  # a name of `SOURCES`
+    metric: str = "validation_loss"
 
 
+ALL_METHODS = tuple(method.name for method in METHODS)
+CLOTHES = ("pants", "shoes")
 TARGETS = {
-    "classes": Target(
-        "class", NEW_CLASSES, (200, 128), 64, (1440, 480), (60, 30), tuple(method.name for method in METHODS)
-    ),
+    "classes": Target("class", NEW_CLASSES, (200, 128), 64, (1440, 480), (60, 30), ALL_METHODS, metric="recognised"),
     "inpaint": Target("class+inpaint", SOURCE_CLASSES, (3072, 256), 64, (640, 640), (80, 40)),
     "semantic": Target("class+semantic", SOURCE_CLASSES, (3072, 256), 64, (640, 640), (80, 40)),
     "size": Target("class", SOURCE_CLASSES, (3072, 256), 128, (240, 240), (40, 20)),
+    "photographs": Target("class", CLOTHES, (100, 100), 64, (960, 480), (120, 60), ALL_METHODS, "clothes", "fd-lite"),
 }
-SOURCE = Target("class", SOURCE_CLASSES, (3072, 256), 64, (960, 960), (240, 240))
+SOURCES = {
+    "source": Target("class", SOURCE_CLASSES, (3072, 256), 64, (960, 960), (240, 240)),
+    "clothes": Target("class", (), (2102, 300), 64, (960, 960), (240, 240), source="clothes", metric="fd-lite"),
+}
 BATCH, SOURCE_BATCH, SOURCE_RATE = 32, 64, 4e-3
 SHARE = 0.9  # recognised
+SAMPLING: dict[str, Any] = {"num_steps": 10, "guidance_scale": 2.0}  # of photographs
 
 
-def latents(folder: Path, target: Target, num: tuple[int, int], seed: int) -> Path:
+def scenes(folder: Path, target: Target, num: tuple[int, int], seed: int) -> Path:
     """Return latents of drawn scenes of some shapes, made once, whose last shard holds the `num[1]` samples held back."""
     raw, encoded = folder / "raw", folder / "latents"
     if not (encoded / "manifest.json").exists():
@@ -141,6 +158,34 @@ def _draw(images: Path, target: Target, num: int, seed: int) -> None:
             index += 1
 
 
+def photographs(folder: Path, target: Target, images: Path, num: tuple[int, int]) -> Path:
+    """Return latents of photographs, made once, whose last shard holds the `num[1]` samples held back.
+
+    Of the target's classes equally many are taken, the first by name; of the source all that are not of the target's.
+    """
+    chosen, encoded = folder / "images", folder / "latents"
+    if not (encoded / "manifest.json").exists():
+        classes = target.classes or sorted({path.name for path in images.iterdir()} - {*CLOTHES})
+        for name in classes:
+            files = sorted((images / name).iterdir())
+            (chosen / name).mkdir(parents=True, exist_ok=True)
+            for file in files[: sum(num) // len(classes)] if target.classes else files:
+                shutil.copyfile(file, chosen / name / file.name)
+        raw = folder / "raw"
+        shard.run(shard.ShardConfig(str(chosen), str(raw), image_size=target.image_size, samples_per_shard=num[0]))
+        encode.run(encode.EncodeConfig(str(raw), str(encoded), flips=True), World())
+    return encoded
+
+
+def reference(folder: Path, target: Target, test: Path) -> Path:
+    """Return the reference of the test photographs of the target's classes, or of all but those of the target."""
+    chosen, out = folder / "test", folder / "test.safetensors"
+    for name in target.classes or sorted({path.name for path in test.iterdir()} - {*CLOTHES}):
+        shutil.copytree(test / name, chosen / name, dirs_exist_ok=True)
+    make_reference.run(ReferenceConfig(str(chosen), str(out), image_size=target.image_size), World())
+    return out
+
+
 def run_folder(out: Path, name: str, method: Method, rate: float, seed: int) -> Path:
     """Return the run folder of one training."""
     return out / "runs" / name / f"{method.name.replace(', ', '-').replace(' ', '-')}-{rate:g}" / f"seed-{seed}"
@@ -150,7 +195,7 @@ def plan(out: Path, name: str, target: Target, method: Method, rate: float, seed
     """Return one training, whose configuration is written into `out`."""
     from_source = method.trainable is not None
     num_steps, every = target.num_steps[from_source], target.every[from_source]
-    is_source = target is SOURCE
+    is_source = name in SOURCES
     changes: dict[str, Any] = {
         "condition": target.condition,
         "data": {"shards": str(out / "data" / name / "latents"), "held_back": 1},
@@ -161,15 +206,19 @@ def plan(out: Path, name: str, target: Target, method: Method, rate: float, seed
         "train.log_every": 1 if small else 20,
         "train.trainable": list(method.trainable or ("all",)),
     }
-    if name == "classes":
-        changes |= {"evaluation.every": 1 if small else every, "evaluation.num": 2 if small else 128}
+    num, every = (2, 1) if small else (128, every)
+    if target.metric == "recognised":
+        changes |= {"evaluation.every": every, "evaluation.num": num}
+    elif target.metric == "fd-lite":
+        test = str(out / "data" / name / "test.safetensors")
+        changes["evaluation"] = {"reference": test, "every": every, "num": 2 * num, **SAMPLING}
     else:
         changes["evaluation"] = None
     folder = run_folder(out, name, method, rate, seed)
     file = record.write_config(out / "configs" / name, f"{method.name} {rate:g}", {"run": "unused", **changes})
     overrides: tuple[str, ...] = (f"run={folder}", f"train.seed={seed}")
     if method.guided_by_source:
-        overrides += (f"evaluation.autoguidance={run_folder(out, 'source', METHODS[0], SOURCE_RATE, seed)}",)
+        overrides += (f"evaluation.autoguidance={run_folder(out, target.source, METHODS[0], SOURCE_RATE, seed)}",)
     return Training(method.name, seed, str(file), config_file.load(str(file), overrides), overrides)
 
 
@@ -223,11 +272,11 @@ def table(result: dict[str, Any]) -> str:
     """Return one target's results as a table in Markdown."""
     metric, methods = result["metric"], result["methods"]
     first = methods["scratch"]
-    goal = f"{SHARE:.0%}" if metric == "recognised" else f"loss {result['target']:.3f}"
-    rows = [
-        f"| method | parameters | rate | samples | {metric} | samples to {goal} | of scratch | CPU seconds to it | memory |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    goal = f"{SHARE:.0%}" if metric == "recognised" else f"{result['target']:.3g}"
+    further = [key for key in ("kid", "memorised") if key in first]
+    columns = ["method", "parameters", "rate", "samples", metric, *further, f"samples to {goal}", "of scratch"]
+    columns += ["CPU seconds to it", "memory"]
+    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for name, line in methods.items():
         p = ""
         if name != "scratch" and len(line["final"]) > 1 and line["num_samples"] == first["num_samples"]:
@@ -250,6 +299,7 @@ def table(result: dict[str, Any]) -> str:
             f"{line['learning_rate']:g}",
             f"{line['num_samples']:,}",
             _spread(line["final"], 3) + p,
+            *(_spread(line[key], 3) for key in further),
             reached,
             share,
             seconds,
@@ -266,7 +316,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 def tune(out: Path, target: Target, small: bool) -> None:
     """Print what each candidate rate of each method reaches on the two shapes, with a seed of its own."""
-    base = source(out, TUNING_SEED, small)
+    base = source(out, "source", TUNING_SEED, small)
     methods = {method.name: method for method in METHODS}
     for name, rates in TUNING.items():
         for rate in rates:
@@ -277,9 +327,9 @@ def tune(out: Path, target: Target, small: bool) -> None:
             print(f"{name}, learning rate {rate:g}: loss {loss:.3f}; recognised {', '.join(values)}", flush=True)
 
 
-def source(out: Path, seed: int, small: bool) -> Path:
-    """Return the run of the source of a seed, trained once."""
-    training = plan(out, "source", SOURCE, METHODS[0], SOURCE_RATE, seed, small)
+def source(out: Path, name: str, seed: int, small: bool) -> Path:
+    """Return the run of a source and a seed, trained once."""
+    training = plan(out, name, SOURCES[name], METHODS[0], SOURCE_RATE, seed, small)
     train(training, ())
     return training.folder
 
@@ -289,10 +339,30 @@ def arguments(method: Method, base: Path) -> tuple[str, ...]:
     return () if method.trainable is None else ("--initialize-from", str(base), *method.arguments)
 
 
+def copies(out: Path, name: str, training: Training, small: bool) -> dict[str, float]:
+    """Return KID of the trained weights, and the share of their images that are copies of training images."""
+    guided = training.config.evaluation and training.config.evaluation.autoguidance
+    data, encoded = out / "data" / name, str(out / "data" / name / "latents")
+    config = EvaluateConfig(
+        (str(training.folder),),
+        (str(data / "test.safetensors"),),
+        str(training.folder / "report"),
+        nearest=encoded,
+        num=4 if small else 500,
+        guidance_scale=(SAMPLING["guidance_scale"],),
+        num_steps=SAMPLING["num_steps"],
+        autoguidance=guided or None,
+    )
+    row = evaluate.run(config, World()).report["rows"][0]
+    return {"kid": row["metrics"]["kid"], "memorised": row["nearest"]["features"]["memorised"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS)[:4])
+    parser.add_argument("--images", type=Path, help="training photographs in class folders")
+    parser.add_argument("--test", type=Path, help="photographs of the reference, in class folders")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--tune", action="store_true", help="compare learning rates on the two shapes instead, one seed"
@@ -302,9 +372,18 @@ def main() -> None:
     out, small = options.out.absolute(), options.dry_run
     names = ["classes"] if options.tune else options.targets
     if small:
-        options.seeds = 2
-    for place, (name, target) in enumerate({"source": SOURCE, **{name: TARGETS[name] for name in names}}.items()):
-        latents(out / "data" / name, target, (12, 6) if small else target.num, seed=place)
+        options.seeds = 1
+    data = {name: TARGETS[name] for name in names}
+    data |= {target.source: SOURCES[target.source] for target in data.values()}
+    for name, target in data.items():
+        folder, num = out / "data" / name, (12, 6) if small else target.num
+        if target.metric == "fd-lite":
+            if not options.images or not options.test:
+                parser.error("--targets photographs: give --images and --test, too")
+            photographs(folder, target, options.images, num)
+            reference(folder, target, options.test)
+        else:
+            scenes(folder, target, num, seed=["source", *TARGETS].index(name))
     if options.tune:
         tune(out, TARGETS["classes"], small)
         return
@@ -319,17 +398,20 @@ def measure(out: Path, name: str, target: Target, seeds: int, small: bool) -> di
     """Train the methods of a target as far as they are not trained, and return what they measured."""
     groups: dict[str, list[Training]] = {}
     for seed in range(seeds):
-        base = source(out, seed, small)
+        base = source(out, target.source, seed, small)
         for method in METHODS:
             if method.name in target.methods:
                 training = plan(out, name, target, method, RATES[method.name], seed, small)
                 train(training, arguments(method, base))
                 groups.setdefault(method.name, []).append(training)
-    metric = "recognised" if name == "classes" else "validation_loss"
-    goal = SHARE
-    if metric == "validation_loss":
+    metric, goal = target.metric, SHARE
+    if metric != "recognised":
         goal = statistics.fmean(curve(training, metric)[-1][1] for training in groups["scratch"])
     methods = {method: summary(trainings, metric, goal) for method, trainings in groups.items()}
+    if metric == "fd-lite":
+        for label, trainings in groups.items():
+            rows = [copies(out, name, training, small) for training in trainings]
+            methods[label] |= {key: [row[key] for row in rows] for key in rows[0]}
     return {"metric": metric, "target": goal, "methods": methods}
 
 

@@ -116,7 +116,7 @@ def test_backbones(tmp_path: Path) -> None:
 
 
 def test_finetune(tmp_path: Path) -> None:
-    """Two steps and two seeds of each method, from a source of two steps."""
+    """Two steps of each method, from a source of two steps."""
     output = run_apart("finetune", tmp_path, "--targets", "classes")
     assert "| DiffFit |" in output
     methods = json.loads((tmp_path / "finetune.json").read_text())["classes"]["methods"]
