@@ -116,6 +116,15 @@ class UNet(VelocityNetwork):
         for block in [*self.encoder, *self.middle, *self.decoder]:
             block.compile(**options)
 
+    def hidden_matrices(self) -> dict[str, int]:
+        layers = ("conv", "conv1", "conv2", "skip", "attention.qkv", "attention.projection")
+        names = [name for name, _ in self.named_parameters() if name.startswith(("encoder.", "middle.", "decoder."))]
+        return {
+            name: 3 if name.endswith(".qkv.weight") else 1
+            for name in names
+            if name.endswith(tuple(f".{layer}.weight" for layer in layers))
+        }
+
     @staticmethod
     def adapt(adaptation: Adaptation) -> None:
         adapt_input_channels(adaptation, "input.weight")

@@ -10,6 +10,8 @@ Jordan et al. 2024. The iteration brings all singular values of X near 1, so tha
 alike. The factor 0.2 sqrt(max(m, n)) gives the update the root mean square of AdamW's, so that both share one learning rate
 (Liu et al. 2025, Moonlight). Momentum is the only state: 4 bytes per parameter in place of AdamW's 8.
 
+The kernels of a convolution (m, channels, height, width) are the rows of a matrix (m, channels height width).
+
 An update needs the whole gradient of a matrix, of which a rank has a part under ZeRO. The optimizer therefore updates the
 momentum of its partition, and leaves the orthogonalization to a function of the engine.
 """
@@ -50,12 +52,13 @@ def orthogonal_update(update: Tensor, num_blocks: int = 1) -> Tensor:
     """Return the orthogonalized update of a weight matrix, scaled to the root mean square of AdamW's updates.
 
     Args:
-        update: float32 (m, n).
+        update: float32 (m, n), or (m, ...) of a convolution, whose kernels are rows.
         num_blocks: number of matrices that are stacked in the rows of the weight, such as 3 of query, key and value. Each is
             orthogonalized alone.
     """
-    blocks = [orthogonalized(block) * RMS_OF_ADAMW * max(block.shape) ** 0.5 for block in update.chunk(num_blocks)]
-    return torch.cat(blocks)
+    matrices = update.flatten(1).chunk(num_blocks)
+    blocks = [orthogonalized(matrix) * RMS_OF_ADAMW * max(matrix.shape) ** 0.5 for matrix in matrices]
+    return torch.cat(blocks).view_as(update)
 
 
 class MuonWithAdamW(torch.optim.AdamW):

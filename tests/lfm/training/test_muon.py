@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
 
 from lfm.models import registry
+from lfm.models.unet_config import UNetConfig
 from lfm.training.muon import MuonWithAdamW, orthogonal_update, orthogonalized
 from lfm.training.parameter_groups import parameter_groups
 from tests.support.models import SMALL_DIT
@@ -48,6 +51,38 @@ def test_updates_are_those_of_torch() -> None:
         other.step()
     moved = (ours - 1).norm()
     assert moved > 0.01 and (ours - theirs).norm() < 0.02 * moved
+
+
+def test_kernels_are_rows_of_a_matrix() -> None:
+    kernels = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    expected = orthogonal_update(kernels.reshape(6, 36)).reshape(6, 4, 3, 3)
+    assert torch.equal(orthogonal_update(kernels), expected)
+
+
+@pytest.mark.parametrize("resampling", ["residual", "convolution"])
+def test_the_matrices_of_the_unet_are_its_convolutions_and_attention(
+    resampling: Literal["residual", "convolution"],
+) -> None:
+    config = UNetConfig(
+        4,
+        8,
+        model_channels=16,
+        channel_multipliers=(1, 2),
+        attention_resolutions=(4,),
+        head_channels=16,
+        resampling=resampling,
+    )
+    model = registry.build_network(config)
+    names = model.hidden_matrices()
+    kinds = {
+        id(module.weight): type(module) for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
+    weights = {id(parameter): name for name, parameter in model.named_parameters()}
+    hidden = {weights[key] for key in kinds if weights[key].split(".")[0] in ("encoder", "middle", "decoder")}
+    assert hidden - {*names} == {name for name in hidden if name.endswith(".modulation.weight")}
+    assert {*names} <= hidden and [name for name in names if names[name] == 3] == [
+        name for name in names if name.endswith("attention.qkv.weight")
+    ]
 
 
 def test_the_matrices_of_the_dit_are_those_of_its_blocks() -> None:

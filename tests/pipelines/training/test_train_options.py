@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from lfm.weights_file import load_weights
 from tests.support.commands import REPOSITORY, assert_one_line
+from tests.support.models import SMALL_OPTIONS
 from tests.support.training_runs import assert_same_weights, losses, plan, train
 
 MODEL = (
@@ -48,6 +50,23 @@ def test_all_options_train_alike_on_any_ranks_and_resume(experiment: Path, tmp_p
     model = load_weights(str(alone))[1].model
     assert (model.position, model.norm, model.mlp, model.qk_norm) == ("rope", "rms", "swiglu", True)
     assert model.token_dropout == 0.5 and model.activation_checkpointing == 2
+
+
+@pytest.mark.slow
+def test_muon_updates_kernels_alike_on_any_ranks_and_resumes(experiment: Path, tmp_path: Path) -> None:
+    settings = (f"model={json.dumps(SMALL_OPTIONS['unet'])}", "train.optimizer=muon", "train.num_steps=6")
+    settings += ("train.warmup_steps=0", "train.schedule=constant", "train.log_every=1")
+
+    def run(name: str, *overrides: str, ranks: int = 1) -> Path:
+        result = train(experiment, *settings, f"run={tmp_path / name}", *overrides, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        return tmp_path / name
+
+    alone = run("alone")
+    sharded = run("sharded", f"deepspeed={REPOSITORY / 'configs' / 'deepspeed' / 'zero3.json'}", ranks=2)
+    run("stopped", "train.num_steps=4")
+    torch.testing.assert_close(torch.tensor(losses(sharded)), torch.tensor(losses(alone)), atol=1e-4, rtol=0)
+    assert_same_weights(alone, run("stopped"))
 
 
 @pytest.mark.slow
