@@ -146,8 +146,12 @@ def sizes(folder: str) -> dict[str, int]:
     return _request(folder, listed, refresh=True)
 
 
-def find(folder: str) -> list[str]:
-    """Return the paths, relative to `folder` and sorted, of all files below it except hidden ones.
+def find(folder: str, hidden: bool = False) -> list[str]:
+    """Return the paths, relative to `folder` and sorted, of all files below it.
+
+    Args:
+        folder: path or URL.
+        hidden: whether files are included whose name, or that of a folder of theirs, begins with a dot.
 
     Raises:
         StorageError: the folder does not exist.
@@ -165,7 +169,13 @@ def find(folder: str) -> list[str]:
             names = [path.relative_to(folder).as_posix() for path in _walk(Path(folder))]
     else:
         names = _request(folder, below, refresh=True)
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    return sorted(name for name in names if hidden or not any(part.startswith(".") for part in name.split("/")))
+
+
+def empty_folders(folder: str) -> list[str]:
+    """Return the paths, relative to a local folder and sorted, of all folders below it that hold nothing; no hidden ones."""
+    found = [Path(current).relative_to(folder) for current, *inner in os.walk(folder) if not any(inner)]
+    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 
 def _walk(folder: Path) -> Iterator[Path]:

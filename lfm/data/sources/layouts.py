@@ -21,7 +21,7 @@ from lfm.data.sources import (
     segmentation_layouts,
 )
 from lfm.data.sources.labels import with_labels
-from lfm.data.sources.names import ARCHIVES, SPLIT, is_archive, is_junk
+from lfm.data.sources.names import ARCHIVES, SPLIT, is_archive, is_junk, notes_on_junk
 from lfm.data.sources.source import Choices, Layout, Source, Tree
 from lfm.errors import ConfigError, DataError
 
@@ -124,11 +124,13 @@ def _open(root: str, choices: Choices) -> Tree:
         raise DataError(
             f"{root}: is a file, but no tar, zip, parquet or arrow file; name a folder of images, or an archive"
         )
-    names = _without(root, storage.find(root), choices.leave_out)
+    names = _without(root, storage.find(root, hidden=True), choices.leave_out)
     used = tuple(name for name in names if not is_junk(name))
     tree = Tree(root, used, choices, read_inner=_read_archive)
-    if len(used) < len(names):
-        tree.about.notes.append(f"{len(names) - len(used)} files of operating systems and small copies are skipped")
+    tree.about.notes.extend(notes_on_junk(filter(is_junk, names)))
+    if storage.is_local(root) and (empty := storage.empty_folders(root)):
+        more = f" and {len(empty) - 8} more" if empty[8:] else ""
+        tree.about.notes.append(f"folders without files: {', '.join(empty[:8])}{more}")
     if not tree.images:
         _refuse_archives(root, used)
     return tree

@@ -20,6 +20,7 @@ SPLIT_LIKE = re.compile(
 )
 # Folders in which programs keep files of their own, and small copies of images.
 _JUNK_FOLDER = re.compile(r"__MACOSX|@eaDir|\.[^.].*|\$RECYCLE\.BIN|thumbs|thumbnails?(\d+x\d+)?", re.IGNORECASE)
+_COPY_OF_PROGRAM = re.compile(r"(^|/)(\._[^/]*$|\.(ipynb_checkpoints|thumbnails)/)")
 _JUNK_FILE = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
 # A folder whose images are annotations of others, and one whose images they belong to.
@@ -83,6 +84,23 @@ def is_junk(name: str) -> bool:
     """Return whether a path is a file of an operating system or an editor, or a small copy of an image."""
     *folders, file = name.split("/")
     return _JUNK_FILE.fullmatch(file) is not None or any(map(_JUNK_FOLDER.fullmatch, folders))
+
+
+def notes_on_junk(names: Iterable[str]) -> list[str]:
+    """Return what to say of files that are junk by `is_junk`, a sentence each: hidden images are left out by name."""
+    shown, hidden = [], []
+    for name in names:
+        (hidden if any(part.startswith(".") for part in name.split("/")) else shown).append(name)
+    images = [name for name in hidden if is_image(name) and not _COPY_OF_PROGRAM.search(name)]
+    notes = []
+    if shown:
+        notes.append(f"{len(shown)} files of operating systems and small copies are skipped, such as {shown[0]}")
+    if images:
+        notes.append(
+            f"{len(images)} images are left out because their names or folders begin with a dot, such as {images[0]}; "
+            "rename them to use them"
+        )
+    return notes
 
 
 def is_image(name: str) -> bool:

@@ -296,8 +296,9 @@ def choose_split(root: str, splits: set[str], split: str | None) -> str:
     same = [name for name in splits if split and name.lower() == split.lower()]
     if split in splits or len(same) == 1 or (split is None and len(splits) == 1):
         return split if split in splits else same[0] if same else min(splits)
+    example = min(splits, key=lambda split: ("train" not in split.lower(), split))
     raise ConfigError(
-        f"{root}: holds the splits {', '.join(sorted(splits))}; choose one with `split`, for example {min(splits)}"
+        f"{root}: holds the splits {', '.join(sorted(splits))}; choose one with `split`, for example {example}"
     )
 
 

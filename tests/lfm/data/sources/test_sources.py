@@ -57,11 +57,23 @@ def test_a_flat_folder_has_no_classes(root: str) -> None:
     assert {item.class_index for item in source.items} == {None}
 
 
+def test_hidden_images_and_empty_folders_are_named(root: str) -> None:
+    make(root, "cat/1.png", "dog/1.png", "dog/.2.png", ".owl/1.png", ".owl/2.png", ".git/index", "cat/._1.png")
+    notes = folder(root).about.notes
+    hidden = "3 images are left out because their names or folders begin with a dot, such as .owl/1.png; rename them to use them"
+    assert hidden in notes
+    if storage.is_local(root):
+        Path(root, "emu").mkdir()
+        assert "folders without files: emu" in folder(root).about.notes
+        packed = shutil.make_archive(f"{root}-packed", "zip", root)
+        assert hidden in read(packed).about.notes
+
+
 def test_a_split_must_be_chosen_and_only_that_one_is_read(root: str) -> None:
     make(root, "train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/emu/2.png")
     with pytest.raises(ConfigError) as error:
         folder(root)
-    assert str(error.value) == f"{root}: holds the splits test, train; choose one with `split`, for example test"
+    assert str(error.value) == f"{root}: holds the splits test, train; choose one with `split`, for example train"
     train = folder(root, "train")
     assert (train.root, train.class_names) == (f"{root}/train", ("cat", "dog"))
     assert [item.image for item in train.items] == ["cat/1.png", "dog/1.png"]
