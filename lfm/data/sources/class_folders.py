@@ -28,6 +28,11 @@ from lfm.types import SourceItem
 SOME = 0.05  # share of the images above which names are no accident
 _END = re.compile(r"(.+?)[_\-. ]+([A-Za-z]\w*)", re.DOTALL)
 _BUCKET = re.compile(r"\d{4,}")
+# A folder whose number says which part of a collection it is, such as images_001 or photos_part_2.
+_PART = re.compile(
+    r"(.*[_\-. ])?(parts?|images?|imgs?|batch|chunk|shard|split|folder|dir|data|subset|vol|volume)[_\-. ]?\d+",
+    re.IGNORECASE,
+)
 
 
 def read_folder(tree: Tree, split: str | None) -> Source:
@@ -129,6 +134,11 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
         raise ConfigError(
             f"{tree.root}: {', '.join(sorted(folders)[:3])} may be versions of the same images, since their files have the "
             "same names, or classes; name one of the folders, or choose `classes` folders"
+        )
+    if len(folders) > 1 and all(map(_PART.fullmatch, folders)):
+        raise ConfigError(
+            f"{tree.root}: {', '.join(sorted(folders)[:3])} may be parts of one list of images, by their names, or classes; "
+            "choose `classes` none or `classes` folders"
         )
     if len(folders) > 1 and _are_buckets(tree, folders):
         first = min(folders)

@@ -40,7 +40,6 @@ MASK_KEYS = ("mask", "mask_file_name", "mask_file", "mask_path")
 MAP_KEYS = ("segmentation", "segmentation_file_name", "seg", "annotation", "annotation_file_name", "map", "label_map")
 MOST_TEXTS = 0.5  # of the images; labels that differ more are texts
 FEW_IMAGES = 20
-MOST_GAPS = 1000  # number of classes above which unused indices are removed
 
 
 def as_label(value: Any, where: str) -> Label:
@@ -77,7 +76,7 @@ def classes(
         choices: of the user: whether there are classes, and the order of names that are numbers.
         where: place of the labels, for messages.
         names: names of the indices, if the source has a list of them.
-        keep_indices: let indices stand although some are not used, as long as they are few.
+        keep_indices: let indices from 0 stand although some of them are not used, as long as these are fewer than half.
 
     Raises:
         ConfigError: the labels are texts that differ from image to image.
@@ -112,7 +111,7 @@ def _by_index(
     if names:
         return labels, tuple(names)
     largest = known[-1] if known else -1
-    if keep_indices and largest < max(MOST_GAPS, 2 * len(known)):
+    if keep_indices and known and known[0] == 0 and largest < 2 * len(known):
         return labels, tuple(map(str, range(largest + 1)))
     index = {label: number for number, label in enumerate(known)}
     return [None if label is None else index[label] for label in labels], tuple(map(str, known))

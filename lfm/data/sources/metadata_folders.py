@@ -21,7 +21,7 @@ from lfm.data.sources.labels import (
     plain_path,
     read_table,
 )
-from lfm.data.sources.names import SPLIT
+from lfm.data.sources.names import SPLIT, stem
 from lfm.data.sources.source import Layout, Source, Tree, choose_split, read_text
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
@@ -147,6 +147,24 @@ def _annotation(row: Row, column: str | None) -> str | None:
     return plain_path(row[column]) if column and row[column] else None
 
 
+def _is_image_folder(tree: Tree) -> bool:
+    """Whether a metadata table beside the images names some of them, or says that it should; other programs write tables of
+    that name, too.
+    """
+    names = [name for name in tree.names if _METADATA.search(name)]
+    if not names or not tree.images:
+        return False
+    try:
+        rows = read_table(tree.read(tree.root, names[0]), names[0])
+    except DataError:
+        return True
+    file = column_of(rows[0], FILE_KEYS) if rows else None
+    if file is None or file == FILE_KEYS[0]:
+        return True
+    images = {stem(name).rpartition("/")[2] for name in tree.images}
+    return any(stem(plain_path(row[file])).rpartition("/")[2] in images for row in rows)
+
+
 def _is_edm(tree: Tree) -> bool:
     """Whether the tree has a dataset.json with labels, or one that is damaged; other programs call their files so, too."""
     if DATASET not in tree.names or not tree.images:
@@ -161,7 +179,7 @@ def _is_edm(tree: Tree) -> bool:
 EDM = Layout(read_edm, _is_edm, sign="dataset.json with labels")
 IMAGE_FOLDER = Layout(
     read_image_folder,
-    lambda tree: bool(tree.images) and tree.has_name(_METADATA.pattern),
+    _is_image_folder,
     instead_of=("paired", "inpainting", "hf"),
     sign="metadata.csv, .jsonl or .parquet beside the images",
 )

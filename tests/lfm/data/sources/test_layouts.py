@@ -18,7 +18,7 @@ from lfm.data import manifest as manifests
 from lfm.data.sources import readers
 from lfm.data.sources.layouts import LAYOUTS, read
 from lfm.data.sources.segmentation_layouts import FACE_PARTS, FACE_PARTS_OFFICIAL
-from lfm.data.sources.source import Layout, Source, Tree, read_text
+from lfm.data.sources.source import Choices, Layout, Source, Tree, read_text
 from lfm.data.transforms import Rejected
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
@@ -141,10 +141,41 @@ def test_tars_of_other_programs_are_grouped_as_webdataset_does(tmp_path: Path) -
     write_tar(tmp_path / "train-000.tar", {"__meta__": b"x", "cat/a.txt": b"a cat", **members})
     write_tar(tmp_path / "val-000.tar", {"0.jpg": image_bytes(image, format="JPEG")})
     source = read(str(tmp_path), split="train")
-    assert (source.layout, len(source.items), source.class_names) == ("webdataset", 2, ("0", "1", "2"))
+    assert (source.layout, len(source.items), source.class_names) == ("webdataset", 2, ("2",))
     item = source.decode_item(source.items[1])
     assert np.array_equal(item.image, image) and np.array_equal(item.segmentation, ids)
-    assert [item.class_index for item in source.items] == [None, 2]
+    assert [item.class_index for item in source.items] == [None, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [((1, 17, 999), ("1", "17", "999")), ((1, 2, 3), ("1", "2", "3")), ((0, 1, 3), ("0", "1", "2", "3"))],
+)
+def test_indices_of_a_tar_are_made_dense_unless_a_few_are_not_used(
+    labels: tuple[int, ...], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "a.tar", {f"{n}.png": b"x" for n in labels} | {f"{n}.cls": str(n).encode() for n in labels})
+    source = read(str(tmp_path))
+    assert source.class_names == names
+    assert [names[item.class_index] for item in source.items if item.class_index is not None] == list(map(str, labels))
+
+
+def test_a_metadata_table_of_another_program_is_not_used(tmp_path: Path) -> None:
+    for folder in ("ferry", "train"):
+        save_image(tmp_path / folder / "a_01.png", random_pixels(9, 9, 3))
+    (tmp_path / "metadata.csv").write_text("id,make\nb,Audi\n")
+    source = read(str(tmp_path), choices=Choices(classes="folders"))
+    assert source.layout == "folder" and source.about.unused == ["metadata.csv"]
+
+
+def test_numbered_parts_of_a_collection_are_no_classes(tmp_path: Path) -> None:
+    for folder in ("HAM_images_part_1", "HAM_images_part_2"):
+        save_image(tmp_path / folder / "a.png", random_pixels(9, 9, 3))
+    with pytest.raises(
+        ConfigError, match="parts of one list of images, by their names, or classes; choose `classes` none or"
+    ):
+        read(str(tmp_path))
+    assert read(str(tmp_path), choices=Choices(classes="none")).class_names == ()
 
 
 def test_classes_of_a_tar_may_be_names(tmp_path: Path) -> None:

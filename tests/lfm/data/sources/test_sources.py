@@ -60,7 +60,8 @@ def test_a_flat_folder_has_no_classes(root: str) -> None:
 def test_hidden_images_and_empty_folders_are_named(root: str) -> None:
     make(root, "cat/1.png", "dog/1.png", "dog/.2.png", ".owl/1.png", ".owl/2.png", ".git/index", "cat/._1.png")
     notes = folder(root).about.notes
-    hidden = "3 images are left out because their names or folders begin with a dot, such as .owl/1.png; rename them to use them"
+    hidden = "3 images are left out because their names or folders begin with a dot, such as .owl/1.png"
+    hidden += "; rename them to use them"
     assert hidden in notes
     if storage.is_local(root):
         Path(root, "emu").mkdir()
