@@ -21,7 +21,16 @@ from lfm.data.sources import (
     segmentation_layouts,
 )
 from lfm.data.sources.labels import with_labels
-from lfm.data.sources.names import ARCHIVES, SPLIT, is_archive, is_junk, notes_on_junk
+from lfm.data.sources.names import (
+    ANNOTATION_FOLDER,
+    ARCHIVES,
+    IMAGE_FOLDER,
+    SPLIT,
+    SPLIT_LIKE,
+    is_archive,
+    is_junk,
+    notes_on_junk,
+)
 from lfm.data.sources.source import Choices, Layout, Source, Tree
 from lfm.errors import ConfigError, DataError
 
@@ -170,11 +179,20 @@ def recognize(tree: Tree, layout: str = "auto") -> tuple[Tree, str, Callable[[Tr
         name = _recognized(tree) if layout == "auto" else layout
         wrapper = _wrapper(tree)
         if wrapper is None or (
-            name != "folder" and LAYOUTS[name].recognizes(tree) and not _is_special(tree, wrapper, layout)
+            name != "folder"
+            and LAYOUTS[name].recognizes(tree)
+            and not _holds_parts(tree.subtree(wrapper))
+            and not _is_special(tree, wrapper, layout)
         ):
             return tree, name, LAYOUTS[name].read
         tree.about.notes.append(f"looked through the folder {wrapper}, which holds everything")
         tree = tree.subtree(wrapper)
+
+
+def _holds_parts(tree: Tree) -> bool:
+    """Whether all folders are splits, images or annotations by their names, so that the folder around them is no class."""
+    parts = (SPLIT, SPLIT_LIKE, IMAGE_FOLDER, ANNOTATION_FOLDER)
+    return len(tree.top_folders) > 1 and all(any(part.fullmatch(name) for part in parts) for name in tree.top_folders)
 
 
 def _is_special(tree: Tree, wrapper: str, layout: str) -> bool:

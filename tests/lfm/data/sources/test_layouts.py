@@ -178,6 +178,28 @@ def test_numbered_parts_of_a_collection_are_no_classes(tmp_path: Path) -> None:
     assert read(str(tmp_path), choices=Choices(classes="none")).class_names == ()
 
 
+@pytest.mark.parametrize(
+    ("images", "annotations", "others"),
+    [
+        ("Kvasir-SEG/images", "Kvasir-SEG/masks", ()),
+        ("ade/images/training", "ade/annotations/training", ("ade/objectInfo150.txt",)),
+        ("CamVid/train", "CamVid/train_labels", ("CamVid/class_dict.csv",)),
+    ],
+)
+def test_a_folder_around_images_and_annotations_is_looked_through(
+    images: str, annotations: str, others: tuple[str, ...], tmp_path: Path
+) -> None:
+    for number in range(3):
+        save_image(tmp_path / images / f"{number}.png", random_pixels(9, 9, 3))
+        save_image(tmp_path / annotations / f"{number}.png", np.full((9, 9), 255 * (number % 2), np.uint8))
+    for name in others:
+        (tmp_path / name).write_text("name,r,g,b\nsky,0,0,0\ncar,255,255,255\n")
+    source = read(str(tmp_path))
+    assert len(source.items) == 3 and source.class_names == ()
+    assert all(item.mask or item.segmentation for item in source.items)
+    assert any(note.startswith("looked through the folder") for note in source.about.notes)
+
+
 def test_classes_of_a_tar_may_be_names(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.png": b"x", "0.cls": b"dog\n", "1.png": b"x", "1.cls.txt": b"cat"})
     source = read(str(tmp_path))
