@@ -162,8 +162,14 @@ def read_table(content: bytes, path: str, files: Container[str] = ()) -> list[Ro
 
 
 def _read_csv(text: str, files: Container[str]) -> list[Row]:
-    """Return the rows of a CSV; spaces around cells are no part of them."""
-    first = next(iter(text.splitlines()), "")
+    """Return the rows of a CSV; spaces around cells are no part of them.
+
+    A line with the number of rows may come first, and the head may have no name for the file, as in CelebA's lists.
+    """
+    first, _, rest = text.partition("\n")
+    num_lines = len(rest.splitlines())
+    if first.strip().isdecimal() and int(first) in (num_lines, num_lines - 1):
+        text, first = rest, rest.partition("\n")[0]
     delimiter = max(",;\t", key=first.count)
     delimiter = delimiter if delimiter in first else " "
     lines = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter, skipinitialspace=True)
@@ -173,6 +179,8 @@ def _read_csv(text: str, files: Container[str]) -> list[Row]:
         head = [str(number) for number in range(1, len(head) + 1)]
     else:
         cells = cells[1:]
+        if cells and column_of(head, FILE_KEYS) is None and all(len(line) == len(head) + 1 for line in cells):
+            head = [FILE_KEYS[0], *head]
     return [dict(zip_longest(head, line[: len(head)])) for line in cells]
 
 
@@ -246,7 +254,9 @@ def with_labels(source: Source, choices: Choices) -> Source:
         name, label = plain_path(row[file_column]), as_label(row[column], f"{path}: {row[file_column]}")
         row_of[name] = {title: value for title, value in row.items() if title and title != file_column}
         if table.setdefault(name, label) != label:
-            raise DataError(f"{path}: {name} has the labels {table[name]} and {label}; remove one of the rows")
+            several = sum(_file(other) == name for other in names) > 1
+            repair = "write the paths of its images with folders" if several else "remove one of the rows"
+            raise DataError(f"{path}: {name} has the labels {table[name]} and {label}; {repair}")
     matches = _matched(source, names, table, path)
     indices, class_names = classes(_whole([table[name] for name in matches]), choices, path)
     items = tuple(
@@ -297,8 +307,15 @@ def _matched(source: Source, names: Sequence[str], table: Mapping[str, Label], p
             break
     if missing := [name for name, row in zip(names, matches, strict=True) if row is None]:
         example = f"; its rows are such as {min(table)}" if len(missing) == len(names) and table else ""
+        tops = {name.partition("/")[0] for name in missing}
+        labelled = sorted({name.partition("/")[0] for name in names} - tops)
+        repair = "add a row for each"
+        if labelled and all(map(SPLIT.fullmatch, (*tops, *labelled))):
+            repair += f", or choose `split` {labelled[0]}"
+        elif {stem(_file(name)).lstrip("0") for name in missing} & {stem(_file(row)).lstrip("0") for row in table}:
+            repair = "write the numbers as in the names of the files, with their zeros"
         raise DataError(
-            f"{path}: {len(missing)} of {len(names)} images have no label, the first: {missing[0]}{example}; add a row for each"
+            f"{path}: {len(missing)} of {len(names)} images have no label, the first: {missing[0]}{example}; {repair}"
         )
     rows = [row for row in matches if row is not None]
     if len(set(rows)) < len(rows):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lfm.data.sources.labels import with_labels
 from lfm.data.sources.source import Choices, Source
-from lfm.errors import DataError, LfmError
+from lfm.errors import ConfigError, DataError, LfmError
 from lfm.types import SourceItem
 
 ROOT = "/data/set/train"
@@ -53,6 +53,37 @@ def test_an_image_has_the_label_of_the_row_that_names_it_or_none(data: st.DataOb
         assert dropped or above in ("test/", "C:/users/me/", "other/"), "a table that names all images was refused"
         return
     assert labels == {image: f"class of {image}" for image in images}
+
+
+def classes_by(table: Path, text: str, images: list[str], column: str | None = None) -> list[str]:
+    """Return the class of each image by the text of a table."""
+    table.write_text(text)
+    source = with_labels(Source(ROOT, tuple(map(SourceItem, images))), Choices(labels=str(table), label_column=column))
+    return [source.class_names[item.class_index or 0] for item in source.items]
+
+
+def test_a_list_as_of_celeba_has_a_count_and_no_name_for_the_file(tmp_path: Path) -> None:
+    text = "2\nBald Male\n000001.jpg  -1  1\n000002.jpg   1 -1\n"
+    images = ["000001.jpg", "000002.jpg"]
+    assert classes_by(tmp_path / "list_attr.txt", text, images, "Male") == ["1", "-1"]
+    assert classes_by(tmp_path / "list_attr.txt", text, images, "Bald") == ["-1", "1"]
+    with pytest.raises(ConfigError, match="any of Bald, Male may hold labels"):
+        classes_by(tmp_path / "list_attr.txt", text, images)
+
+
+@pytest.mark.parametrize(
+    ("rows", "images", "repair"),
+    [
+        ("0.png,cat\n0.png,dog", ["a/0.png", "b/0.png"], "write the paths of its images with folders"),
+        ("0.png,cat\n0.png,dog", ["a/0.png"], "remove one of the rows"),
+        ("train/0.png,cat", ["test/1.png", "train/0.png"], "add a row for each, or choose `split` train"),
+        ("1,cat\n2,dog", ["0001.png", "0002.png"], "write the numbers as in the names of the files, with their zeros"),
+    ],
+)
+def test_the_repair_of_a_table_fits_its_images(rows: str, images: list[str], repair: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        classes_by(tmp_path / "table.csv", f"file,label\n{rows}\n", images)
+    assert str(error.value).endswith(f"; {repair}")
 
 
 def test_rows_of_another_split_are_not_those_of_the_chosen_one() -> None:
