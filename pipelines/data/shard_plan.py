@@ -160,7 +160,10 @@ def _maps(source: Source, sample: Survey) -> str:
     ids = sorted({label for surveyed in sample.items for label in surveyed.ids})
     colours = {label: f"#{colour:06x} " for colour, label in reversed(source.maps.colours.items())}
     shown = ", ".join(f"{label} {colours.get(label, '')}{source.labels.get(label, '')}".strip() for label in ids[:8])
-    names = f"{len(source.labels)} names" if source.labels else "no names (put a labels.txt beside the images)"
+    if not ids:
+        return "none could be read"
+    num_names = sum(name != UNLABELLED for name in source.labels.values())
+    names = f"{num_names} names" if source.labels else "no names (put a labels.txt beside the images)"
     ignored = [str(label) for label, name in source.labels.items() if name == UNLABELLED]
     text = f"{len(ids)} ids seen: {shown}{', ...' if len(ids) > 8 else ''}; {names}; ignored: {', '.join(ignored) or 'none'}"
     if ids and ids[-1] in (255, 0xFFFF) and str(ids[-1]) not in ignored:

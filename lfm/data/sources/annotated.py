@@ -195,7 +195,7 @@ def _chosen(tree: Tree, families: dict[str, list[str]]) -> tuple[str | None, str
 
 
 def _family(tree: Tree, families: dict[str, list[str]], field: str) -> str | None:
-    """Return the family that the user chose by its name, or by the end of its name; None if there is no choice.
+    """Return the family that the user chose by its name, the end of it, or its folder; None if there is no choice.
 
     Raises:
         ConfigError: there is none of that name, or several.
@@ -206,6 +206,11 @@ def _family(tree: Tree, families: dict[str, list[str]], field: str) -> str | Non
     end = choice.lower().lstrip("_-. ")
     exact = [name for name in families if name.lower() in (choice.lower(), end)]
     same = exact or [name for name in families if name.lower().endswith(end)]
+    same = same or [
+        name
+        for name, files in families.items()
+        if any(choice.lower() in file.lower().split("/")[:-1] for file in files)
+    ]
     if len(same) != 1:
         wrong = "several end so" if same else "no such annotations"
         raise ConfigError(f"{tree.root}: `{field}` {choice}: {wrong}; one of {', '.join(sorted(same or families))}")

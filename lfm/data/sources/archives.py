@@ -70,6 +70,7 @@ def _endings(tree: Tree, samples: list[dict[str, Any]]) -> tuple[tuple[str, ...]
 
     Raises:
         ConfigError: a chosen ending does not exist, or samples have several images.
+        DataError: no sample has an image by its ending.
     """
     existing = {ending for sample in samples for ending in sample}
     annotations = []
@@ -83,6 +84,13 @@ def _endings(tree: Tree, samples: list[dict[str, Any]]) -> tuple[tuple[str, ...]
         annotations.append(() if chosen == "none" else (chosen,) if chosen else known)
     maps, masks = annotations
     images = tuple(end for end in (*_IMAGES, *_NAMED_IMAGES) if end not in (*maps, *masks))
+    if not existing & {*images}:
+        known = [f".{end}" for end in sorted(existing) if is_image(f".{end}") and end not in (*maps, *masks)]
+        if known:
+            raise DataError(
+                f"{tree.root}: no sample has a member .png, .jpg or the like, only {', '.join(known[:4])}; rename the one that "
+                "is the image"
+            )
     twice = next((ends for sample in samples if len(ends := [end for end in images if end in sample]) > 1), [])
     if twice and "none" not in (tree.choices.map_files, tree.choices.mask_files):
         other = "png" if "png" in twice else twice[-1]
