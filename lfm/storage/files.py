@@ -174,8 +174,8 @@ def find(folder: str, hidden: bool = False) -> list[str]:
 
 def empty_folders(folder: str) -> list[str]:
     """Return the paths, relative to a local folder and sorted, of all folders below it that hold nothing; no hidden ones."""
-    found = [Path(current).relative_to(folder) for current, *inner in os.walk(folder) if not any(inner)]
-    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+    empty = [Path(current).relative_to(folder) for current, *inner in os.walk(folder) if not any(inner)]
+    return sorted(path.as_posix() for path in empty if not any(part.startswith(".") for part in path.parts))
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -85,11 +85,11 @@ def _endings(tree: Tree, samples: list[dict[str, Any]]) -> tuple[tuple[str, ...]
     maps, masks = annotations
     images = tuple(end for end in (*_IMAGES, *_NAMED_IMAGES) if end not in (*maps, *masks))
     if not existing & {*images}:
-        known = [f".{end}" for end in sorted(existing) if is_image(f".{end}") and end not in (*maps, *masks)]
-        if known:
+        others = [f".{end}" for end in sorted(existing) if is_image(f".{end}") and end not in (*maps, *masks)]
+        if others:
             raise DataError(
-                f"{tree.root}: no sample has a member .png, .jpg or the like, only {', '.join(known[:4])}; rename the one that "
-                "is the image"
+                f"{tree.root}: no sample has a member .png, .jpg or the like, only {', '.join(others[:4])}; rename the one "
+                "that is the image"
             )
     twice = next((ends for sample in samples if len(ends := [end for end in images if end in sample]) > 1), [])
     if twice and "none" not in (tree.choices.map_files, tree.choices.mask_files):

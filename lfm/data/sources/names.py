@@ -88,7 +88,8 @@ def is_junk(name: str) -> bool:
 
 def notes_on_junk(names: Iterable[str]) -> list[str]:
     """Return what to say of files that are junk by `is_junk`, a sentence each: hidden images are left out by name."""
-    shown, hidden = [], []
+    shown: list[str] = []
+    hidden: list[str] = []
     for name in names:
         (hidden if any(part.startswith(".") for part in name.split("/")) else shown).append(name)
     images = [name for name in hidden if is_image(name) and not _COPY_OF_PROGRAM.search(name)]

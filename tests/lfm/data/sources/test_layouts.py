@@ -186,14 +186,6 @@ def test_numbered_parts_of_a_collection_are_no_classes(tmp_path: Path) -> None:
         ("CamVid/train", "CamVid/train_labels", ("CamVid/class_dict.csv",)),
     ],
 )
-def test_samples_of_several_images_without_a_plain_one_are_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"0.left.png": b"x", "0.right.png": b"x", "0.cls": b"1"})
-    with pytest.raises(
-        DataError, match=r"no sample has a member .png, .jpg or the like, only .left.png, .right.png; rename"
-    ):
-        read(str(tmp_path))
-
-
 def test_a_folder_around_images_and_annotations_is_looked_through(
     images: str, annotations: str, others: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -206,6 +198,14 @@ def test_a_folder_around_images_and_annotations_is_looked_through(
     assert len(source.items) == 3 and source.class_names == ()
     assert all(item.mask or item.segmentation for item in source.items)
     assert any(note.startswith("looked through the folder") for note in source.about.notes)
+
+
+def test_samples_of_several_images_without_a_plain_one_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.left.png": b"x", "0.right.png": b"x", "0.cls": b"1"})
+    with pytest.raises(
+        DataError, match=r"no sample has a member .png, .jpg or the like, only .left.png, .right.png; rename"
+    ):
+        read(str(tmp_path))
 
 
 def test_classes_of_a_tar_may_be_names(tmp_path: Path) -> None:
