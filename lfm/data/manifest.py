@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -134,6 +135,19 @@ def _not_too_deep(value: Any, levels: int = 50) -> Any:
     return value
 
 
+class VersionRecord(_Record):
+    """An earlier version of a data set that has grown: its shards are the first ones, the rest is what its manifest held."""
+
+    num_shards: Count
+    digest: str
+    classes: tuple[ClassRecord, ...] = ()
+    labels: dict[Annotated[int, Field(ge=0, lt=2**16)], str] = {}
+    recipe: Annotated[dict[str, Any], AfterValidator(_not_too_deep)]
+    parent_digest: str | None = None
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
+
+
 class Manifest(_Record):
     """A complete data set of shards."""
 
@@ -152,6 +166,7 @@ class Manifest(_Record):
     channel_std: tuple[float, ...] = ()
     shards: tuple[ShardRecord, ...]
     columns: ColumnsRecord | None = None
+    versions: Annotated[tuple[VersionRecord, ...], Field(max_length=10_000)] = ()  # earlier ones, the oldest first
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -163,6 +178,9 @@ class Manifest(_Record):
             raise ValueError("classes: their indices are not 0, 1, 2, ...")
         if len(self.channel_mean) != len(self.channel_std):
             raise ValueError("channel_mean and channel_std: of different lengths")
+        ends = [version.num_shards for version in self.versions]
+        if any(after <= before for before, after in itertools.pairwise([0, *ends, len(self.shards)])) and ends:
+            raise ValueError("versions: each must have more shards than the one before it, and the newest has most")
         if self.kind == "latents" and "latent.npy" not in {member.suffix for member in self.members}:
             raise ValueError("members: latent.npy is missing")
         for member in self.members:
@@ -192,7 +210,8 @@ class Manifest(_Record):
     @property
     def digest(self) -> str:
         """A hash of the content and the description of the whole data set, without its index."""
-        return digest([self.model_dump(mode="json", exclude={"columns"})])
+        # Keys that older manifests do not have are left out while they are empty, so that their digests stay.
+        return digest([self.model_dump(mode="json", exclude={"columns", *([] if self.versions else ["versions"])})])
 
 
 def digest(values: Iterable[Any]) -> str:
@@ -355,7 +374,7 @@ def discard_damaged(folder: str, fits: Callable[[ShardRecord], bool] = lambda re
 def publish(folder: str, manifest: Manifest) -> None:
     """Write the manifest, which marks the data set as complete."""
     storage.sweep(folder)
-    optional = {"columns"} if manifest.columns is None else None  # keys that older manifests do not have
+    optional = {name for name in ("columns", "versions") if not getattr(manifest, name)}  # older manifests lack them
     storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json", exclude=optional), sealed=True)
 
 
