@@ -45,7 +45,9 @@ def at_version(manifest: Manifest, digest: str, folder: str) -> Manifest:
             shards, before = manifest.shards[: version.num_shards], manifest.versions[:number]
             cut = manifest.model_copy(update={**fields, "shards": shards, "versions": before})
             if cut.digest != digest:
-                raise DataError(f"{folder}: the first {version.num_shards} shards are not those of version {digest[:12]}")
+                raise DataError(
+                    f"{folder}: the first {version.num_shards} shards are not those of version {digest[:12]}"
+                )
             return cut
     raise DataError(f"{folder}: has no version {digest[:12]}; its versions are {_short(digests(manifest))}")
 

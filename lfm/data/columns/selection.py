@@ -16,6 +16,8 @@ from lfm.data.manifest import INDEX, Manifest
 from lfm.errors import ConfigError, DataError, on_one_line
 from lfm.storage.cache import Cache
 
+_LARGEST_SHARD = 10**6  # a row has 6 digits in a key
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -37,6 +39,13 @@ class Selection:
     def rows_at(self, shards: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return the rows of the selected samples with these numbers in their shards, int64."""
         return self.rows[self.firsts[shards] + places].astype(np.int64)
+
+    def contains(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return for each shard and row whether the sample is selected, bool."""
+        own = np.repeat(np.arange(len(self.counts)), self.counts) * _LARGEST_SHARD + self.rows
+        keys = shards * _LARGEST_SHARD + rows
+        places = np.searchsorted(own, keys)
+        return (places < len(own)) & (own[np.minimum(places, len(own) - 1)] == keys)
 
     def of_shards(self, part: slice) -> Selection:
         """Return the selection in a contiguous part of the shards."""

@@ -57,10 +57,20 @@ class Order:
 
     def upcoming_shards(self, position: int, count: int | None = None) -> list[int]:
         """Return the shards in the order of their next use, from the window of `position` on; all or the first `count`."""
-        epoch, window = self.window_at(position)
-        sequence = np.concatenate([self._epoch(epoch)[0][window * self.window :], self._epoch(epoch + 1)[0]])
+        epoch = position // self.num_samples
+        sequence = np.concatenate([self._shards_from(position), self._epoch(epoch + 1)[0]])
         sequence = sequence[np.sort(np.unique(sequence, return_index=True)[1])]  # each at its first place
         return sequence[self.shard_sizes[sequence] > 0][:count].tolist()
+
+    def shards_of_pass(self, position: int, count: int | None = None) -> list[int]:
+        """Return the shards as `upcoming_shards` does, but only those of the rest of the pass."""
+        sequence = self._shards_from(position)
+        return sequence[self.shard_sizes[sequence] > 0][:count].tolist()
+
+    def _shards_from(self, position: int) -> np.ndarray:
+        """Return an epoch's sequence of shards from the window of `position` on."""
+        epoch, window = self.window_at(position)
+        return self._epoch(epoch)[0][window * self.window :]
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return an epoch's sequence of shards, and the position within the epoch at which each window ends."""
