@@ -17,6 +17,7 @@ from torch import Tensor
 from lfm import storage, tensor_file
 from lfm.adapters import merge_adapters
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Pixels
+from lfm.data.versions import Segment
 from lfm.errors import CheckpointError, ConfigError, DataError, LfmError, on_one_line
 from lfm.models import registry
 from lfm.models.config import ModelConfig
@@ -65,6 +66,8 @@ class WeightsHeader:
     """The weights from which the run started, or None."""
     base: SourceRecord | None = None
     """The weights that hold all tensors that this file does not, or None for a complete file."""
+    data_history: tuple[Segment, ...] = ()
+    """Which versions of its data the run read from which sample on; empty if that was not recorded."""
 
     @property
     def licence(self) -> str | None:
@@ -80,7 +83,10 @@ class WeightsHeader:
             "model": registry.config_to_json(self.model),
             "autoencoder": self.autoencoder.model_dump(),
             "classes": [entry.model_dump() for entry in self.classes],
+            "data_history": [segment.model_dump() for segment in self.data_history],
         }
+        if not self.data_history:
+            del content["data_history"]
         for name in ("initialized_from", "base"):
             if content[name] is None:
                 del content[name]

@@ -34,9 +34,10 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 INDEX = "columns.parquet"
 NEAR_DUPLICATES = "near_duplicates.json"
+DROPPED = "dropped.json"  # see `lfm.data.dropped`
 logger = logging.getLogger(__name__)
 
-SHARD_FILES = r"\d{6}\.(tar|json|columns\.json)|columns\.parquet|near_duplicates\.json|manifest\.json|recipe\.json"
+SHARD_FILES = r"\d{6}\.(tar|json|columns\.json)|columns\.parquet|(near_duplicates|dropped|manifest|recipe)\.json"
 
 
 # Limits of the numbers in files that others may have written, so that none asks for memory without end.

@@ -7,10 +7,38 @@ the version in the records of trainings.
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
 from lfm.data.manifest import Manifest, VersionRecord
 from lfm.errors import DataError
 
+Join = Literal["next_pass", "at_once"]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 _OF_VERSION = ("classes", "labels", "recipe", "parent_digest", "channel_mean", "channel_std")
+
+
+class SourceState(BaseModel):
+    """What a training reads of one data set: a version, without the samples that were dropped until then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str  # of the version
+    num_samples: Count  # that are read in a pass over the version, held-back ones included
+    num_drops: Count = 0  # first entries of the list of dropped samples that hold
+    drops: str | None = None  # digest of these
+    selected: str | None = None  # digest of what `where` selects in the version; None without it
+
+
+class Segment(BaseModel):
+    """What a training reads from one sample of the global order on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first_sample: Count
+    join: Join = "next_pass"  # how new samples join a pass that has begun
+    sources: Annotated[tuple[SourceState, ...], Field(min_length=1)]
 
 
 def with_version_before(manifest: Manifest, before: Manifest) -> Manifest:

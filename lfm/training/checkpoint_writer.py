@@ -71,6 +71,7 @@ class CheckpointWriter:
             world_size=self.engine.world.size,
             manifest_digest=header.manifest_digest,
             subsets_digest=self.subsets_digest,
+            data_history=header.data_history,
             code_version=header.code_version,
             config=header.config,
             engine=copy.numbers,

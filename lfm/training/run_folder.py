@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from lfm import storage, weights_file
+from lfm.data.versions import Segment
 from lfm.errors import CheckpointError, LfmError, on_one_line
 from lfm.training.ranks import Ranks
 from lfm.weights_file import WEIGHTS
@@ -54,6 +55,7 @@ class RunState(BaseModel):
     world_size: PositiveInt
     manifest_digest: str
     subsets_digest: str | None = None  # of the samples that are read, if they are chosen by columns
+    data_history: tuple[Segment, ...] = ()  # versions of the data that were read, as in the header of the weights
     code_version: str
     config: dict[str, Any]  # the resolved experiment
     engine: dict[str, Any] = {}  # returned by `Engine.save`

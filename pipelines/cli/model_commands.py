@@ -88,6 +88,7 @@ def _train(options: TrainOptions) -> None:
         dry_run=options.dry_run,
         allow_changes=options.allow_changes,
         initialization=initialization,
+        repeat_data=options.repeat_data,
     )
     if options.dry_run:
         echo(config_file.as_yaml(experiment))

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,12 +20,15 @@ from lfm import storage
 from lfm.autoencoder import Autoencoder
 from lfm.data import manifest as manifests
 from lfm.data.columns.class_column import read_classes
-from lfm.data.columns.selection import select
+from lfm.data.columns.selection import Selection, select
+from lfm.data.dropped import load_drops
 from lfm.data.manifest import AutoencoderRecord, Manifest
 from lfm.data.stream.balanced_order import Balance
+from lfm.data.stream.data_history import state_of, with_views
 from lfm.data.stream.latent_stream import StreamOptions
-from lfm.data.stream.mixture import LatentSource, Mixture, mix, single_source
+from lfm.data.stream.mixture import LatentSource, Mixture, View, mix
 from lfm.data.stream.mixture_order import Stage
+from lfm.data.versions import Segment
 from lfm.errors import ConfigError, DataError
 from lfm.models.config import ModelConfig
 from lfm.precision import precision_on
@@ -82,18 +86,22 @@ def autoencoder_record(autoencoder: Autoencoder) -> AutoencoderRecord:
 
 
 def load_mixture(config: ExperimentConfig) -> Mixture:
-    """Return the training data of an experiment, held-back shards included.
+    """Return the training data of an experiment as it is now, held-back shards included; see `mixture_of`."""
+    return mixture_of(config, load_sources(config))
+
+
+def load_sources(config: ExperimentConfig) -> tuple[LatentSource, ...]:
+    """Return the newest versions of the data sets of an experiment, with all samples that `where` selects.
 
     Raises:
-        ConfigError: a class or a source is named wrongly, or the experiment cannot use a source.
-        DataError: latents are missing, or do not fit each other.
+        ConfigError: `where` is wrong.
+        DataError: latents are missing, or their list of dropped samples is damaged.
     """
     data = config.data
     if data.shards is not None:
-        mixture = single_source(data.shards, manifests.load(data.shards, "latents"), data.skip_shards)
-        subset = _subset(mixture.sources[0], data.where, "data.where", config)
-        return replace(mixture, sources=(_balanced(subset, data.balance, "data.balance", config),))
-    sources = [
+        source = LatentSource(data.shards, manifests.load(data.shards, "latents"), data.shards, data.skip_shards)
+        return (_subset(source, data.where, "data.where", config),)
+    return tuple(
         _subset(
             LatentSource(each.shards, manifests.load(each.shards, "latents"), each.name, each.skip_shards, each.flips),
             each.where,
@@ -101,8 +109,28 @@ def load_mixture(config: ExperimentConfig) -> Mixture:
             config,
         )
         for each in data.sources
+    )
+
+
+def mixture_of(config: ExperimentConfig, newest: Sequence[LatentSource], history: tuple[Segment, ...] = ()) -> Mixture:
+    """Return the training data of an experiment, held-back shards included.
+
+    Args:
+        newest: of `load_sources`.
+        history: the versions of the data sets that are read; by default the newest ones, from the start.
+
+    Raises:
+        ConfigError: a class or a source is named wrongly, or the experiment cannot use a source.
+        DataError: latents do not fit each other, or are not those of the history.
+    """
+    data, history = config.data, history or (Segment(first_sample=0, sources=tuple(map(state_of, newest))),)
+    sources = [
+        with_views(source, [segment.sources[number] for segment in history]) for number, source in enumerate(newest)
     ]
-    mixture = mix(sources, config.conditions, [each.classes for each in data.sources])
+    if data.shards is not None:
+        mixture = Mixture(tuple(sources), sources[0].manifest, history=history)
+        return replace(mixture, sources=(_balanced(sources[0], newest[0], data.balance, "data.balance", config),))
+    mixture = replace(mix(sources, config.conditions, [each.classes for each in data.sources]), history=history)
     without_classes = next((source for source in sources if not source.manifest.classes), None)
     needs_classes = "class" in config.conditions and (config.condition != "class" or not config.condition_dropout)
     if needs_classes and mixture.manifest.classes and without_classes:
@@ -111,46 +139,77 @@ def load_mixture(config: ExperimentConfig) -> Mixture:
             "condition of condition: class; set condition_dropout, or leave it out"
         )
     balanced = tuple(
-        _balanced(source, each.balance, f"data.sources {each.name}: balance", config)
-        for source, each in zip(mixture.sources, data.sources, strict=True)
+        _balanced(source, whole, each.balance, f"data.sources {each.name}: balance", config)
+        for source, whole, each in zip(mixture.sources, newest, data.sources, strict=True)
     )
     mixture = replace(mixture, sources=balanced)
     return replace(mixture, stages=_stages(config, mixture.split(data.held_back)[0]))
 
 
 def _subset(source: LatentSource, where: str | None, place: str, config: ExperimentConfig) -> LatentSource:
-    """Return a source with the samples that the expression `where` holds for."""
+    """Return a source with the samples that the expression `where` holds for, and the list of dropped samples."""
+    source = replace(source, drops=load_drops(source.folder))
     if where is None:
         return source
     of_columns = cache(config.data.cache, config.data.cache_gigabytes)
-    return replace(source, where=where, selection=select(source.folder, source.manifest, where, of_columns, place))
+    return replace(source, where=where, chosen=select(source.folder, source.manifest, where, of_columns, place))
 
 
-def _balanced(source: LatentSource, power: float, place: str, config: ExperimentConfig) -> LatentSource:
-    """Return a source with its classes balanced; those that are one class of the mixture count as one."""
+def _balanced(
+    source: LatentSource, newest: LatentSource, power: float, place: str, config: ExperimentConfig
+) -> LatentSource:
+    """Return a source with its classes balanced, in all views; those that are one class of the mixture count as one.
+
+    Args:
+        newest: the same data set in its newest version, of which the index is.
+    """
     if not power:
         return source
     of_columns = cache(config.data.cache, config.data.cache_gigabytes)
-    codes, counts = read_classes(source.folder, source.manifest, source.selection, of_columns, place)
-    if source.class_map is not None:
-        codes = np.array([source.class_map.index(index) for index in source.class_map], codes.dtype)[codes]
-    return replace(source, balance=Balance(codes, counts, power))
+
+    def balance(view: View) -> Balance:
+        selection, shards = view.selection, newest.manifest.shards
+        if rest := len(shards) - view.num_shards:
+            sizes = np.array([shard.samples for shard in shards[: view.num_shards]], np.int64)
+            first = selection or Selection.of_all(sizes)
+            selection = replace(first, counts=np.append(first.counts, np.zeros(rest, np.int64)))
+        codes, counts = read_classes(source.folder, newest.manifest, selection, of_columns, place)
+        if source.class_map is not None:
+            codes = np.array([source.class_map.index(index) for index in source.class_map], codes.dtype)[codes]
+        return Balance(codes, counts[: view.num_shards], power)
+
+    return replace(
+        source,
+        balance=balance(View(len(source.manifest.shards), source.selection)),
+        views=tuple(replace(view, balance=balance(view)) for view in source.views),
+    )
 
 
 def _stages(config: ExperimentConfig, training: Mixture) -> tuple[Stage, ...]:
-    """Return the stages of the `data:` section, for the shards to train on."""
-    current = {}
-    for each, source in zip(config.data.sources, training.sources, strict=True):
+    """Return the stages of the `data:` section, for the shards to train on.
+
+    Weights that follow from numbers of samples change with the versions of the data; others are set with the stages.
+    """
+    for source in training.sources:
         if not source.num_samples:
             raise DataError(
                 f"data.sources {source.name}: {source.folder}: nothing is left to train on; leave fewer shards out"
             )
-        in_one_pass = Fraction(str(each.repeat or 1)) * source.num_samples
-        current[each.name] = Fraction(str(each.weight)) if each.weight else Fraction(each.num_samples or in_one_pass)
-    stages = [Stage(0, tuple(current.values()))]
-    for stage in config.data.stages:
-        current |= {name: Fraction(str(weight)) for name, weight in stage.weights.items()}
-        stages.append(Stage(stage.samples_seen, tuple(current.values())))
+    stages: list[Stage] = []
+    current: dict[str, Fraction] = {}
+    for number, segment in enumerate(training.history):
+        for each, source in zip(config.data.sources, training.sources, strict=True):
+            num_samples = sum(source.shard_sizes(source.views[number] if source.views else None))
+            in_one_pass = Fraction(str(each.repeat or 1)) * num_samples
+            current[each.name] = (
+                Fraction(str(each.weight)) if each.weight else Fraction(each.num_samples or in_one_pass)
+            )
+        stage = Stage(segment.first_sample, tuple(current.values()))
+        if not stages or stage.weights != stages[-1].weights:
+            stages.append(stage)
+    for later in config.data.stages:
+        current |= {name: Fraction(str(weight)) for name, weight in later.weights.items()}
+        stages.append(Stage(later.samples_seen, tuple(current.values())))
     return tuple(stages)
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm import weights_file
-from lfm.data.stream.mixture import Mixture
-from lfm.errors import CheckpointError, ConfigError, DataError
+from lfm.errors import CheckpointError, ConfigError
 from lfm.models import registry
 from lfm.models.network import VelocityNetwork
 from lfm.training.run_folder import RunState
@@ -23,6 +22,7 @@ FREE_KEYS = {
     "data.shards",
     "data.warn_passes",
     "data.allow_leaks",
+    "data.new_samples",
     "data.cache",
     "data.cache_gigabytes",
     "data.skip_shards",
@@ -58,24 +58,23 @@ def check_same_network(
 
 def check_continues(
     config: ExperimentConfig,
-    mixture: Mixture,
     model: VelocityNetwork,
     checkpoint: Path,
     state: RunState,
     allow_changes: bool,
+    *,
+    has_same_selection: bool,
 ) -> None:
-    """Check that data and configuration are those of the checkpoint to resume from.
+    """Check that the configuration is that of the checkpoint to resume from; for data see `choose_history`.
+
+    Args:
+        has_same_selection: whether `where` selects the samples that it selected then.
 
     Raises:
-        DataError: the latents are others.
         ConfigError: the configuration has changed, or the checkpoint is beyond the last step.
         CheckpointError: with `allow_changes`, the network is another one.
     """
     train, resumed_from = config.train, str(checkpoint)
-    if state.manifest_digest != mixture.digest:
-        raise DataError(
-            f"{mixture.name}: other latents than {resumed_from} was trained on; name those, or another folder with run"
-        )
     if rest := state.samples_seen % train.global_batch:
         raise ConfigError(
             f"train.global_batch {train.global_batch}: {resumed_from} has seen {state.samples_seen:,} samples, {rest} more "
@@ -87,7 +86,7 @@ def check_continues(
             "already; raise it"
         )
     changes = _changes(config, config_schema.validate(state.config, resumed_from))
-    if state.subsets_digest != mixture.subsets_digest and not any("where" in change for change in changes):
+    if not has_same_selection and not any("where" in change for change in changes):
         changes.append("data.where (the index of columns is another one)")
     if changes and not allow_changes:
         raise ConfigError(

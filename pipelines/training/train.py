@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from lfm import storage, weights_file
-from lfm.data.stream.mixture import Mixture, shared_shards
+from lfm.data.dropped import drops_digest
+from lfm.data.stream.mixture import LatentSource, Mixture, shared_shards
+from lfm.data.versions import Segment
 from lfm.errors import ConfigError, DataError, hide_credentials
 from lfm.models import registry
 from lfm.models.config import ModelConfig
@@ -25,10 +27,11 @@ from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.experiment.config_schema import ExperimentConfig, differences
-from pipelines.common.experiment.mixture_plan import describe_mixture
+from pipelines.common.experiment.mixture_plan import describe_history, describe_mixture
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training.best_weights import load_reference_set
+from pipelines.training.continued_data import choose_history, read_history, selects_as_before
 from pipelines.training.initialization import Initialization, Origin, prepare_weights
 from pipelines.training.resume_checks import check_continues
 from pipelines.training.training_loop import TrainingLoop, averages
@@ -53,6 +56,7 @@ def run(
     dry_run: bool = False,
     allow_changes: bool = False,
     initialization: Initialization | None = None,
+    repeat_data: str | None = None,
 ) -> TrainResult:
     """Train to the configured number of steps, from the newest checkpoint if there is one.
 
@@ -62,6 +66,7 @@ def run(
         dry_run: check everything, and do nothing.
         allow_changes: resume although the configuration has changed.
         initialization: the weights that a run without checkpoints starts from, and how they are adapted.
+        repeat_data: run, checkpoint or weights file whose versions of the data are read, each from the same sample on.
 
     Raises:
         ConfigError, DataError, CheckpointError: raised before training if the cause can be known before.
@@ -69,14 +74,13 @@ def run(
     """
     with Ranks(world) as ranks:
         _require_equal_configuration(config, ranks)
-        mixture = factory.load_mixture(config)
-        ranks.require_equal(f"latents of {mixture.name}", [mixture.digest, mixture.subsets_digest])
+        data = _load_data(config, ranks, repeat_data)
         folder = factory.run_folder(config)
         if dry_run:
             if world.is_main and not storage.is_local(config.run):
                 RunMirror(config.run, folder).fetch()
             checkpoint = _choose_checkpoint(folder, ranks, dry_run=True)
-            prepared = _prepare(config, mixture, world, folder, checkpoint, initialization, allow_changes)
+            prepared = _prepare(config, data, world, folder, checkpoint, initialization, allow_changes)
             return TrainResult(prepared.plan)
         with folder.only_one() if world.is_main else nullcontext():
             folder.require_shared(ranks)
@@ -87,10 +91,10 @@ def run(
             checkpoint = _choose_checkpoint(folder, ranks)
             if checkpoint and world.is_main:
                 folder.repair_weights(checkpoint[0])
-            prepared = _prepare(config, mixture, world, folder, checkpoint, initialization, allow_changes)
+            prepared = _prepare(config, data, world, folder, checkpoint, initialization, allow_changes)
             precision = prepared.config.train.precision or "fp32"
             with mirror or nullcontext(), float32_arithmetic(precision, factory.device(world)):
-                loop = _start(mixture, prepared, ranks, folder, mirror)
+                loop = _start(prepared, ranks, folder, mirror)
                 loop.run(checkpoint[0] if checkpoint else None, prepared.origin.weights)
                 loop.engine.close()
     if loop.stop_requested:
@@ -106,6 +110,7 @@ class PreparedTraining:
 
     plan: str
     config: ExperimentConfig  # with its precision
+    mixture: Mixture  # with the history of its versions
     model: VelocityNetwork
     settings: dict[str, Any]  # DeepSpeed's configuration
     reference_set: ReferenceSet | None  # for a distance during training
@@ -120,6 +125,24 @@ def _require_equal_configuration(config: ExperimentConfig, ranks: Ranks) -> None
         raise ConfigError(
             f"{key}: {main_value} on rank 0, {own_value} on rank {ranks.world.rank}; start all ranks with one configuration"
         )
+
+
+@dataclass(frozen=True)
+class FoundData:
+    """The data sets of a training as they are now."""
+
+    newest: tuple[LatentSource, ...]
+    repeated: tuple[Segment, ...]  # the history of another run, if it is to be repeated
+
+
+def _load_data(config: ExperimentConfig, ranks: Ranks, repeat_data: str | None) -> FoundData:
+    """Find the data sets, which must be the same on all ranks."""
+    newest = factory.load_sources(config)
+    repeated = read_history(repeat_data) if repeat_data else ()
+    mixture = factory.mixture_of(config, newest)
+    found = [mixture.digest, mixture.subsets_digest, *(drops_digest(source.drops) for source in newest)]
+    ranks.require_equal(f"latents of {mixture.name}", [*found, *(segment.model_dump() for segment in repeated)])
+    return FoundData(newest, repeated)
 
 
 def _choose_checkpoint(folder: RunFolder, ranks: Ranks, *, dry_run: bool = False) -> tuple[Path, RunState] | None:
@@ -145,7 +168,7 @@ def _choose_checkpoint(folder: RunFolder, ranks: Ranks, *, dry_run: bool = False
 
 def _prepare(
     config: ExperimentConfig,
-    mixture: Mixture,
+    data: FoundData,
     world: World,
     folder: RunFolder,
     checkpoint: tuple[Path, RunState] | None,
@@ -155,6 +178,7 @@ def _prepare(
     """Check everything that can be checked before training, and build the network."""
     recorded = trained_precision(checkpoint[1].config) if checkpoint else None
     config = factory.with_precision(config, factory.device(world), recorded)
+    mixture = factory.mixture_of(config, data.newest, choose_history(config, data.newest, checkpoint, data.repeated))
     (training, held_back), manifest = mixture.split(config.data.held_back), mixture.manifest
     if not config.data.allow_leaks and (leaks := shared_shards(training, held_back)):
         held, trained = leaks[0]
@@ -174,7 +198,8 @@ def _prepare(
     model = registry.build_network(model_config)
     rate_factors = _rate_factors(config, model)
     if checkpoint:
-        check_continues(config, mixture, model, *checkpoint, allow_changes)
+        is_same = selects_as_before(data.newest, mixture, checkpoint[1])
+        check_continues(config, model, *checkpoint, allow_changes, has_same_selection=is_same)
     origin = prepare_weights(config, model, manifest, checkpoint, initialization)
     if config.train.optimizer == "muon" and not model.hidden_matrices():
         raise ConfigError(
@@ -187,10 +212,11 @@ def _prepare(
     name = checkpoint[0].name if checkpoint else initialization.source if initialization else None
     lines = [
         _describe(config, mixture, model, world, settings, name),
+        *describe_history(mixture),
         *describe_mixture(config, training),
         *origin.lines,
     ]
-    return PreparedTraining("\n".join(lines), config, model, settings, reference_set, origin, rate_factors)
+    return PreparedTraining("\n".join(lines), config, mixture, model, settings, reference_set, origin, rate_factors)
 
 
 def _rate_factors(config: ExperimentConfig, model: VelocityNetwork) -> dict[str, float]:
@@ -206,11 +232,9 @@ def _rate_factors(config: ExperimentConfig, model: VelocityNetwork) -> dict[str,
     return factors
 
 
-def _start(
-    mixture: Mixture, prepared: PreparedTraining, ranks: Ranks, folder: RunFolder, mirror: RunMirror | None
-) -> TrainingLoop:
+def _start(prepared: PreparedTraining, ranks: Ranks, folder: RunFolder, mirror: RunMirror | None) -> TrainingLoop:
     """Start the engine on all ranks, and build the training loop."""
-    config = prepared.config
+    config, mixture = prepared.config, prepared.mixture
     guard = StepGuard(config.train.skip_above)
     matrices = prepared.model.hidden_matrices() if config.train.optimizer == "muon" else None
     engine = Engine(
@@ -255,6 +279,7 @@ def _header(config: ExperimentConfig, mixture: Mixture, model_config: ModelConfi
         config=config.model_dump(mode="json"),
         crop=manifest.recipe.get("crop"),
         labels=manifest.labels if "semantic" in config.conditions else {},
+        data_history=mixture.history,
     )
 
 

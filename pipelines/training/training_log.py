@@ -18,6 +18,7 @@ import torch
 
 from lfm import storage
 from lfm.data.stream.latent_stream import LatentStream
+from lfm.data.versions import Segment
 from lfm.training.engine import Engine
 from pipelines.common import image_files, plots
 
@@ -37,15 +38,23 @@ class TrainingLog:
         engine: trains the model; only the main rank writes.
         stream: training data, whose waiting times and cache are logged.
         flops_per_sample: operations of a forward and a backward pass, for the model FLOP utilization; None if unknown.
+        history: versions of the data, of which the log names each once.
     """
 
     def __init__(
-        self, folder: Path, samples_seen: int, engine: Engine, stream: LatentStream, flops_per_sample: int | None
+        self,
+        folder: Path,
+        samples_seen: int,
+        engine: Engine,
+        stream: LatentStream,
+        flops_per_sample: int | None,
+        history: Sequence[Segment] = (),
     ) -> None:
         self.path, self.engine, self.stream, self.flops_per_sample = folder / LOG, engine, stream, flops_per_sample
         # On all ranks at once, as in training, where they share memory bandwidth and cores.
         self.matmul_rate = matmul_rate(engine.device, engine.dtype) if flops_per_sample else math.nan
         self.losses: list[dict[str, float]] = []  # of each step since the last line
+        self._history, self._logged_segment = history, -1
         self._restart_interval(samples_seen)
         self.writes = engine.world.is_main
         if self.writes:
@@ -68,7 +77,7 @@ class TrainingLog:
         Returns:
             The figures for the progress bar, as text by name; empty on other ranks than the main one.
         """
-        line = self._line(samples_seen, step, learning_rate, measurements)
+        line = self._line(samples_seen, step, learning_rate, measurements) | self._new_versions(samples_seen)
         self.losses = []
         self._restart_interval(samples_seen)
         if not self.writes:
@@ -76,9 +85,17 @@ class TrainingLog:
         self.file.write(json.dumps(line) + "\n")
         if "validation_loss" in measurements and (warning := overfitting(self._read())):
             logger.warning(warning)
-        numbers = {f"train/{name}": float(value) for name, value in line.items() if value is not None}
+        numbers = {f"train/{name}": float(value) for name, value in line.items() if isinstance(value, (int, float))}
         self.engine.write_monitors(numbers, samples_seen)
         return _figures(line) | {name: f"{value:.4g}" for name, value in measurements.items()}
+
+    def _new_versions(self, samples_seen: int) -> dict[str, list[str]]:
+        """Return the first digits of the digests of the data that are read, if this log has not named them yet."""
+        segment = sum(segment.first_sample < samples_seen for segment in self._history) - 1
+        if segment == self._logged_segment:
+            return {}
+        self._logged_segment = segment
+        return {"data_versions": [state.digest[:12] for state in self._history[segment].sources]}
 
     def plot(self, *distances: str) -> None:
         """Plot the losses so far as loss.png, and each of the measured `distances` as NAME.png."""

@@ -144,7 +144,14 @@ class TrainingLoop:
             self.engine.set_weights(initial_weights)
         flops = self.header.model.flops_per_sample
         backward_and_forward = 3 * flops if flops else None
-        log = TrainingLog(self.folder.path, self.samples_seen, self.engine, self.stream, backward_and_forward)
+        log = TrainingLog(
+            self.folder.path,
+            self.samples_seen,
+            self.engine,
+            self.stream,
+            backward_and_forward,
+            self.header.data_history,
+        )
         quiet = not self.world.is_main
         bar = Progress("train", self.total_samples, "samples", done=self.samples_seen, quiet=quiet)
         with (

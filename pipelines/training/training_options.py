@@ -27,6 +27,8 @@ class TrainOptions:
     """Row at which classes begin that the source does not have: the mean of all rows, or the null row."""
     other_latents: bool = False
     """Start from weights that were trained on latents of another autoencoder."""
+    repeat_data: Annotated[str | None, Flag(metavar="RUN")] = None
+    """Read the versions of the data that a run, checkpoint or weights file was trained on, each from the same sample on."""
     local_rank: Annotated[int | None, Flag("--local_rank", hidden=True)] = None
     """Passed by the deepspeed launcher and not used; the environment holds it too."""
     dry_run: DryRun = False

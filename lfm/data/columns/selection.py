@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,12 +41,39 @@ class Selection:
         """Return the rows of the selected samples with these numbers in their shards, int64."""
         return self.rows[self.firsts[shards] + places].astype(np.int64)
 
+    @staticmethod
+    def of_all(sizes: np.ndarray) -> Selection:
+        """Return the selection of all samples of shards of these sizes."""
+        rows = [np.arange(size, dtype=_dtype(sizes.tolist())) for size in sizes]
+        return Selection(np.concatenate([np.zeros(0, _dtype(sizes.tolist())), *rows]), sizes)
+
+    @staticmethod
+    def join(parts: Sequence[Selection]) -> Selection:
+        """Return the selection in the shards of all parts, one part after the other."""
+        return Selection(np.concatenate([part.rows for part in parts]), np.concatenate([part.counts for part in parts]))
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Numbers of the selected samples that ascend with shard and row, int64 (selected,)."""
+        return np.repeat(np.arange(len(self.counts)), self.counts) * _LARGEST_SHARD + self.rows
+
+    @property
+    def digest(self) -> str:
+        """A hash of the selected rows of each shard."""
+        content = self.counts.astype("<i8").tobytes() + self.rows.astype("<i4").tobytes()
+        return hashlib.sha256(content).hexdigest()
+
     def contains(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return for each shard and row whether the sample is selected, bool."""
-        own = np.repeat(np.arange(len(self.counts)), self.counts) * _LARGEST_SHARD + self.rows
-        keys = shards * _LARGEST_SHARD + rows
+        own, keys = self.keys, shards * _LARGEST_SHARD + rows
         places = np.searchsorted(own, keys)
         return (places < len(own)) & (own[np.minimum(places, len(own) - 1)] == keys)
+
+    def without(self, places: np.ndarray) -> Selection:
+        """Return the selection without samples, int64 (num, 2): shard and row of each."""
+        lost = np.isin(self.keys, places[:, 0] * _LARGEST_SHARD + places[:, 1])
+        shards = np.repeat(np.arange(len(self.counts)), self.counts)
+        return Selection(self.rows[~lost], self.counts - np.bincount(shards[lost], minlength=len(self.counts)))
 
     def of_shards(self, part: slice) -> Selection:
         """Return the selection in a contiguous part of the shards."""

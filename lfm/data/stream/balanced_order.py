@@ -41,6 +41,12 @@ class Balance:
         first, num = int(self.counts[: part.start or 0].sum()), int(self.counts[part].sum())
         return Balance(self.codes[first : first + num], self.counts[part], self.power)
 
+    @staticmethod
+    def join(parts: Sequence[Balance]) -> Balance:
+        """Return the balance of the samples in the shards of all parts, one part after the other."""
+        codes, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "counts"))
+        return Balance(codes, counts, parts[0].power)
+
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the classes that have samples, ascending, and how many: int64 (classes,) each."""
         counts = np.bincount(self.codes)

@@ -12,7 +12,7 @@ import heapq
 import itertools
 import time
 from bisect import bisect_right
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,8 @@ from torch import Tensor
 from lfm import storage
 from lfm.data.latent_shards import LatentShard, ScatteredColumn
 from lfm.data.random_draws import draw, draw_candidates, draw_noise, kept_tokens
+from lfm.data.stream.data_history import num_open_windows, order_of
 from lfm.data.stream.mixture import MEMBERS_OF_CONDITION, Mixture
-from lfm.data.stream.mixture_order import MixtureOrder
 from lfm.errors import DataError
 from lfm.flow.coupling import couple, nearest
 from lfm.flow.null_condition import drop_condition
@@ -78,9 +78,7 @@ class LatentStream:
             raise DataError(f"{mixture.name}: holds no latents to train on")
         self.manifest, self.options, self.world, self.cache = manifest, options, world, cache
         self.device = torch.device(device)
-        selections = [source.selection for source in mixture.sources]
-        balances = [source.balance for source in mixture.sources]
-        self.order = MixtureOrder(sizes, mixture.stages, options.seed, options.window, selections, balances)
+        self.order = order_of(mixture, options.seed, options.window)
         self.scale, self.shift = manifest.autoencoder.scale_factor, manifest.autoencoder.shift
         self.members = {member.suffix: member for member in manifest.members}
         self.fields: dict[str, tuple[str, str]] = {}
@@ -100,15 +98,18 @@ class LatentStream:
         self.wait_seconds = 0.0
         # Not a method of this object: the cycle would keep a stream's shards open after its last use.
         self._shards = ReadAhead(partial(_open_columns, mixture, self.order.first_shards.tolist(), cache))
-        self._window: tuple[tuple[int, int], ...] | None = None
+        self._window: tuple[Hashable, ...] | None = None
 
     def _reserve(self, mixture: Mixture) -> None:
-        """Reserve room in the cache for two windows of each remote source, or for all shards if classes are balanced."""
-        needed = 0
+        """Reserve room in the cache for two windows of each remote source, or for all shards if classes are balanced.
+
+        While new samples are mixed with the rest of a pass, both have windows of their own.
+        """
+        needed, windows = 0, 2 * num_open_windows(mixture.history)
         for source, first in zip(mixture.sources, self.order.first_shards.tolist(), strict=False):
             if not storage.is_local(source.folder):
                 shards = source.manifest.shards
-                num_open = 2 * self.options.window if source.balance is None else len(shards)
+                num_open = windows * self.options.window if source.balance is None else len(shards)
                 needed += sum(heapq.nlargest(num_open, (shard.bytes for shard in shards)))
                 paths = [storage.join(source.folder, shard.name) for shard in shards]
                 copies = [copy_name(path, shard.bytes, shard.crc32) for path, shard in zip(paths, shards, strict=True)]

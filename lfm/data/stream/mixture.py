@@ -15,9 +15,11 @@ from fractions import Fraction
 from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.columns.selection import Selection
+from lfm.data.dropped import Drop
 from lfm.data.manifest import ClassRecord, Manifest, ShardRecord
 from lfm.data.stream.balanced_order import Balance
 from lfm.data.stream.mixture_order import Stage
+from lfm.data.versions import Segment
 from lfm.errors import ConfigError, DataError
 
 # The members that each condition reads: by name, those of the image and of the mirrored image.
@@ -27,6 +29,15 @@ MEMBERS_OF_CONDITION = {
     "inpaint": {"masked": ("masked.npy", "masked_flip.npy"), "mask": ("mask.npy", "mask.npy")},
     "semantic": {"segmentation": ("seg.npy", "seg.npy")},
 }
+
+
+@dataclass(frozen=True)
+class View:
+    """What is read of a source in one segment of a training."""
+
+    num_shards: int  # the first ones of the source
+    selection: Selection | None  # in these; None for all samples
+    balance: Balance | None = None  # of the classes of these samples
 
 
 @dataclass(frozen=True)
@@ -42,13 +53,21 @@ class LatentSource:
     where: str = ""  # the expression that chose the samples
     selection: Selection | None = None  # the samples that are read; None for all
     balance: Balance | None = None  # of the classes of these samples; None for the data as they are
+    chosen: Selection | None = None  # those of `where`, dropped ones included; None for all
+    drops: tuple[Drop, ...] = ()  # samples that are left out of `selection`
+    views: tuple[View, ...] = ()  # one for each segment of the history, if there are several
 
-    def shard_sizes(self) -> list[int]:
-        """Return the number of samples that are read of each shard, counting those to leave out as empty."""
-        sizes = shard_sizes(self.manifest, self.skip_shards, self.folder)
-        if self.selection is None:
+    def shard_sizes(self, view: View | None = None) -> list[int]:
+        """Return the number of samples that are read of each shard, counting those to leave out as empty.
+
+        Args:
+            view: what is read; by default all shards, and `selection` of their samples.
+        """
+        sizes = shard_sizes(self.manifest, self.skip_shards, self.folder)[: view.num_shards if view else None]
+        selection = view.selection if view else self.selection
+        if selection is None:
             return sizes
-        return [min(size, selected) for size, selected in zip(sizes, self.selection.counts.tolist(), strict=True)]
+        return [min(size, selected) for size, selected in zip(sizes, selection.counts.tolist(), strict=True)]
 
     @property
     def num_samples(self) -> int:
@@ -68,6 +87,7 @@ class Mixture:
     sources: tuple[LatentSource, ...]
     manifest: Manifest  # of the whole: merged classes, labels and members, and the shards of all sources
     stages: tuple[Stage, ...] = (Stage(0, (Fraction(1),)),)
+    history: tuple[Segment, ...] = ()  # what was read before, and is read now; see `lfm.data.stream.data_history`
 
     @property
     def name(self) -> str:
@@ -94,23 +114,25 @@ class Mixture:
     def split(self, num_held_back: int) -> tuple[Mixture, Mixture]:
         """Return the mixture of the shards to train on, and that of the last `num_held_back` shards of each source.
 
-        Classes are balanced in the first only, so that losses on the second are comparable.
+        Classes are balanced in the first only, so that losses on the second are comparable. Of a source that grows during a
+        training, the last shards are those at its start, so that they are never trained on.
 
         Raises:
             DataError: no shards of a source would be left to train on.
         """
         training, held_back = [], []
         for source in self.sources:
-            shards = source.manifest.shards
-            if num_held_back >= len(shards):
+            num_shards = source.views[0].num_shards if source.views else len(source.manifest.shards)
+            if num_held_back >= num_shards:
                 of_source = f" in {source.folder}" if len(self.sources) > 1 else ""
                 raise DataError(
-                    f"data.held_back {num_held_back}: there are {len(shards)} shards{of_source}, and some must be trained "
+                    f"data.held_back {num_held_back}: there are {num_shards} shards{of_source}, and some must be trained "
                     "on; lower it, or encode with fewer samples per shard"
                 )
-            border = len(shards) - num_held_back
-            training.append(_with_shards(source, slice(border)))
-            held_back.append(_with_shards(replace(source, balance=None), slice(border, None)))
+            border = num_shards - num_held_back
+            training.append(_with_shards(source, slice(border), slice(num_shards, None)))
+            unbalanced = replace(source, balance=None, views=())
+            held_back.append(_with_shards(unbalanced, slice(border, num_shards)))
         return self._of(training), self._of(held_back)
 
     def _of(self, sources: list[LatentSource]) -> Mixture:
@@ -159,6 +181,7 @@ def mix(
             "members": tuple(members[suffix] for suffix in sorted(common & members.keys())),
             "shards": tuple(shard for source in sources for shard in source.manifest.shards),
             "parent_digest": None,
+            "versions": (),
             "channel_mean": (),
             "channel_std": (),
         }
@@ -199,16 +222,33 @@ def _shards_read(mixture: Mixture) -> Iterator[tuple[str, ShardRecord]]:
                 yield storage.join(source.folder, shard.name), shard
 
 
-def _with_shards(source: LatentSource, part: slice) -> LatentSource:
-    shards = source.manifest.shards[part]
+def _with_shards(source: LatentSource, *parts: slice) -> LatentSource:
+    """Return a source of parts of its shards, one after the other."""
+    shards = tuple(shard for part in parts for shard in source.manifest.shards[part])
     names = {shard.name for shard in source.manifest.shards} - {shard.name for shard in shards}
-    manifest = source.manifest.model_copy(update={"shards": shards})
+
+    def of_parts(selection: Selection | None) -> Selection | None:
+        return selection and Selection.join([selection.of_shards(part) for part in parts])
+
+    def balance_of_parts(balance: Balance | None) -> Balance | None:
+        return balance and Balance.join([balance.of_shards(part) for part in parts])
+
+    views = [
+        View(
+            sum(len(range(view.num_shards)[part]) for part in parts),
+            of_parts(view.selection),
+            balance_of_parts(view.balance),
+        )
+        for view in source.views
+    ]
     return replace(
         source,
-        manifest=manifest,
+        manifest=source.manifest.model_copy(update={"shards": shards}),
         skip_shards=tuple(name for name in source.skip_shards if name not in names),
-        selection=source.selection.of_shards(part) if source.selection else None,
-        balance=source.balance.of_shards(part) if source.balance else None,
+        selection=of_parts(source.selection),
+        balance=balance_of_parts(source.balance),
+        chosen=of_parts(source.chosen),
+        views=tuple(views),
     )
 
 

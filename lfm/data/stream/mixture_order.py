@@ -7,9 +7,10 @@ before it ended, so any position is found from one sum over the stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
@@ -58,6 +59,21 @@ class StagedShares:
         return self.shares[int(np.searchsorted(self.starts, position, side="right")) - 1].weights
 
 
+class SourceOrder(Protocol):
+    """The order of one source; see `Order`."""
+
+    shard_sizes: np.ndarray
+
+    def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shards and rows."""
+
+    def window_at(self, position: int) -> Hashable:
+        """Return what changes when other shards are needed."""
+
+    def upcoming_shards(self, position: int, count: int | None = None) -> list[int]:
+        """Return the shards in the order of their next use."""
+
+
 class MixtureOrder:
     """The shard and row of each position of a mixture; the shards of all sources are numbered one after the other.
 
@@ -80,24 +96,27 @@ class MixtureOrder:
         balances: Sequence[Balance | None] = (),
     ) -> None:
         self.window = window
-        self.selections = selections or [None] * len(shard_sizes)
-        self.orders: list[Order | BalancedOrder] = []
+        self.selections = list(selections) or [None] * len(shard_sizes)
+        self.orders: list[SourceOrder] = []
         for source, (sizes, balance) in enumerate(zip(shard_sizes, balances or [None] * len(shard_sizes), strict=True)):
             stream = (source,) if len(shard_sizes) > 1 else ()
-            self.orders.append(
-                Order(sizes, seed, window, stream=stream)
-                if balance is None
-                else BalancedOrder(sizes, seed, window, balance, stream=stream)
-            )
+            if balance is None:
+                self.orders.append(Order(sizes, seed, window, stream=stream))
+            else:
+                self.orders.append(BalancedOrder(sizes, seed, window, balance, stream=stream))
         self.first_shards = np.cumsum([0, *map(len, shard_sizes)])  # number of each source's first shard
-        self._shares = StagedShares(stages)
+        self.shares = StagedShares(stages)
+
+    def replace_order(self, source: int, order: SourceOrder) -> None:
+        """Give a source another order, whose rows are those of the shards, also where samples are selected."""
+        self.orders[source], self.selections[source] = order, None
 
     def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return shards and rows, int64 (count,) each, of `count` positions from `position` on."""
         if len(self.orders) == 1:
             return self._at(0, position, count)
         shards, rows = np.empty(count, np.int64), np.empty(count, np.int64)
-        counts = self._shares.counts(position, count + 1)
+        counts = self.shares.counts(position, count + 1)
         source = np.argmax(np.diff(counts), axis=0)
         for index in range(len(self.orders)):
             start, end = int(counts[index, 0]), int(counts[index, -1])
@@ -113,14 +132,14 @@ class MixtureOrder:
         selection = self.selections[source]
         return shards, rows if selection is None else selection.rows_at(shards, rows)
 
-    def window_at(self, position: int) -> tuple[tuple[int, int], ...]:
-        """Return the epoch and the window within it that each source is in at a position."""
-        counts = self._shares.counts(position)[:, 0].tolist()
+    def window_at(self, position: int) -> tuple[Hashable, ...]:
+        """Return for each source what changes when other shards are needed: its epoch and the window within it."""
+        counts = self.shares.counts(position)[:, 0].tolist()
         return tuple(order.window_at(count) for order, count in zip(self.orders, counts, strict=True))
 
     def upcoming_shards(self, position: int, windows: int | None = None) -> list[int]:
         """Return the shards, those of the next use first: all, or those of the first `windows` windows of each source."""
-        counts, weights = self._shares.counts(position)[:, 0].tolist(), self._shares.weights_at(position)
+        counts, weights = self.shares.counts(position)[:, 0].tolist(), self.shares.weights_at(position)
         keyed: list[tuple[float, int]] = []
         for index, (order, count, weight) in enumerate(zip(self.orders, counts, weights, strict=True)):
             upcoming = order.upcoming_shards(count, None if windows is None else windows * self.window)

@@ -22,10 +22,11 @@ from typing import Protocol
 import numpy as np
 
 from lfm.data.columns.selection import Selection
-from lfm.data.stream.mixture_order import Shares
+from lfm.data.stream.balanced_order import BalancedOrder
 from lfm.data.stream.sample_order import Order
+from lfm.data.stream.shares import Shares
 
-_SEGMENTS = 2**32 - 1  # in place of an epoch: distinguishes the permutations of later segments
+SEGMENTS = 2**32 - 1  # in place of an epoch: distinguishes the permutations of later segments
 _SCANNED = 2**20  # positions that are compared with a pool at a time
 
 
@@ -45,7 +46,7 @@ class Pool:
 
 
 class OrderedSamples(Protocol):
-    """OrderedSamples in an order: endless, or `num_samples`."""
+    """Samples in an order: endless, or `num_samples`."""
 
     num_samples: int
 
@@ -158,7 +159,7 @@ class MixedSamples:
 
 @dataclass(frozen=True)
 class _Piece:
-    """OrderedSamples from a position on: passes without end, or the rest of one."""
+    """Samples from a position on: passes without end, or the rest of one."""
 
     start: int
     samples: OrderedSamples
@@ -189,13 +190,13 @@ class SegmentedOrder:
 
     def _begin(self, number: int, start: int, pools: Sequence[Pool]) -> None:
         """Replace the pieces from the start of a segment on."""
-        pool, own = pools[-1], (*self.stream, _SEGMENTS, number) if number else self.stream
+        pool, own = pools[-1], (*self.stream, SEGMENTS, number) if number else self.stream
         num_shards = len(pool.shard_sizes)
         rest = self._rest(start, pools) if number else None
         self._pieces = [piece for piece in self._pieces if piece.start < start]
         if rest and rest.samples.num_samples:
             if pool.at_once:
-                rest = self._with_new_samples(rest, pool, (*own, _SEGMENTS))
+                rest = self._with_new_samples(rest, pool, (*own, SEGMENTS))
             self._pieces.append(rest)
             start += rest.samples.num_samples
         order = Order(pool.shard_sizes, self.seed, self.window, stream=own)
@@ -271,3 +272,47 @@ class SegmentedOrder:
                 return piece.samples.shards_of_pass(next_pass, count)
         assert following is not None, "the rest of a pass is followed by other passes"
         return following.samples.shards_of_pass(0, count)
+
+
+class SuccessiveOrders:
+    """Orders of which each begins anew at a position, with all its samples: for balanced classes, which have no common pass.
+
+    Args:
+        starts: position at which each order begins, not descending; the first is 0.
+        orders: the orders.
+        selections: the samples that each of them counts; None for all.
+    """
+
+    def __init__(
+        self, starts: Sequence[int], orders: Sequence[BalancedOrder], selections: Sequence[Selection | None]
+    ) -> None:
+        self.shard_sizes = orders[-1].shard_sizes
+        self._starts, self._orders, self._selections = starts, orders, selections
+
+    def _at(self, position: int) -> int:
+        return bisect_right(self._starts, position) - 1
+
+    def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shards and rows, int64 (count,) each, of `count` positions from `position` on."""
+        parts = []
+        while count:
+            number = self._at(position)
+            is_last = number + 1 == len(self._starts)
+            length = count if is_last else min(count, self._starts[number + 1] - position)
+            shards, rows = self._orders[number].at(position - self._starts[number], length)
+            selection = self._selections[number]
+            parts.append((shards, rows if selection is None else selection.rows_at(shards, rows)))
+            position, count = position + length, count - length
+        return np.concatenate([shards for shards, _ in parts]), np.concatenate([rows for _, rows in parts])
+
+    def window_at(self, position: int) -> Hashable:
+        """Return the number of the order: all of its shards are one window."""
+        return self._at(position)
+
+    def upcoming_shards(self, position: int, count: int | None = None) -> list[int]:
+        """Return all shards of the order at a position, whatever `count` is, and with no `count` those of the next one."""
+        number = self._at(position)
+        shards = self._orders[number].upcoming_shards(position - self._starts[number])
+        if count is None and number + 1 < len(self._orders):
+            shards += self._orders[number + 1].upcoming_shards(0)
+        return list(dict.fromkeys(shards))

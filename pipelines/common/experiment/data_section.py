@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
@@ -90,6 +90,10 @@ class DataConfig(ConfigSection):
     """Number of shards at the end of each source that are used for the validation loss and not for training."""
     allow_leaks: bool = False
     """Train although the latents of a held-back shard are also those of a shard that is trained on, in another source."""
+
+    new_samples: Literal["next_pass", "at_once", "left_out"] = "next_pass"
+    """How a run that resumes reads samples that its latents have gained: in every pass from the next one on, at once, mixed
+    with the rest of the pass that has begun, or not at all."""
 
     @property
     def folders(self) -> tuple[str, ...]:

@@ -41,6 +41,30 @@ def describe_mixture(config: ExperimentConfig, training: Mixture) -> Iterator[st
         yield from describe_classes(training)
 
 
+def describe_history(mixture: Mixture) -> Iterator[str]:
+    """Yield a line for each version of a data set that is read; none if there is one of each, and no sample was dropped."""
+    history = mixture.history
+    if len(history) == 1 and not any(state.num_drops for state in history[0].sources):
+        return
+    for number, source in enumerate(mixture.sources):
+        before = None
+        for segment in history:
+            state = segment.sources[number]
+            if state == before:
+                continue
+            dropped = f", {_num_dropped(source, state.num_drops):,} samples dropped" if state.num_drops else ""
+            joins = " (new samples join at once)" if before and segment.join == "at_once" else ""
+            yield (
+                f"{source.folder}: version {state.digest[:12]} from sample {segment.first_sample:,} on{joins}: "
+                f"{state.num_samples:,} samples{dropped}"
+            )
+            before = state
+
+
+def _num_dropped(source: LatentSource, num_drops: int) -> int:
+    return len({(sample.shard, sample.row) for drop in source.drops[:num_drops] for sample in drop.samples})
+
+
 def _describe_subsets(training: Mixture) -> Iterator[str]:
     """Yield for each source that is read in part its samples, and what reading them costs: shards are read whole."""
     for source in training.sources:
@@ -51,7 +75,7 @@ def _describe_subsets(training: Mixture) -> Iterator[str]:
         needed = sum(shard.bytes * size // max(1, shard.samples) for shard, size in zip(shards, sizes, strict=True))
         total = source.manifest.num_samples
         yield (
-            f"{source.folder} where {source.where}: {source.num_samples:,} of {total:,} samples "
+            f"{source.folder}{f' where {source.where}' if source.where else ''}: {source.num_samples:,} of {total:,} samples "
             f"({source.num_samples / total:.2%}); a pass reads {sum(map(bool, sizes)):,} of {len(shards):,} shards, "
             f"{read / 1e9:,.3f} GB for {needed / 1e9:,.3f} GB of these samples"
         )
