@@ -128,21 +128,21 @@ def _require_equal_configuration(config: ExperimentConfig, ranks: Ranks) -> None
 
 
 @dataclass(frozen=True)
-class FoundData:
+class CurrentData:
     """The data sets of a training as they are now."""
 
     newest: tuple[LatentSource, ...]
     repeated: tuple[Segment, ...]  # the history of another run, if it is to be repeated
 
 
-def _load_data(config: ExperimentConfig, ranks: Ranks, repeat_data: str | None) -> FoundData:
+def _load_data(config: ExperimentConfig, ranks: Ranks, repeat_data: str | None) -> CurrentData:
     """Find the data sets, which must be the same on all ranks."""
     newest = factory.load_sources(config)
     repeated = read_history(repeat_data) if repeat_data else ()
     mixture = factory.mixture_of(config, newest)
-    found = [mixture.digest, mixture.subsets_digest, *(drops_digest(source.drops) for source in newest)]
-    ranks.require_equal(f"latents of {mixture.name}", [*found, *(segment.model_dump() for segment in repeated)])
-    return FoundData(newest, repeated)
+    digests = [mixture.digest, mixture.subsets_digest, *(drops_digest(source.drops) for source in newest)]
+    ranks.require_equal(f"latents of {mixture.name}", [*digests, *(segment.model_dump() for segment in repeated)])
+    return CurrentData(newest, repeated)
 
 
 def _choose_checkpoint(folder: RunFolder, ranks: Ranks, *, dry_run: bool = False) -> tuple[Path, RunState] | None:
@@ -168,7 +168,7 @@ def _choose_checkpoint(folder: RunFolder, ranks: Ranks, *, dry_run: bool = False
 
 def _prepare(
     config: ExperimentConfig,
-    data: FoundData,
+    data: CurrentData,
     world: World,
     folder: RunFolder,
     checkpoint: tuple[Path, RunState] | None,
