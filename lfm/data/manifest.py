@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,7 +37,9 @@ NEAR_DUPLICATES = "near_duplicates.json"
 DROPPED = "dropped.json"  # see `lfm.data.dropped`
 logger = logging.getLogger(__name__)
 
-SHARD_FILES = r"\d{6}\.(tar|json|columns\.json)|columns\.parquet|(near_duplicates|dropped|manifest|recipe)\.json"
+SHARD_FILES = (
+    r"\d{6}\.(tar|json|columns\.json)|columns(-\d{6})?\.parquet|(near_duplicates|dropped|manifest|recipe)\.json"
+)
 
 
 # Limits of the numbers in files that others may have written, so that none asks for memory without end.
@@ -91,6 +93,9 @@ class ColumnsRecord(_Record):
     bytes: Bytes
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
     types: Annotated[dict[str, ColumnType], Field(max_length=10_000)]
+    file: str = Field(
+        default=INDEX, pattern=r"^columns(-\d{6})?\.parquet$"
+    )  # of a set that has grown with its number of shards
 
 
 class ClassRecord(_Record):
@@ -349,13 +354,16 @@ def _read_record(folder: str, shard: str, size: int | None) -> ShardRecord:
     return record
 
 
-def discard_damaged(folder: str, fits: Callable[[ShardRecord], bool] = lambda record: True) -> None:
+def discard_damaged(
+    folder: str, fits: Callable[[ShardRecord], bool] = lambda record: True, untouched: Collection[str] = ()
+) -> None:
     """Remove the records that are damaged or do not fit their tars, so that these shards are made again.
 
     Other files of the folder are left alone.
 
     Args:
         fits: whether a record can be that of its shard in this data set.
+        untouched: names of shards that are left alone.
     """
     sizes = {name: size for name, size in storage.sizes(folder).items() if re.fullmatch(SHARD_FILES, name)}
 
@@ -367,7 +375,7 @@ def discard_damaged(folder: str, fits: Callable[[ShardRecord], bool] = lambda re
             logger.warning("%s: making the shard again", str(error).split(";")[0])
             storage.remove(storage.join(folder, _record_name(shard)))
 
-    shards = [name for name in sizes if name.endswith(".tar") and _record_name(name) in sizes]
+    shards = [name for name in sizes if name.endswith(".tar") and _record_name(name) in sizes and name not in untouched]
     for _ in map_ahead(discard, shards, threads=1 if storage.is_local(folder) else 16):
         pass
 
@@ -376,7 +384,10 @@ def publish(folder: str, manifest: Manifest) -> None:
     """Write the manifest, which marks the data set as complete."""
     storage.sweep(folder)
     optional = {name for name in ("columns", "versions") if not getattr(manifest, name)}  # older manifests lack them
-    storage.write_json(storage.join(folder, MANIFEST), manifest.model_dump(mode="json", exclude=optional), sealed=True)
+    content = manifest.model_dump(mode="json", exclude=optional)
+    if manifest.columns and manifest.columns.file == INDEX:
+        del content["columns"]["file"]
+    storage.write_json(storage.join(folder, MANIFEST), content, sealed=True)
 
 
 def _record_name(shard: str) -> str:

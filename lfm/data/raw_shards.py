@@ -6,6 +6,7 @@ A sample has the members `{key}.webp` (lossless), `.png` or `.jpg`, `{key}.json`
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -39,6 +40,15 @@ def raw_members(sample: RawSample, image_format: str) -> dict[str, Any]:
         members["seg.png"] = _encode(sample.segmentation, "png")
     members["json"] = json.dumps(sample.metadata, sort_keys=True, ensure_ascii=False).encode()
     return members
+
+
+def content_digest(members: dict[str, Any]) -> int:
+    """Return 63 bits of a hash of what a raw sample shows: its image, class and segmentation, and not its mask or origin."""
+    total = hashlib.blake2b(digest_size=8)
+    shown = (suffix for suffix in members if suffix not in ("json", "mask.png") and not suffix.startswith("__"))
+    for suffix in sorted(shown):
+        total.update(f"{suffix} {len(members[suffix])}\n".encode() + members[suffix])
+    return int.from_bytes(total.digest(), "little") >> 1
 
 
 def _encode(pixels: np.ndarray, image_format: str) -> bytes:

@@ -7,11 +7,14 @@ the version in the records of trainings.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import contextlib
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lfm.data.manifest import Manifest, VersionRecord
+from lfm import storage
+from lfm.data.manifest import RECIPE, Manifest, VersionRecord
 from lfm.errors import DataError
 
 Join = Literal["next_pass", "at_once"]
@@ -78,6 +81,47 @@ def at_version(manifest: Manifest, digest: str, folder: str) -> Manifest:
                 )
             return cut
     raise DataError(f"{folder}: has no version {digest[:12]}; its versions are {_short(digests(manifest))}")
+
+
+def before_growth(manifest: Manifest, folder: str) -> Manifest | None:
+    """Return the version before that of a manifest, or None if the data set has not grown."""
+    return at_version(manifest, manifest.versions[-1].digest, folder) if manifest.versions else None
+
+
+def begin_growth(folder: str, recipe: dict[str, Any], published: Manifest) -> bool:
+    """Begin or resume to let a complete data set grow by what `recipe` describes; its manifest stays in place until the end.
+
+    Shards of another growth, which was not finished, are removed. Returns whether it begins.
+    """
+    path, recipe = storage.join(folder, RECIPE), storage.as_stored(recipe)
+    names = storage.find(
+        folder
+    )  # before the recipe is read: what another process makes by this recipe is not among them
+    if RECIPE in names:
+        with contextlib.suppress(DataError):
+            if storage.read_json(path) == recipe:
+                return False
+    published_names = {shard.name.removesuffix(".tar") for shard in published.shards}
+    for name in sorted(names, key=lambda name: not name.endswith(".json")):  # a record says that its shard is done
+        if re.fullmatch(r"\d{6}\.(tar|json|columns\.json)", name) and name.split(".")[0] not in published_names:
+            storage.remove(storage.join(folder, name))
+    storage.write_json(path, recipe, sealed=True)
+    return True
+
+
+def check_present(folder: str, manifest: Manifest) -> None:
+    """Check that all shards of a data set that is to grow have the sizes of their records.
+
+    Raises:
+        DataError: one has not; names it.
+    """
+    sizes = storage.sizes(folder)
+    for shard in manifest.shards:
+        if sizes.get(shard.name) != shard.bytes:
+            raise DataError(
+                f"{storage.join(folder, shard.name)}: has {sizes.get(shard.name, 0):,} bytes, its record says {shard.bytes:,}; "
+                "restore it, since a data set grows without making its shards again"
+            )
 
 
 def _short(names: list[str]) -> str:

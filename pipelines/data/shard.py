@@ -18,18 +18,27 @@ from lfm.data import manifest as manifests
 from lfm.data.manifest import NEAR_DUPLICATES, ClassRecord, Manifest, Reject, ShardRecord
 from lfm.data.masks import MASKS
 from lfm.data.near_duplicates import NearDuplicate, import_imagehash
-from lfm.data.raw_shards import IMAGE_ENCODINGS, raw_members
+from lfm.data.raw_shards import IMAGE_ENCODINGS, content_digest, raw_members
 from lfm.data.sources.layouts import LAYOUTS, read
 from lfm.data.sources.names import storable
 from lfm.data.sources.source import About, Choices, Source
 from lfm.data.tar import sample_key
 from lfm.data.transforms import Rejected, binary, crop, crop_ids
+from lfm.data.versions import begin_growth, check_present, with_version_before
 from lfm.errors import ConfigError, DataError
 from lfm.types import RawSample, SourceItem
 from lfm.world import World
 from pipelines.common.processes import map_processes, part_of
 from pipelines.common.progress import Progress
 from pipelines.data.data_options import ShardConfig
+from pipelines.data.growth.shard_growth import (
+    KNOWN_CONTENT,
+    Growth,
+    find_growth,
+    give_up_growth,
+    is_known,
+    rows_of,
+)
 from pipelines.data.shard_claims import clear_work
 from pipelines.data.shard_columns import FactsWriter, write_raw_index
 from pipelines.data.shard_duplicates import (
@@ -43,6 +52,7 @@ from pipelines.data.shard_plan import describe, interpret_maps, save_sheet, surv
 from pipelines.data.shard_set import complete_records, write_shard
 
 NEAR_DUPLICATE = "near duplicate"  # reason of rejects that do not count against `max_rejected`
+NOT_COUNTED = {NEAR_DUPLICATE, KNOWN_CONTENT}
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class ShardJob:
     near_duplicates: Mapping[int, str] = field(
         default_factory=dict
     )  # rows to drop, with the images that they are near to
+    known_contents: str | None = None  # file of the contents that a set which grows has already
 
     @property
     def name(self) -> str:
@@ -91,13 +102,18 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
     source = interpret_maps(_read(config), config)
     if config.masks and "mask" in source.fields:
         raise ConfigError(f"`masks` {config.masks}: {source.root} has masks of its own; leave the option out")
-    jobs = plan(config, source)
+    growth = None if config.overwrite else find_growth(config.dest, source, lambda source: _recipe(config, source))
+    source = growth.source if growth else source
+    order = shard_order(config, source, growth)
+    jobs = plan(config, source, order, growth)
     own_jobs = jobs[part.slice_of(len(jobs))]
-    recipe = _recipe(config, source)
+    recipe = growth.recipe if growth else _recipe(config, source)
     summary = (
         f"{source.layout}: {len(source.items):,} images of {len(source.class_names)} classes in {config.source} -> "
         f"{len(jobs)} shards of {config.image_size} x {config.image_size} pixels in {config.dest}"
     )
+    if growth:
+        summary += f", which has {growth.num_known:,} of them and grows by {len(growth.new):,}"
     if part.size > 1:
         summary += f", {len(own_jobs)} of them by part {config.part}"
     sample = survey(source, config.crop)
@@ -106,19 +122,31 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
         save_sheet(source, sample, config.sheet)
     if config.dry_run:
         if config.near_duplicates != "keep":
-            _, line = _near_duplicates(config, source, part, None)
+            _, line = _near_duplicates(config, source, part, None, order, growth)
             description = f"{description}\n{line}"
         return ShardResult(summary, description, None)
     announce(description)
-    manifests.claim(config.dest, recipe, overwrite=config.overwrite)
+    if growth and not growth.new:
+        return ShardResult(summary, description, growth.published)
+    if growth:
+        check_present(config.dest, growth.base)
+        begin_growth(config.dest, recipe, growth.published)
+        if not {job.name for job in own_jobs} <= manifests.done(config.dest):
+            jobs = [replace(job, known_contents=growth.contents) for job in jobs]
+            own_jobs = jobs[part.slice_of(len(jobs))]
+    else:
+        if not config.overwrite:
+            give_up_growth(config.dest, recipe)
+        manifests.claim(config.dest, recipe, overwrite=config.overwrite)
     if _needs_near_duplicates(config, own_jobs):
-        copies, line = _near_duplicates(config, source, part, config.dest)
+        copies, line = _near_duplicates(config, source, part, config.dest, order, growth)
         announce(line)
         if config.near_duplicates == "drop":
-            jobs = _without(jobs, shard_order(config, source), source, copies)
+            jobs = _without(jobs, order, source, copies)
             own_jobs = jobs[part.slice_of(len(jobs))]
-    _write_jobs(config, jobs, own_jobs, Rejections(config.max_rejected, len(source.items)))
-    return ShardResult(summary, description, _publish_if_complete(config, source, recipe, jobs))
+    rejections = Rejections(config.max_rejected, sum(job.num_items for job in jobs))
+    _write_jobs(config, jobs, own_jobs, rejections, growth)
+    return ShardResult(summary, description, _publish_if_complete(config, source, recipe, jobs, growth))
 
 
 def _read(config: ShardConfig) -> Source:
@@ -149,18 +177,22 @@ def _check(config: ShardConfig) -> World:
     return part
 
 
-def plan(config: ShardConfig, source: Source) -> list[ShardJob]:
-    """Assign images to shards. The order is random, so that every shard has images of all classes."""
+def plan(
+    config: ShardConfig, source: Source, order: list[list[int]] | None = None, growth: Growth | None = None
+) -> list[ShardJob]:
+    """Assign images to shards, by `shard_order`. The order is random, so that every shard has images of all classes."""
     jobs = []
-    for number, indices in enumerate(shard_order(config, source)):
+    for number, indices in enumerate(order or shard_order(config, source), growth.first_shard if growth else 0):
         items = tuple(source.items[index] for index in indices)
         jobs.append(ShardJob(config, number, replace(source, items=items, about=About()), frozenset(_required(source))))
     return jobs
 
 
-def shard_order(config: ShardConfig, source: Source) -> list[list[int]]:
-    """Return the numbers of the source's images in each shard."""
-    order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(len(source.items)).tolist()
+def shard_order(config: ShardConfig, source: Source, growth: Growth | None = None) -> list[list[int]]:
+    """Return the numbers of the source's images in each shard, or in each new one of a set that grows."""
+    new, first_shard = (growth.new, growth.first_shard) if growth else (range(len(source.items)), 0)
+    random = np.random.Generator(np.random.Philox(key=config.seed + (first_shard << 64)))
+    order = (new.start + random.permutation(len(new))).tolist()
     return [order[start : start + config.samples_per_shard] for start in range(0, len(order), config.samples_per_shard)]
 
 
@@ -173,13 +205,19 @@ def _needs_near_duplicates(config: ShardConfig, own_jobs: list[ShardJob]) -> boo
 
 
 def _near_duplicates(
-    config: ShardConfig, source: Source, part: World, dest: str | None
+    config: ShardConfig,
+    source: Source,
+    part: World,
+    dest: str | None,
+    order: list[list[int]],
+    growth: Growth | None,
 ) -> tuple[list[NearDuplicate], str]:
     """Return the near duplicates of a source and a line about them; write their list and sheet."""
-    order = shard_order(config, source)
+    known = list(range(growth.num_known if growth else 0))
+    size = config.samples_per_shard
     copies = find_near_duplicates(
         source,
-        order,
+        [*order, *(known[start : start + size] for start in range(0, len(known), size))],
         config.crop,
         frozenset(_required(source)),
         dest,
@@ -227,7 +265,7 @@ class Rejections:
         Raises:
             DataError: there are too many; names the reasons and the first image.
         """
-        rejects = tuple(reject for reject in rejects if reject.reason != NEAR_DUPLICATE)  # which the user asked to drop
+        rejects = tuple(reject for reject in rejects if reject.reason not in NOT_COUNTED)
         self.by_reason.update(reject.reason for reject in rejects)
         if rejects and self.first is None:
             self.first = rejects[0]
@@ -240,7 +278,13 @@ class Rejections:
             )
 
 
-def _write_jobs(config: ShardConfig, jobs: list[ShardJob], own_jobs: list[ShardJob], rejections: Rejections) -> None:
+def _write_jobs(
+    config: ShardConfig,
+    jobs: list[ShardJob],
+    own_jobs: list[ShardJob],
+    rejections: Rejections,
+    growth: Growth | None,
+) -> None:
     """Write the shards of this part that are not done, and count the rejects of all shards."""
     num_items = {job.name: job.num_items for job in jobs}
     num_classes = len(jobs[0].source.class_names)
@@ -251,7 +295,8 @@ def _write_jobs(config: ShardConfig, jobs: list[ShardJob], own_jobs: list[ShardJ
         )
         return is_counted and record.samples + len(record.rejects) == num_items.get(record.name)
 
-    manifests.discard_damaged(config.dest, fits)
+    of_base = {shard.name for shard in growth.base.shards} if growth else set()
+    manifests.discard_damaged(config.dest, fits, of_base)
     done = manifests.done(config.dest)
     for record in manifests.records(config.dest, [job.name for job in jobs if job.name in done]):
         rejections.add(record.rejects)
@@ -275,13 +320,17 @@ def write_job(job: ShardJob) -> ShardRecord:
                 if row in job.near_duplicates:
                     raise Rejected(NEAR_DUPLICATE, f"of {job.near_duplicates[row]}")
                 sample = _sample(job, item, sample_key(job.number, row))
+                packed = raw_members(sample, job.config.image_format)
+                content = content_digest(packed)
+                if job.known_contents and is_known(job.known_contents, content):
+                    raise Rejected(KNOWN_CONTENT, "the data set has it under another name")
             except Rejected as error:
                 rejects.append(Reject(source=storable(item.image), reason=error.reason, detail=storable(str(error))))
                 continue
             if sample.class_index is not None:
                 class_counts[sample.class_index] += 1
-            facts.add(row, sample)
-            yield raw_members(sample, job.config.image_format)
+            facts.add(row, sample, content)
+            yield packed
 
     def description() -> dict[str, Any]:
         facts.write(job.config.dest, job.name)  # before the record, which marks the shard as done
@@ -321,16 +370,25 @@ def _sample(job: ShardJob, item: SourceItem, key: str) -> RawSample:
 
 
 def _publish_if_complete(
-    config: ShardConfig, source: Source, recipe: dict[str, Any], jobs: list[ShardJob]
+    config: ShardConfig, source: Source, recipe: dict[str, Any], jobs: list[ShardJob], growth: Growth | None
 ) -> Manifest | None:
     records = complete_records(config.dest, [job.name for job in jobs])
     if records is None:
         return None
     rejects = tuple(reject for record in records for reject in record.rejects)
-    Rejections(config.max_rejected, len(source.items)).add(rejects)
-    if not any(record.samples for record in records):
+    Rejections(config.max_rejected, sum(job.num_items for job in jobs)).add(rejects)
+    shards, sources = (*(growth.base.shards if growth else ()), *records), [job.source for job in jobs]
+    if not any(record.samples for record in shards):
         raise DataError(f"{source.root}: none of the images could be used")
-    counts = np.sum([record.class_counts for record in records], axis=0)
+    counts = np.zeros(len(source.class_names), np.int64)
+    for record in shards:
+        counts[: len(record.class_counts)] += np.array(record.class_counts, np.int64)
+    if growth:
+        known = replace(source, items=source.items[: growth.num_known])
+        file = f"columns-{len(shards):06d}.parquet"  # the version before keeps its own until the manifest is replaced
+        columns = write_raw_index(config.dest, sources, records, rows_of(config.dest, growth.base), known, file)
+    else:
+        columns = write_raw_index(config.dest, sources, records)
     manifest = Manifest(
         kind="raw",
         image_size=config.image_size,
@@ -341,11 +399,13 @@ def _publish_if_complete(
         fields=tuple(sorted({*source.fields, "mask"} if config.masks else source.fields)),
         labels=_labels(source),
         recipe=recipe,
-        shards=records,
-        columns=write_raw_index(config.dest, [job.source for job in jobs], records),
+        shards=shards,
+        columns=columns,
     )
+    if growth:
+        manifest = with_version_before(manifest, growth.base)
     manifests.publish(config.dest, manifest)
-    if config.near_duplicates != "keep":
+    if growth or config.near_duplicates != "keep":
         clear_work(config.dest)
     return manifest
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lfm import storage
@@ -24,6 +24,7 @@ from lfm.prefetch import map_ahead
 from lfm.types import RawSample
 
 FACTS = ("row", "width", "height")  # of each sample: its place among the shard's items, and the size of its image
+CONTENT = "content"  # of each sample: see `content_digest`; absent in older shards
 ShardFacts = dict[str, list[int]]
 
 
@@ -31,10 +32,11 @@ class FactsWriter:
     """Collects the facts of a shard's samples, in their order."""
 
     def __init__(self) -> None:
-        self.facts: ShardFacts = {name: [] for name in FACTS}
+        self.facts: ShardFacts = {name: [] for name in (*FACTS, CONTENT)}
 
-    def add(self, row: int, sample: RawSample) -> None:
-        """Add a sample that is in row `row` of the shard's items."""
+    def add(self, row: int, sample: RawSample, content: int) -> None:
+        """Add a sample that is in row `row` of the shard's items, with the digest of its content."""
+        self.facts[CONTENT].append(content)
         for name, value in zip(FACTS, (row, sample.metadata["width"], sample.metadata["height"]), strict=True):
             self.facts[name].append(value)
 
@@ -43,13 +45,23 @@ class FactsWriter:
         storage.write_json(_path(dest, shard), self.facts, sealed=True)
 
 
-def write_raw_index(dest: str, sources: list[Source], records: tuple[ShardRecord, ...]) -> ColumnsRecord | None:
+def write_raw_index(
+    dest: str,
+    sources: list[Source],
+    records: tuple[ShardRecord, ...],
+    before: Iterable[dict[str, list[Any]]] = (),
+    known: Source | None = None,
+    file: str = INDEX,
+) -> ColumnsRecord | None:
     """Write the index of a complete set of raw shards; return its record, or None (and say so) without pyarrow.
 
     Args:
         dest: folder of the set, a path or URL.
         sources: for each shard the source with its items, those that were rejected included.
         records: of the shards.
+        before: rows of the shards before these, of a set that grows.
+        known: source with the items of the rows before, as far as they are still there.
+        file: name of the index.
 
     Raises:
         DataError: a shard does not hold the items of its source.
@@ -61,18 +73,23 @@ def write_raw_index(dest: str, sources: list[Source], records: tuple[ShardRecord
             "%s, then run the same command again; until then columns are not kept", error
         )
         return None
-    columns = label_columns(item.columns for source in sources for item in source.items)
+    all_sources = [*sources, *([known] if known else [])]
+    columns = label_columns(item.columns for source in all_sources for item in source.items)
+    labels_before = {storable(item.image): item.columns for item in known.items} if known else {}
 
     def parts() -> Iterator[dict[str, list[Any]]]:
+        for rows in before:
+            label_rows = [labels_before.get(name) for name in rows["source"]]
+            part = {name: rows[name] for name in OWN_COLUMNS}
+            yield part | {name: [column.value(row) for row in label_rows] for name, column in columns.items()}
         facts = map_ahead(lambda record: _read(dest, record), records, threads=1 if storage.is_local(dest) else 16)
-        for number, (source, of_shard) in enumerate(zip(sources, facts, strict=True)):
+        for source, record, of_shard in zip(sources, records, facts, strict=True):
             if any(row >= len(source.items) for row in of_shard["row"]):
-                raise DataError(
-                    f"{_path(dest, records[number].name)}: of other images; remove it, and run the command again"
-                )
+                raise DataError(f"{_path(dest, record.name)}: of other images; remove it, and run the command again")
             items = [source.items[row] for row in of_shard["row"]]
             names = list(map(storable, source.class_names))
-            part: dict[str, list[Any]] = {
+            number = int(record.name[:6])
+            part = {
                 "key": [sample_key(number, row) for row in of_shard["row"]],
                 "class": [None if item.class_index is None else names[item.class_index] for item in items],
                 "source": [storable(item.image) for item in items],
@@ -81,7 +98,19 @@ def write_raw_index(dest: str, sources: list[Source], records: tuple[ShardRecord
             }
             yield part | {name: [column.value(item.columns) for item in items] for name, column in columns.items()}
 
-    return write_index(dest, parts(), OWN_COLUMNS | {name: column.type for name, column in columns.items()})
+    types = OWN_COLUMNS | {name: column.type for name, column in columns.items()}
+    return write_index(dest, parts(), types, file)
+
+
+def read_facts(dest: str, record: ShardRecord) -> ShardFacts | None:
+    """Return the facts that were written beside a shard; None if they are missing or damaged: older shards have none."""
+    path = _path(dest, record.name)
+    if storage.exists(path):
+        with contextlib.suppress(DataError):
+            facts = storage.read_json(path)
+            if _are_facts(facts, record.samples):
+                return facts
+    return None
 
 
 def _path(dest: str, shard: str) -> str:
@@ -89,15 +118,12 @@ def _path(dest: str, shard: str) -> str:
 
 
 def _read(dest: str, record: ShardRecord) -> ShardFacts:
-    """Return the facts of a shard, from its samples if they are missing or damaged: older shards have none."""
-    path = _path(dest, record.name)
-    if storage.exists(path):
-        with contextlib.suppress(DataError):
-            facts = storage.read_json(path)
-            if _are_facts(facts, record.samples):
-                return facts
+    """Return the facts of a shard, from its samples if they are missing or damaged."""
+    noted = read_facts(dest, record)
+    if noted is not None:
+        return noted
     shard = storage.join(dest, record.name)
-    facts = {name: [] for name in FACTS}
+    facts: ShardFacts = {name: [] for name in FACTS}
     with storage.open_read(shard) as stream:
         for members in read_tar(stream, shard):
             try:
@@ -115,7 +141,11 @@ def _read(dest: str, record: ShardRecord) -> ShardFacts:
 def _are_facts(facts: Any, samples: int) -> bool:
     return (
         isinstance(facts, dict)
-        and set(facts) == set(FACTS)
+        and set(FACTS) <= set(facts) <= {*FACTS, CONTENT}
         and all(isinstance(values, list) and len(values) == samples for values in facts.values())
-        and all(type(value) is int and 0 <= value < 2**31 for values in facts.values() for value in values)
+        and all(
+            type(value) is int and 0 <= value < 2 ** (63 if name == CONTENT else 31)
+            for name, values in facts.items()
+            for value in values
+        )
     )

@@ -9,7 +9,7 @@ import numpy as np
 from lfm import storage
 from lfm.data.columns.column_index import import_pyarrow, open_index
 from lfm.data.columns.selection import Selection
-from lfm.data.manifest import INDEX, Manifest
+from lfm.data.manifest import Manifest
 from lfm.errors import ConfigError, DataError, on_one_line
 from lfm.storage.cache import Cache
 
@@ -37,7 +37,7 @@ def read_classes(
             f"{place}: {folder} has no index of columns; with `pip install lfm[hf]`, run the `lfm shard` and `lfm encode` "
             "that made it again, which adds the index and makes no shard again"
         )
-    path = storage.join(folder, INDEX)
+    path = storage.join(folder, manifest.columns.file)
     pyarrow = import_pyarrow(path)
     other = f"{path}: is not of these samples; run the command that made {folder} again"
     names = pyarrow.array([entry.name for entry in manifest.classes], pyarrow.string())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lfm.data.columns.column_index import import_pyarrow, open_index, read_columns
-from lfm.data.manifest import INDEX, ColumnsRecord
+from lfm.data.manifest import ColumnsRecord
 from lfm.errors import printable
 from lfm.storage import join
 from lfm.storage.cache import Cache
@@ -26,7 +26,7 @@ def summarize_columns(folder: str, record: ColumnsRecord, cache: Cache) -> Itera
         ConfigError: pyarrow is not installed.
         DataError, StorageError: the index is missing or damaged.
     """
-    path = join(folder, INDEX)
+    path = join(folder, record.file)
     pyarrow = import_pyarrow(path)
     with open_index(folder, record, cache) as file:
         for name, kind in record.types.items():

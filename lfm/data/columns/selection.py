@@ -13,7 +13,7 @@ import numpy as np
 from lfm import storage
 from lfm.data.columns.column_index import import_pyarrow, open_index
 from lfm.data.columns.where_expression import parse_where
-from lfm.data.manifest import INDEX, Manifest
+from lfm.data.manifest import Manifest
 from lfm.errors import ConfigError, DataError, on_one_line
 from lfm.storage.cache import Cache
 
@@ -102,7 +102,7 @@ def select(folder: str, manifest: Manifest, where: str, cache: Cache, place: str
     place = f"{place} {where!r}: {folder}"
     expression = parse_where(where, manifest.columns.types, place)
     sizes = [shard.samples for shard in manifest.shards]
-    path = storage.join(folder, INDEX)
+    path = storage.join(folder, manifest.columns.file)
     pyarrow = import_pyarrow(path)
     read = 0
     starts = np.cumsum([0, *sizes])
