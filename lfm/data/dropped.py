@@ -60,6 +60,14 @@ def add_drop(folder: str, drop: Drop) -> None:
     storage.write_json(storage.join(folder, DROPPED), content, sealed=True)
 
 
+def take_over_drops(source: str, folder: str) -> None:
+    """Add the entries of the list of raw shards that the list of their latents does not have, which hold the same samples."""
+    own = load_drops(folder)
+    for drop in load_drops(source):
+        if drop not in own:
+            add_drop(folder, drop)
+
+
 def drops_digest(drops: tuple[Drop, ...]) -> str | None:
     """Return a hash of the samples of entries; None of no entries."""
     places = [[(sample.shard, sample.row) for sample in drop.samples] for drop in drops]

@@ -21,9 +21,11 @@ from lfm import storage
 from lfm.autoencoder import Autoencoder
 from lfm.data import manifest as manifests
 from lfm.data.columns.column_index import copy_index
+from lfm.data.dropped import take_over_drops
 from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import Manifest, ShardRecord
 from lfm.data.raw_shards import read_raw
+from lfm.data.versions import begin_growth, check_present, with_version_before
 from lfm.errors import DataError
 from lfm.prefetch import prefetch
 from lfm.types import LatentSample, RawSample
@@ -33,6 +35,7 @@ from pipelines.common.progress import Progress
 from pipelines.data import shard_claims
 from pipelines.data.data_options import EncodeConfig
 from pipelines.data.encode_images import ImageEncoder, checked
+from pipelines.data.growth.latent_growth import LatentGrowth, find_growth
 from pipelines.data.shard_claims import ShardClaims
 from pipelines.data.shard_set import complete_records, write_shard
 
@@ -77,11 +80,17 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     raw = manifests.load(config.raw, "raw")
     autoencoder = factory.autoencoder(config.autoencoder, world, config.precision)
     encoder = ImageEncoder(autoencoder, config.flips)
-    summary = _summary(config, raw, autoencoder)
+    recipe = _recipe(config, raw, autoencoder)
+    growth = None if config.overwrite else find_growth(config.dest, raw, recipe)
+    summary = _summary(config, raw, autoencoder, growth)
     if config.dry_run:
         return EncodeResult(summary, None)
-    recipe = _recipe(config, raw, autoencoder)
-    _begin(config, recipe, world)
+    if growth:
+        check_present(config.dest, growth.base)
+        begin_growth(config.dest, recipe, growth.published)
+    else:
+        _begin(config, recipe, world)
+    base_shards = {shard.name for shard in growth.base.shards} if growth else set()
     sizes = {shard.name: shard.samples for shard in raw.shards}
     if world.is_main:
         manifests.discard_damaged(
@@ -89,6 +98,7 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
             lambda record: (
                 record.samples == sizes.get(record.name) and len(record.channel_sums) == autoencoder.latent_channels
             ),
+            base_shards,
         )
 
     def samples_done() -> int:  # by all ranks
@@ -105,15 +115,16 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
             claims.withdraw(first.shard.name)
             if world.is_main:
                 progress.done = samples_done()
-    return EncodeResult(summary, _publish_if_complete(config, raw, encoder, recipe))
+    return EncodeResult(summary, _publish_if_complete(config, raw, encoder, recipe, growth))
 
 
-def _summary(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder) -> str:
+def _summary(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder, growth: LatentGrowth | None) -> str:
     size = autoencoder.latent_size(raw.image_size)
+    grows = f", which has {len(growth.base.shards)} of the shards and grows" if growth else ""
     return (
         f"{raw.num_samples:,} images in {len(raw.shards)} shards -> latents of "
         f"{(autoencoder.latent_channels, size, size)} in {config.dest}"
-        f"{', mirrored too' if config.flips else ''}, by {autoencoder.name} on {autoencoder.device}"
+        f"{', mirrored too' if config.flips else ''}, by {autoencoder.name} on {autoencoder.device}{grows}"
     )
 
 
@@ -234,7 +245,7 @@ def _write(dest: str, channels: int, first: EncodedBatch, batches: Iterator[Enco
 
 
 def _publish_if_complete(
-    config: EncodeConfig, raw: Manifest, encoder: ImageEncoder, recipe: dict[str, Any]
+    config: EncodeConfig, raw: Manifest, encoder: ImageEncoder, recipe: dict[str, Any], growth: LatentGrowth | None
 ) -> Manifest | None:
     records = complete_records(config.dest, [shard.name for shard in raw.shards])
     if records is None:
@@ -261,6 +272,9 @@ def _publish_if_complete(
         shards=records,
         columns=raw.columns,
     )
+    if growth:
+        manifest = with_version_before(manifest, growth.base)
+    take_over_drops(config.raw, config.dest)
     manifests.publish(config.dest, manifest)
     shard_claims.clear_claims(config.dest)
     return manifest
