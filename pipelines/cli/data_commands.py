@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import click
+
 from lfm.errors import printable
-from pipelines.cli.stage_command import command_line, echo, show, stage_command, with_flags
-from pipelines.data.data_options import AutoencoderConfig, EncodeConfig, InspectConfig, ShardConfig
+from pipelines.cli.stage_command import StageGroup, command_line, echo, show, stage_command, with_flags
+from pipelines.data.data_options import AutoencoderConfig, DropConfig, EncodeConfig, InspectConfig, ShardConfig
 from pipelines.demo.demo_options import ScenesConfig
 
 
@@ -60,6 +62,30 @@ def inspect(config: InspectConfig) -> None:
     from pipelines.data.inspect_shards import run
 
     echo(run(config, launcher.world()).report)
+
+
+@click.group(cls=StageGroup)
+def data() -> None:
+    """Change data sets of shards."""
+
+
+@stage_command(DropConfig)
+def drop(config: DropConfig) -> None:
+    """Withdraw samples from SHARDS: trainings that begin or resume leave them out. No shard is written again.
+
+    \b
+    lfm data drop LATENTS 000012000345 --reason "licence withdrawn"
+    lfm data drop LATENTS --where "like(source, 'agency/%')"
+    """
+    from pipelines.data.growth.drop_samples import run
+
+    result = run(config)
+    if config.dry_run:
+        return show(config, result.plan)
+    echo(result.plan)
+
+
+data.add_command(drop)
 
 
 @stage_command(AutoencoderConfig)

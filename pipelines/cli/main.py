@@ -11,6 +11,7 @@ COMMANDS = (
     data_commands.shard,
     data_commands.encode,
     data_commands.inspect,
+    data_commands.data,
     data_commands.autoencoder,
     data_commands.scenes,
     evaluation_commands.reference,

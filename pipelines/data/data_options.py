@@ -141,6 +141,24 @@ class InspectConfig:
 
 
 @stage_options
+class DropConfig:
+    """Options of `lfm data drop`."""
+
+    shards: Annotated[Location, Argument()]
+    """Folder or URL of raw or latent shards."""
+    keys: Annotated[tuple[str, ...], Argument()] = ()
+    """Keys of samples to withdraw, of 12 digits."""
+    keys_file: Annotated[str | None, Flag(metavar="FILE")] = None
+    """Text file with more keys, one a line."""
+    where: Annotated[str | None, Flag(metavar="CONDITION")] = None
+    """Also withdraw the samples that a condition on their columns holds for, such as source == 'cat/1.jpg'."""
+    reason: str = ""
+    """Why; kept in the list of withdrawn samples."""
+    cache: CacheFolder = None
+    dry_run: DryRun = False
+
+
+@stage_options
 class AutoencoderConfig:
     """Options of `lfm autoencoder`."""
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from lfm import storage
 from lfm.data import manifest as manifests
+from lfm.data.dropped import Drop, load_drops
 from lfm.data.evaluation_images import ShardedImages
 from lfm.data.latent_shards import LatentShard
 from lfm.data.manifest import Manifest, ShardRecord
-from lfm.data.stream.sample_order import Order
 from lfm.errors import ConfigError, DataError, StorageError
 from lfm.storage.cache import Cache
 from lfm.types import RawSample
@@ -55,7 +55,7 @@ def run(config: InspectConfig, world: World) -> InspectResult:
     if config.plan:
         return InspectResult("\n".join(_training_order(config, manifest)))
     cache = factory.cache(config.cache)
-    lines = [*_description(manifest), *describe_columns(config.path, manifest, cache)]
+    lines = [*_description(manifest, load_drops(config.path)), *describe_columns(config.path, manifest, cache)]
     if config.verify:
         _verify(config, manifest, cache)
         lines.append("every shard equals its record in the manifest")
@@ -92,7 +92,7 @@ def _named(options: set[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(options))
 
 
-def _description(manifest: Manifest) -> Iterator[str]:
+def _description(manifest: Manifest, drops: tuple[Drop, ...]) -> Iterator[str]:
     yield describe_size(manifest)
     for entry in manifest.classes:
         yield f"  class {entry.index:>4} {entry.name}: {entry.count:,}"
@@ -106,7 +106,11 @@ def _description(manifest: Manifest) -> Iterator[str]:
     for key, value in manifest.recipe.items():
         if key != "labels":
             yield f"  {key}: {value}"
+    for version in manifest.versions:
+        yield f"  version before {version.digest}: the first {version.num_shards:,} shards"
     yield f"  digest {manifest.digest}"
+    for drop in drops:
+        yield f"  {len(drop.samples):,} samples dropped{f': {drop.reason}' if drop.reason else ''}"
 
 
 def _training_order(config: InspectConfig, manifest: Manifest) -> Iterator[str]:
@@ -114,19 +118,21 @@ def _training_order(config: InspectConfig, manifest: Manifest) -> Iterator[str]:
     import torch
 
     from lfm.data.random_draws import draw
-    from lfm.data.stream.mixture import shard_sizes
+    from lfm.data.stream.data_history import order_of, state_of, with_views
+    from lfm.data.stream.mixture import LatentSource, Mixture
 
-    sizes = shard_sizes(manifest, config.skip_shard, config.path)
-    if not sum(sizes):
+    source = LatentSource(config.path, manifest, skip_shards=config.skip_shard, drops=load_drops(config.path))
+    source = with_views(source, [state_of(source)])
+    if not source.num_samples:
         raise DataError(f"{config.path}: no samples; leave fewer shards out")
-    order = Order(sizes, config.seed, config.window)
+    order = order_of(Mixture((source,), manifest), config.seed, config.window)
     shards, rows = order.at(config.at, config.num)
     numbers = range(config.at, config.at + config.num)
     flips = draw(config.seed, torch.tensor(numbers)).flip.tolist()
     has_flips = any(member.suffix == "latent_flip.npy" for member in manifest.members)
     for number, shard, row, flip in zip(numbers, shards, rows, flips, strict=True):
         mirrored = ", mirrored" if flip and has_flips else ""
-        epoch = number // order.num_samples
+        epoch = number // source.num_samples
         yield f"sample {number:,}: epoch {epoch}, {manifest.shards[shard].name} row {row}{mirrored}"
 
 
