@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.latent_shards import LatentShard
 from lfm.data.manifest import AutoencoderRecord, Manifest
+from lfm.data.stream.data_history import with_views
 from lfm.data.stream.mixture import LatentSource, single_source
+from lfm.data.versions import SourceState, digests
 from lfm.errors import ConfigError, DataError
 from lfm.weights_file import WeightsHeader
 from pipelines.common import factory, read_samples
@@ -135,11 +137,16 @@ def _parts(folder: str, manifest: Manifest, header: WeightsHeader) -> tuple[Late
     """Return the part of latents that a run was trained on, and the part that it held back."""
     data = header.config.get("data") or {}
     own = next((source for source in data.get("sources", ()) if _are_same(source["shards"], folder)), None)
-    if header.manifest_digest == manifest.digest:  # the only source, wherever it is now
+    is_only_source = header.manifest_digest in digests(manifest)  # wherever it is now
+    if is_only_source:
         own = data
     if own is None:
         return LatentSource(folder, manifest), LatentSource(folder, manifest.model_copy(update={"shards": ()}))
     whole = single_source(folder, manifest, tuple(own.get("skip_shards", ())))
+    if is_only_source:  # held-back shards are those of the version that the run began with
+        versions = [segment.sources[0].digest for segment in header.data_history] or [header.manifest_digest]
+        states = [SourceState(digest=digest, num_samples=0) for digest in versions]
+        whole = replace(whole, sources=(with_views(whole.sources[0], states),))
     training, rest = whole.split(data.get("held_back", 0))
     return training.sources[0], rest.sources[0]
 

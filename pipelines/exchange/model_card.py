@@ -130,7 +130,7 @@ def _model(content: CardContent) -> str:
 
 
 def _data(header: WeightsHeader) -> str:
-    rows = {"digest of the latents": f"`{header.manifest_digest}`"}
+    rows = {"digest of the latents": f"`{header.manifest_digest}`", **_versions(header)}
     if header.crop:
         rows["crop"] = header.crop
     if header.classes:
@@ -141,6 +141,25 @@ def _data(header: WeightsHeader) -> str:
     if header.labels:
         rows["labels of segmentations"] = ", ".join(f"{index} {name}" for index, name in sorted(header.labels.items()))
     return "## Data\n\n" + _table(rows)
+
+
+def _versions(header: WeightsHeader) -> dict[str, str]:
+    """Return which versions of the data were read for which samples, if there were several or samples were dropped."""
+    history = [segment for segment in header.data_history if segment.first_sample < max(1, header.samples_seen)]
+    if len(history) < 2 and not any(state.num_drops for segment in history for state in segment.sources):
+        return {}
+    data = header.config.get("data", {})
+    names = [source["name"] for source in data.get("sources", ())] or ["latents"]
+    ends = [*(segment.first_sample for segment in history[1:]), header.samples_seen]
+    rows = {}
+    for segment, end in zip(history, ends, strict=True):
+        states = [
+            f"{name} `{state.digest[:12]}`, {state.num_samples:,} samples"
+            + (", some withdrawn" if state.num_drops else "")
+            for name, state in zip(names, segment.sources, strict=False)
+        ]
+        rows[f"versions for samples seen {segment.first_sample:,} to {end:,}"] = "; ".join(states)
+    return rows
 
 
 def _training(content: CardContent) -> str:
@@ -162,7 +181,8 @@ def _training(content: CardContent) -> str:
     if header.config:
         text += (
             "\n`config.json` is the configuration with all keys. To repeat the training, on latents with the digest above:\n\n"
-            "    lfm train --config config.json --set run=RUN --set data.shards=LATENTS\n"
+            "    lfm train --config config.json --set run=RUN --set data.shards=LATENTS"
+            f"{' --repeat-data weights.safetensors' if _versions(header) else ''}\n"
         )
     return text
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lfm.data import manifest as manifests
+from lfm.data.versions import Segment, SourceState
 from lfm.errors import ConfigError
 from lfm.inference.trained_model import TrainedModel
 from lfm.types import SolverResult
@@ -27,6 +28,7 @@ from pipelines.evaluation.latent_sets import MIRROR, LatentSet, open_latents
 from tests.support.commands import ALONE, SmallSet, Tasks, assert_one_line
 from tests.support.feature_networks import trust
 from tests.support.feature_networks import trusting_lfm as lfm
+from tests.support.growing_latents import first_version, grow
 from tests.support.images import random_images
 
 NUM = 12
@@ -201,6 +203,25 @@ def test_a_source_of_a_mixture_is_split_as_in_training(run: Path, small_set: Sma
     re_encoded = dataclasses.replace(header, manifest_digest="of other latents")
     with pytest.raises(ConfigError, match="held none of it back"):
         open_latents(latents, None, {"re-encoded": re_encoded}, None)
+
+
+def test_shards_held_back_are_those_of_the_version_that_a_run_began_with(
+    run: Path, small_set: SmallSet, tmp_path: Path
+) -> None:
+    """Whether the latents have grown since the run, during it, or before it."""
+    _, header = load_weights(str(run))
+    versions = [
+        first_version(small_set.latents, tmp_path / "latents", 2),
+        grow(small_set.latents, tmp_path / "latents", 3),
+    ]
+    history = tuple(
+        Segment(first_sample=32 * number, sources=(SourceState(digest=each.digest, num_samples=each.num_samples),))
+        for number, each in enumerate(versions)
+    )
+    for seen, shards in ((history[:1], [[0], [1]]), (history, [[0, 2], [1]]), (history[1:], [[0, 1], [2]])):
+        own = dataclasses.replace(header, manifest_digest=seen[-1].sources[0].digest, data_history=seen)
+        parts = open_latents(str(tmp_path / "latents"), None, {"run": own}, None)
+        assert [[int(shard.name[:6]) for shard in part.manifest.shards] for part in parts] == shards
 
 
 def test_other_latents_calibrate_the_threshold_instead_of_the_runs_own(

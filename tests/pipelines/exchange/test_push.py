@@ -17,6 +17,7 @@ from PIL import Image
 
 import lfm as library
 from lfm.autoencoder import import_diffusers
+from lfm.data.versions import Segment, SourceState
 from lfm.weights_file import WEIGHTS, SourceRecord, load_weights, save_weights
 from tests.support.commands import REPOSITORY, Tasks, assert_one_line, lfm
 from tests.support.hub import FakeHub
@@ -141,6 +142,32 @@ def test_the_card_names_source_and_licence(weights: Path, tmp_path: Path) -> Non
         card = (out / "README.md").read_text()
         assert f"license: {licence}" in card and "base_model: them/base" in card
         assert "Their licence: openrail" in card and "ab" * 32 in card
+
+
+def test_the_card_lists_the_versions_of_data_that_grew(weights: Path, tmp_path: Path) -> None:
+    """With the samples seen of each, and the flag that repeats them; a run of one version has neither."""
+    tensors, header = load_weights(str(weights))
+    states = [SourceState(digest=letter * 64, num_samples=size) for letter, size in (("a", 32), ("b", 40))]
+    states.append(states[1].model_copy(update={"num_samples": 39, "num_drops": 1, "drops": "c"}))
+    history = tuple(
+        Segment(first_sample=first, sources=(state,)) for first, state in zip((0, 24, 40), states, strict=True)
+    )
+    for number, part in enumerate((history, history[:1])):
+        config = {"data": {"shards": "x", "sources": []}}
+        save_weights(str(weights / WEIGHTS), tensors, replace(header, data_history=part, config=config))
+        assert load_weights(str(weights))[1].data_history == part
+        out = tmp_path / str(number)
+        result = lfm("push", weights, "me/mine", "--out", out, "--num-samples", 0)
+        assert result.exit_code == 0, result.stderr
+    card, of_one_version = ((tmp_path / name / "README.md").read_text() for name in ("0", "1"))
+    for line in (
+        f"| versions for samples seen 0 to 24 | latents `{'a' * 12}`, 32 samples |",
+        f"| versions for samples seen 24 to 40 | latents `{'b' * 12}`, 40 samples |",
+        f"| versions for samples seen 40 to 64 | latents `{'b' * 12}`, 39 samples, some withdrawn |",
+        "--repeat-data weights.safetensors",
+    ):
+        assert line in card, card
+    assert "versions" not in of_one_version and "--repeat-data" not in of_one_version
 
 
 @pytest.mark.parametrize("task", ["none", "class", "inpaint", "semantic", "both"])
