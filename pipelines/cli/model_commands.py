@@ -139,7 +139,7 @@ def launched_train(options: LaunchedTrainOptions) -> None:
 def _arguments(options: LaunchedTrainOptions) -> list[str]:
     """Return the launch file's arguments beside its configuration and overrides."""
     texts = {"--initialize-from": options.initialize_from, "--class-map": options.class_map}
-    texts["--new-classes"] = options.new_classes
+    texts |= {"--new-classes": options.new_classes, "--repeat-data": options.repeat_data}
     arguments = [part for flag, text in texts.items() if text is not None for part in (flag, text)]
     switches = {"--allow-changes": options.allow_changes, "--other-latents": options.other_latents}
     return arguments + [flag for flag, is_set in switches.items() if is_set]

@@ -15,6 +15,7 @@ import s3fs
 
 from lfm import storage
 from lfm.data import manifest as manifests
+from lfm.data.dropped import load_drops
 from lfm.data.manifest import ShardRecord
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
 from lfm.data.stream.mixture import single_source
@@ -26,6 +27,7 @@ from pipelines.data.shard_claims import WORK
 from pipelines.data.shard_set import write_shard
 from tests.support.commands import ALONE, SmallSet, assert_one_line, lfm
 from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.images import random_images
 from tests.support.object_store import BUCKET, ObjectStore, requires_object_store
 
 pytestmark = [requires_object_store, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -170,3 +172,33 @@ def test_a_refused_key_is_one_line(store: ObjectStore, small_set: SmallSet, monk
         assert_one_line(lfm("shard", small_set.images, f"s3://{BUCKET}/new", "--image-size", 16), f"s3://{BUCKET}/new")
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_set_in_the_store_grows_as_one_on_the_disk(store: ObjectStore, small_set: SmallSet, tmp_path: Path) -> None:
+    """Raw shards, latents and the list of dropped samples; the shards before are not written again."""
+    images = random_images(tmp_path / "images", 24)
+    aside = [path.rename(tmp_path / path.name) for path in sorted(images.iterdir())[10:]]
+    places = [(str(tmp_path / kind), f"s3://{BUCKET}/growing/{kind}") for kind in ("raw", "latents")]
+
+    def make() -> None:
+        for raw, latents in zip(*places, strict=True):
+            for command in (
+                ("shard", images, raw, "--image-size", 16, "--samples-per-shard", 5),
+                ("encode", raw, latents, "--autoencoder", small_set.autoencoder),
+            ):
+                result = lfm(*command)
+                assert result.exit_code == 0, result.stderr
+
+    make()
+    for path in aside:
+        path.rename(images / path.name)
+    make()
+    for local, remote in places:
+        assert content(local) == content(remote)
+        one, other = (manifests.load(folder) for folder in (local, remote))
+        assert one == other and [version.num_shards for version in one.versions] == [2] and len(one.shards) == 5
+        assert lfm("data", "drop", remote, "000004000001", "000000000002").exit_code == 0
+        assert [(each.shard, each.row) for each in load_drops(remote)[0].samples] == [
+            ("000004.tar", 1),
+            ("000000.tar", 2),
+        ]

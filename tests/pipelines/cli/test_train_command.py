@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from pipelines.cli.model_commands import train
 from pipelines.common.experiment.shipped_experiments import LAUNCH_FILE
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm
 
@@ -30,6 +32,21 @@ def test_one_process_needs_no_launcher(commands: Commands) -> None:
     assert command[2:] == [
         *("--config", "demo", "--set", "run=a b", "--class-map", "map.csv", "--new-classes", "mean", "--allow-changes")
     ]
+
+
+def test_every_option_of_the_launch_file_is_passed_on(commands: Commands) -> None:
+    special = {"--config", "--set", "--local_rank", "--dry-run"}
+    options = [option for option in train.params if isinstance(option, click.Option) and option.opts[0] not in special]
+    assert len(options) > 4
+    arguments = [part for option in options for part in (option.opts[0], *([] if option.is_flag else [_value(option)]))]
+    lfm("train", "--config", "demo", "--num-gpus", "1", *arguments)
+    assert {*arguments} <= {*commands[0]}
+
+
+def _value(option: click.Option) -> str:
+    """Return a value of an option that takes one: the last of its choices, if it has some."""
+    metavar = option.metavar or "TEXT"
+    return metavar.strip("[]").split("|")[-1]
 
 
 def test_several_processes_are_started_by_deepspeed(commands: Commands) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.dropped import Drop, DroppedSample, add_drop
 from lfm.data.versions import digests
@@ -85,6 +86,12 @@ def test_resuming_with_grown_data_says_what_it_does(experiment: Path, small_set:
     grown = plan(experiment, *data)
     assert f"{latents}: version {before.digest[:12]} from sample 0 on: 32 samples\n" in grown.output, grown.output
     assert f"{latents}: version {after.digest[:12]} from sample 40 on: 40 samples\n" in grown.output
+    checkpoint = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "state.json"
+    state = storage.read_json(str(checkpoint))
+    older = {name: value for name, value in state.items() if name != "data_history"}
+    storage.write_json(str(checkpoint), older, sealed=True)
+    assert plan(experiment, *data).output == grown.output
+    storage.write_json(str(checkpoint), state, sealed=True)
     left_out = plan(experiment, *data, "data.new_samples=left_out")
     assert "version" not in left_out.output and "32 samples in" in left_out.output, left_out.output
     drop(latents, (0, 0), (2, 0))
