@@ -19,6 +19,7 @@ from PIL import Image
 from lfm.data import manifest as manifests
 from lfm.data.manifest import INDEX, MANIFEST, RECIPE
 from lfm.data.versions import at_version, digests
+from lfm.synthetic.scenes import draw_scene
 from pipelines.data.growth import shard_growth
 from pipelines.data.shard import ShardConfig, run
 from tests.support.commands import REPOSITORY, assert_one_line, lfm
@@ -176,3 +177,22 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert lfm("shard", source, raw, *OPTIONS).exit_code == 0
     (raw / MANIFEST).write_text("{")
     assert_one_line(lfm("shard", source, raw, *OPTIONS), MANIFEST)
+
+
+def test_near_duplicates_of_images_that_the_set_has_are_dropped(tmp_path: Path) -> None:
+    """Also where the new image is the first of both in the order of the source."""
+    source, raw = tmp_path / "images", tmp_path / "raw"
+    options = ("--image-size", 32, "--samples-per-shard", 4, "--near-duplicates", "drop", "--classes", "none")
+    for number in range(6):
+        save_image(source / "m" / f"{number}.png", Image.fromarray(draw_scene(0, number, 96).image))
+    assert lfm("shard", source, raw, *options).exit_code == 0
+    old = shards_of(raw)
+    with Image.open(source / "m" / "2.png") as image:
+        save_image(source / "a" / "copy.png", image.resize((72, 72)))
+    for number in range(6, 9):
+        save_image(source / "z" / f"{number}.png", Image.fromarray(draw_scene(0, number, 96).image))
+    result = lfm("shard", source, raw, *options)
+    assert result.exit_code == 0 and "1 of 10 images, at most" in result.stdout, result.output
+    manifest = manifests.load(str(raw))
+    assert [(each.source, each.detail) for each in manifest.rejects] == [("a/copy.png", "near duplicate: of m/2.png")]
+    assert manifest.num_samples == 9 and {name: shards_of(raw)[name] for name in old} == old
