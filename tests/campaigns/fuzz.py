@@ -281,6 +281,7 @@ def make_targets(inputs: Inputs) -> list[Target]:
         make_autoencoder(inputs / "autoencoder", seed=0)
         run("shard", inputs / "scenes/images", inputs / "raw", *shard)
         run("encode", inputs / "raw", inputs / "latents", *encode)
+        run("data", "drop", inputs / "latents", "000000000000", "000001000001")
         run("reference", inputs / "raw", inputs / "reference.safetensors")
         train("--set", "train.num_steps=5")
         sample(inputs / "samples")
@@ -308,6 +309,8 @@ def make_targets(inputs: Inputs) -> list[Target]:
         Target("latent manifest", latents / "manifest.json", mutate(mutate_json), read_batches),
         Target("latent manifest", latents / "manifest.json", mutate(mutate_json), lambda out: run("inspect", latents)),
         Target("latent manifest", latents / "manifest.json", mutate(mutate_json), lambda out: train("--dry-run")),
+        Target("dropped samples", latents / "dropped.json", mutate(mutate_json), lambda out: train("--dry-run")),
+        Target("dropped samples", latents / "dropped.json", mutate(mutate_json), lambda out: run("inspect", latents)),
         Target("raw shard", raw / "000001.tar", mutate_shard, lambda out: run("encode", raw, out, *encode)),
         Target("latent shard", latents / "000001.tar", mutate_shard, read_batches),
         Target(

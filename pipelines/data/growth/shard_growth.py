@@ -8,6 +8,7 @@ make its shards at any time, and repeat. Until all are done, the manifest before
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -20,13 +21,13 @@ import numpy as np
 from lfm import storage
 from lfm.data import manifest as manifests
 from lfm.data.columns.column_index import rows_by_shard
-from lfm.data.manifest import MANIFEST, RECIPE, Manifest, ShardRecord
+from lfm.data.manifest import MANIFEST, OWN_COLUMNS, RECIPE, Manifest, ShardRecord
 from lfm.data.raw_shards import content_digest
 from lfm.data.sources.names import storable
 from lfm.data.sources.source import Source
 from lfm.data.tar import read_tar
 from lfm.data.versions import before_growth, begin_growth
-from lfm.errors import ConfigError, DataError
+from lfm.errors import ConfigError, DataError, StorageError
 from lfm.storage.cache import Cache
 from pipelines.data.shard_claims import WORK, clear_work
 from pipelines.data.shard_columns import read_facts
@@ -120,8 +121,10 @@ def _published(dest: str) -> Manifest | None:
     try:
         return manifests.load(dest, "raw")
     except DataError:
-        recipe = storage.join(dest, RECIPE)
-        if storage.exists(recipe) and GROWN_FROM in storage.read_json(recipe):
+        recipe: Any = None
+        with contextlib.suppress(DataError, StorageError):
+            recipe = storage.read_json(storage.join(dest, RECIPE))
+        if isinstance(recipe, dict) and GROWN_FROM in recipe:
             raise
         return None
 
@@ -159,7 +162,7 @@ def _check_fits(dest: str, base: Manifest, source: Source, recipe: dict[str, Any
 
 def rows_of(dest: str, manifest: Manifest) -> Iterator[dict[str, list[Any]]]:
     """Yield the rows of each shard: those of the index, or without one what the samples themselves say of their images."""
-    if manifest.columns is not None:
+    if manifest.columns is not None and OWN_COLUMNS.keys() <= manifest.columns.types.keys():
         yield from rows_by_shard(dest, manifest, Cache())
         return
     for shard in manifest.shards:
