@@ -128,16 +128,10 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
     announce(description)
     if growth and not growth.new:
         return ShardResult(summary, description, growth.published)
+    _begin(config, recipe, growth)
     if growth:
-        check_present(config.dest, growth.base)
-        begin_growth(config.dest, recipe, growth.published)
-        if not {job.name for job in own_jobs} <= manifests.done(config.dest):
-            jobs = [replace(job, known_contents=growth.contents) for job in jobs]
-            own_jobs = jobs[part.slice_of(len(jobs))]
-    else:
-        if not config.overwrite:
-            give_up_growth(config.dest, recipe)
-        manifests.claim(config.dest, recipe, overwrite=config.overwrite)
+        jobs = [replace(job, known_contents=growth.contents) for job in jobs]
+        own_jobs = jobs[part.slice_of(len(jobs))]
     if _needs_near_duplicates(config, own_jobs):
         copies, line = _near_duplicates(config, source, part, config.dest, order, growth)
         announce(line)
@@ -147,6 +141,17 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
     rejections = Rejections(config.max_rejected, sum(job.num_items for job in jobs))
     _write_jobs(config, jobs, own_jobs, rejections, growth)
     return ShardResult(summary, description, _publish_if_complete(config, source, recipe, jobs, growth))
+
+
+def _begin(config: ShardConfig, recipe: dict[str, Any], growth: Growth | None) -> None:
+    """Claim the folder for a new set, or for one that grows."""
+    if growth:
+        check_present(config.dest, growth.base)
+        begin_growth(config.dest, recipe, growth.published)
+        return
+    if not config.overwrite:
+        give_up_growth(config.dest, recipe)
+    manifests.claim(config.dest, recipe, overwrite=config.overwrite)
 
 
 def _read(config: ShardConfig) -> Source:

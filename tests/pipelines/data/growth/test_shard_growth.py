@@ -86,6 +86,7 @@ def test_a_set_grows_by_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Counter(table["class"]) == {"cat": 15, "dog": 10, "ant": 4}
 
     contents = folder_contents(raw)
+    (raw / after.shards[-1].name).write_bytes(b"damaged")
     again = lfm(*command)
     assert again.exit_code == 0, again.stderr
     assert folder_contents(raw) == contents
