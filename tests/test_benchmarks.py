@@ -131,3 +131,11 @@ def test_memorisation(tmp_path: Path) -> None:
     assert run_apart("memorisation", tmp_path).splitlines()[-4:] == first.splitlines()[-4:]
     with Image.open(tmp_path / "few" / "report" / "nearest.png") as image:
         assert image.width > 3 * 64
+
+
+def test_forecast(tmp_path: Path) -> None:
+    """One network at one stage."""
+    assert "disk: 2 of 2 within 5%" in run_apart("forecast", "--out", tmp_path / "forecast.json")
+    comparisons = json.loads((tmp_path / "forecast.json").read_text())["comparisons"]
+    assert [each["quantity"] for each in comparisons] == 2 * ["memory", "disk", "time"]
+    assert all(abs(each["error"]) < 0.25 for each in comparisons if each["quantity"] == "memory")

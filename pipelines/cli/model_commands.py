@@ -64,7 +64,13 @@ def ema(config: EmaConfig) -> None:
 @stage_command(TrainOptions)
 def train(options: TrainOptions) -> None:
     """Train a model on latent shards. Run the same command to resume."""
+    _check_forecast(options)
     _train(options)
+
+
+def _check_forecast(options: TrainOptions) -> None:
+    if (options.ranks or options.rate) and not options.dry_run:
+        raise ConfigError("`ranks`, `rate`: are for `dry_run`; leave them out, or set that")
 
 
 def _train(options: TrainOptions) -> None:
@@ -89,6 +95,8 @@ def _train(options: TrainOptions) -> None:
         allow_changes=options.allow_changes,
         initialization=initialization,
         repeat_data=options.repeat_data,
+        num_ranks=options.ranks,
+        rate=options.rate,
     )
     if options.dry_run:
         echo(config_file.as_yaml(experiment))
@@ -111,6 +119,7 @@ def launched_train(options: LaunchedTrainOptions) -> None:
     from pipelines.common import launcher
     from pipelines.common.processes import num_processes
 
+    _check_forecast(options)
     for option in options.deepspeed_options[:1]:
         if not option.startswith("-"):
             raise ConfigError(
@@ -122,6 +131,8 @@ def launched_train(options: LaunchedTrainOptions) -> None:
                 "`num_gpus`, DEEPSPEED_OPTIONS: a launcher has started the processes already; leave them out"
             )
         shared = {field.name: getattr(options, field.name) for field in fields(TrainOptions)}
+        if options.dry_run and not launcher.is_launched():  # this process plans for those that would be started
+            shared["ranks"] = options.ranks or num_processes(options.num_gpus)
         return _train(TrainOptions(**shared))
     num_ranks = None if options.deepspeed_options and not options.num_gpus else num_processes(options.num_gpus)
     command = launcher.training_command(

@@ -102,6 +102,8 @@ class EncodeConfig:
     threads: Annotated[Count, EXECUTION] = 4
     """Threads of each process that decode images."""
     cache: CacheFolder = None
+    rate: Positive | None = None
+    """Images per second of all processes, for the hours that --dry-run tells.  [default: measured here]"""
     overwrite: Overwrite = False
     dry_run: DryRun = False
     num_gpus: NumGpus = None

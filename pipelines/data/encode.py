@@ -9,13 +9,18 @@ Reading and decoding run ahead of the network in one thread, and the network run
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+import tarfile
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lfm import storage
 from lfm.autoencoder import Autoencoder
@@ -25,12 +30,15 @@ from lfm.data.dropped import take_over_drops
 from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import Manifest, ShardRecord
 from lfm.data.raw_shards import read_raw
+from lfm.data.tar import BLOCK
 from lfm.data.versions import begin_growth, check_present, with_version_before
-from lfm.errors import DataError
+from lfm.errors import ConfigError, DataError
 from lfm.prefetch import prefetch
+from lfm.training.memory_forecast import TensorMemory
 from lfm.types import LatentSample, RawSample
 from lfm.world import World
 from pipelines.common import factory
+from pipelines.common.forecasts import free_bytes, gigabytes, kept_by_malloc, listed, median_seconds
 from pipelines.common.progress import Progress
 from pipelines.data import shard_claims
 from pipelines.data.data_options import EncodeConfig
@@ -42,6 +50,8 @@ from pipelines.data.shard_set import complete_records, write_shard
 BATCHES_AHEAD = 3  # that wait before and behind the network
 POLL_SECONDS = 1.0  # between attempts to claim a shard of another process
 ATTEMPTS_BEFORE_NOTE = 10
+PROCESS_BYTES = 455_000_000  # of libraries on a CPU, measured: the peak of encoding single images of 64 pixels
+BATCH_SECONDS = 3.0  # of the images whose rate is taken for that of all
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     Raises:
         ConfigError, DataError, StorageError: no shard is visible that is not whole; the same command resumes.
     """
+    if config.rate and not config.dry_run:
+        raise ConfigError("`rate`: is for `dry_run`; leave it out, or set that")
     storage.require_apart(config.raw, config.dest)
     raw = manifests.load(config.raw, "raw")
     autoencoder = factory.autoencoder(config.autoencoder, world, config.precision)
@@ -84,7 +96,8 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     growth = None if config.overwrite else find_growth(config.dest, raw, recipe)
     summary = _summary(config, raw, autoencoder, growth)
     if config.dry_run:
-        return EncodeResult(summary, None)
+        num_ranks = config.num_gpus or max(world.size, torch.cuda.device_count())
+        return EncodeResult("\n".join([summary, *_forecast(config, raw, encoder, num_ranks)]), None)
     if growth:
         check_present(config.dest, growth.base)
         begin_growth(config.dest, recipe, growth.published)
@@ -126,6 +139,61 @@ def _summary(config: EncodeConfig, raw: Manifest, autoencoder: Autoencoder, grow
         f"{(autoencoder.latent_channels, size, size)} in {config.dest}"
         f"{', mirrored too' if config.flips else ''}, by {autoencoder.name} on {autoencoder.device}{grows}"
     )
+
+
+def _forecast(config: EncodeConfig, raw: Manifest, encoder: ImageEncoder, num_ranks: int) -> list[str]:
+    """Return memory, disk space and hours that encoding will take, in lines."""
+    device, free = encoder.autoencoder.device, ""
+    if storage.is_local(config.dest):
+        free = f"; {gigabytes(free_bytes(Path(config.dest)))} are free"
+    rate = config.rate or num_ranks * measured_rate(config, raw, encoder)
+    origin = "given" if config.rate else f"{num_ranks} times that of one batch on {device}"
+    place = "GPU memory" if device.type == "cuda" else "memory"
+    return [
+        f"  {place} of a process, forecast: {listed(memory(config, raw, encoder))}",
+        f"  disk, forecast: {gigabytes(disk_bytes(raw, encoder))}{free}",
+        f"  time, forecast: {raw.num_samples / rate / 3600:,.3g} h at {rate:,.3g} images/s ({origin})",
+    ]
+
+
+def memory(config: EncodeConfig, raw: Manifest, encoder: ImageEncoder) -> dict[str, int]:
+    """Return the bytes of one process by part: on a GPU in its memory, else of the whole process.
+
+    The activations are those of a batch without memory (torch's FakeTensorMode); nothing is computed.
+    """
+    model = encoder.autoencoder.model
+    weights = [*model.parameters(), *model.buffers()]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.zeros(config.batch_size, 3, raw.image_size, raw.image_size, dtype=torch.uint8)
+        with TensorMemory(weights) as counted:
+            encoder.autoencoder.encode(images)
+    parts = {"autoencoder": sum(tensor.nbytes for tensor in weights), "activations": counted.peak}
+    if encoder.autoencoder.device.type == "cuda":
+        return parts
+    num_batches = 2 * BATCHES_AHEAD + 2  # with those at both ends of the network
+    return {"process": PROCESS_BYTES, "images": num_batches * images.nbytes} | parts | kept_by_malloc(counted.peak)
+
+
+def disk_bytes(raw: Manifest, encoder: ImageEncoder) -> int:
+    """Return the size of the latent shards, as tars are written: padded to records after two empty blocks."""
+    _, stride = latent_layout(encoder.example(raw))
+    sizes = (shard.samples * stride + 2 * BLOCK for shard in raw.shards)
+    return sum(-(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE for size in sizes)
+
+
+def measured_rate(
+    config: EncodeConfig, raw: Manifest, encoder: ImageEncoder, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the images per second of one process, from encoding a batch, or fewer images if it takes many seconds."""
+
+    def seconds(num_images: int) -> float:
+        images = np.zeros((num_images, raw.image_size, raw.image_size, 3), np.uint8)
+        mask = np.zeros(images.shape[1:3], np.uint8) if "mask" in raw.fields else None
+        batch = [RawSample(str(number), image, mask=mask) for number, image in enumerate(images)]
+        return median_seconds(lambda: encoder.encode(batch), encoder.autoencoder.device, clock)
+
+    num_images = min(config.batch_size, max(1, int(BATCH_SECONDS / seconds(1))))
+    return num_images / seconds(num_images)
 
 
 def _begin(config: EncodeConfig, recipe: dict[str, Any], world: World) -> None:

@@ -18,7 +18,7 @@ from lfm.models import registry
 from lfm.models.config import ModelConfig
 from lfm.models.network import VelocityNetwork
 from lfm.precision import float32_arithmetic, trained_precision
-from lfm.training.engine import BYTES_PER_PARAMETER, Engine
+from lfm.training.engine import Engine
 from lfm.training.ranks import Ranks
 from lfm.training.run_folder import RunFolder, RunState
 from lfm.training.run_mirror import RunMirror
@@ -30,8 +30,10 @@ from pipelines.common.experiment.config_schema import ExperimentConfig, differen
 from pipelines.common.experiment.mixture_plan import describe_history, describe_mixture
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
+from pipelines.training import forecast
 from pipelines.training.best_weights import load_reference_set
 from pipelines.training.continued_data import choose_history, read_history, selects_as_before
+from pipelines.training.forecast import PlannedTraining
 from pipelines.training.initialization import Initialization, Origin, prepare_weights
 from pipelines.training.resume_checks import check_continues
 from pipelines.training.training_loop import TrainingLoop, averages
@@ -57,16 +59,20 @@ def run(
     allow_changes: bool = False,
     initialization: Initialization | None = None,
     repeat_data: str | None = None,
+    num_ranks: int | None = None,
+    rate: float | None = None,
 ) -> TrainResult:
     """Train to the configured number of steps, from the newest checkpoint if there is one.
 
     Args:
         config: the experiment.
         world: this process among the ranks.
-        dry_run: check everything, and do nothing.
+        dry_run: check everything, say what it will take, and do nothing.
         allow_changes: resume although the configuration has changed.
         initialization: the weights that a run without checkpoints starts from, and how they are adapted.
         repeat_data: run, checkpoint or weights file whose versions of the data are read, each from the same sample on.
+        num_ranks: number of ranks that a dry run plans for; by default those that there are.
+        rate: samples per second for the hours that a dry run tells; by default measured.
 
     Raises:
         ConfigError, DataError, CheckpointError: raised before training if the cause can be known before.
@@ -80,8 +86,11 @@ def run(
             if world.is_main and not storage.is_local(config.run):
                 RunMirror(config.run, folder).fetch()
             checkpoint = _choose_checkpoint(folder, ranks, dry_run=True)
-            prepared = _prepare(config, data, world, folder, checkpoint, initialization, allow_changes)
-            return TrainResult(prepared.plan)
+            planned = World(size=num_ranks) if num_ranks else world
+            prepared = _prepare(config, data, planned, folder, checkpoint, initialization, allow_changes)
+            state = checkpoint[1] if checkpoint else None
+            lines = _forecast(prepared, planned, folder, state, rate)
+            return TrainResult("\n".join([prepared.plan, *lines]))
         with folder.only_one() if world.is_main else nullcontext():
             folder.require_shared(ranks)
             mirror = None
@@ -207,8 +216,8 @@ def _prepare(
         )
     if factory.compiles_blocks(config):
         model.compile_blocks()
-    checkpoint_bytes = (BYTES_PER_PARAMETER + 4 * len(averages(config.train))) * origin.num_trained
-    folder.require_space(checkpoint_bytes, config.train.keep_checkpoints, 4 * origin.num_trained)
+    size = forecast.checkpoint_bytes(origin.num_trained, len(averages(config.train)))
+    folder.require_space(size, config.train.keep_checkpoints, 4 * origin.num_trained)
     name = checkpoint[0].name if checkpoint else initialization.source if initialization else None
     lines = [
         _describe(config, mixture, model, world, settings, name),
@@ -217,6 +226,40 @@ def _prepare(
         *origin.lines,
     ]
     return PreparedTraining("\n".join(lines), config, mixture, model, settings, reference_set, origin, rate_factors)
+
+
+def _forecast(
+    prepared: PreparedTraining,
+    world: World,
+    folder: RunFolder,
+    state: RunState | None,
+    rate: float | None,
+) -> list[str]:
+    """Return in lines what a training will take that begins, or resumes from a checkpoint of this state."""
+    device = factory.device(world)
+    planned = PlannedTraining(
+        prepared.config,
+        prepared.settings,
+        prepared.mixture.split(prepared.config.data.held_back)[0],
+        prepared.model,
+        num_averages=len(averages(prepared.config.train)),
+        num_ranks=world.size,
+        on_gpu=device.type == "cuda",
+    )
+    lines = [*forecast.describe_memory(planned), *forecast.describe_disk(planned, folder.path)]
+    origin = "given"
+    if rate is None and state and state.world_size == world.size:
+        origin, rate = "of the run so far", forecast.logged_rate(folder.path)
+    if rate is None:
+        origin = f"passes on this device{', without communication' if planned.on_gpu and world.size > 1 else ''}"
+        try:
+            rate = forecast.measured_rate(planned, device)
+        except torch.OutOfMemoryError:
+            return [
+                *lines,
+                "  time: unknown, since passes to measure it need more memory than the GPU has; name a rate",
+            ]
+    return [*lines, forecast.describe_hours(planned, state.samples_seen if state else 0, rate, origin)]
 
 
 def _rate_factors(config: ExperimentConfig, model: VelocityNetwork) -> dict[str, float]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import resource
 import statistics
 import time
@@ -236,6 +237,10 @@ def peak_memory(device: torch.device) -> int:
     """Return the largest number of bytes that this process has held: of tensors on a GPU, else of all its memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # The figure of getrusage may be that of the process which started this one, if that was larger.
+    status = Path("/proc/self/status")
+    if status.exists() and (line := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(line[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

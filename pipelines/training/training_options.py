@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipelines.common.options import Argument, Count, DryRun, Flag, Location, NumGpus, stage_options
+from pipelines.common.options import Argument, Count, DryRun, Flag, Location, NumGpus, Positive, Section, stage_options
 
 
 @stage_options
@@ -29,6 +29,10 @@ class TrainOptions:
     """Start from weights that were trained on latents of another autoencoder."""
     repeat_data: Annotated[str | None, Flag(metavar="RUN")] = None
     """Read the versions of the data that a run, checkpoint or weights file was trained on, each from the same sample on."""
+    ranks: Annotated[Count | None, Section("Forecast of --dry-run")] = None
+    """Number of ranks (GPUs) to plan for.  [default: those that would train]"""
+    rate: Positive | None = None
+    """Samples per second of all ranks, for the hours.  [default: measured here, or by the run that is resumed]"""
     local_rank: Annotated[int | None, Flag("--local_rank", hidden=True)] = None
     """Passed by the deepspeed launcher and not used; the environment holds it too."""
     dry_run: DryRun = False

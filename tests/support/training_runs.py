@@ -60,9 +60,9 @@ def train(config: Path, *overrides: str, **how: Any) -> subprocess.CompletedProc
 
 
 def plan(config: Path, *overrides: str, options: Sequence[object] = ()) -> Result:
-    """Run `launch/train.py --dry-run` in this process."""
+    """Run `launch/train.py --dry-run` in this process, at a given rate, whose measurement would take seconds."""
     settings = [part for override in overrides for part in ("--set", override)]
-    return lfm("--config", config, "--dry-run", *settings, *options, command=model_commands.train)
+    return lfm("--config", config, "--dry-run", "--rate", "100", *settings, *options, command=model_commands.train)
 
 
 def losses(run: Path) -> list[float]:

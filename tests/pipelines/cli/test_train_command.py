@@ -77,7 +77,7 @@ def test_a_dry_run_prints_the_plan(small_set: SmallSet, tmp_path: Path) -> None:
         "--set",
         "condition=none",
     )
-    planned = lfm("train", "--config", "demo", "--dry-run", *settings, "--set", "condition_dropout=0")
+    planned = lfm("train", "--config", "demo", "--dry-run", "--rate", "9", *settings, "--set", "condition_dropout=0")
     assert planned.exit_code == 0, planned.output
     assert "num_steps: 1000" in planned.stdout
     assert not (tmp_path / "run").exists()

@@ -25,6 +25,10 @@ from lfm.data.latent_shards import LatentShard
 from lfm.data.raw_shards import read_raw
 from lfm.errors import DataError
 from lfm.synthetic.scenes import SEGMENT_NAMES
+from lfm.training.memory_forecast import TensorMemory
+from pipelines.data.data_options import EncodeConfig
+from pipelines.data.encode import disk_bytes, memory
+from pipelines.data.encode_images import ImageEncoder
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm
 from tests.support.images import folder_contents, image_bytes, random_pixels
 
@@ -263,3 +267,31 @@ def test_a_mask_of_another_size_is_refused_before_it_is_decoded(size: tuple[int,
     stream.seek(0)
     with pytest.raises(DataError, match=r"x.tar: sample 0: "):
         list(read_raw(stream, "x.tar"))
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_a_dry_run_forecasts_the_disk_space_to_the_byte(small_set: SmallSet, tmp_path: Path, flips: bool) -> None:
+    options = ("encode", small_set.raw, tmp_path / "l", "--autoencoder", small_set.autoencoder, *["--flips"] * flips)
+    assert lfm(*options).exit_code == 0
+    raw = manifests.load(str(small_set.raw), "raw")
+    encoder = ImageEncoder(autoencoders.load(str(small_set.autoencoder)), flips)
+    assert disk_bytes(raw, encoder) == sum(path.stat().st_size for path in (tmp_path / "l").glob("*.tar"))
+
+
+def test_a_dry_run_forecasts_memory_and_hours(small_set: SmallSet, tmp_path: Path) -> None:
+    options = ("encode", small_set.raw, tmp_path / "l", "--autoencoder", small_set.autoencoder)
+    given = lfm(*options, "--dry-run", "--rate", "0.01").stdout
+    assert "1.11 h at 0.01 images/s (given)" in given and "process 0.455 GB" in given
+    assert "2 times that of one batch on cpu" in lfm(*options, "--dry-run", "--num-gpus", "2").stdout
+    assert not (tmp_path / "l").exists()
+    assert_one_line(lfm(*options, "--rate", "3"), "--rate", "--dry-run")
+
+
+def test_the_forecast_of_memory_is_that_of_a_real_batch(small_set: SmallSet) -> None:
+    autoencoder = autoencoders.load(str(small_set.autoencoder))
+    config = EncodeConfig(str(small_set.raw), "unused", batch_size=32)
+    parts = memory(config, manifests.load(str(small_set.raw), "raw"), ImageEncoder(autoencoder, False))
+    with TensorMemory(autoencoder.model.parameters()) as counted:
+        autoencoder.encode(torch.zeros(32, 3, 16, 16, dtype=torch.uint8))
+    assert parts["activations"] == pytest.approx(counted.peak, rel=0.02)
+    assert parts["autoencoder"] == sum(4 * parameter.numel() for parameter in autoencoder.model.parameters())

@@ -76,7 +76,7 @@ def test_an_experiment_dry_runs_and_its_head_says_command_hardware_and_expectati
         data = f"data.sources={json.dumps(list(each))}"
     config = config_file.load(str(path), [data, f"run={tmp_path / 'run'}"])
     with torch.device("meta"):
-        plan = train.run(config, World(), dry_run=True).plan
+        plan = train.run(config, World(), dry_run=True, rate=100.0).plan
     assert f"{config.train.num_steps:,} steps of {config.train.global_batch} " in plan
     assert not (tmp_path / "run").exists()
 

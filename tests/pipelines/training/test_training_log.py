@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from lfm.training.step_guard import StepGuard
 from lfm.world import World
 from pipelines.training import training_log
 from pipelines.training.training_log import TrainingLog
+from tests.support.commands import REPOSITORY
 
 
 def fake_engine(**changes: Any) -> Any:
@@ -186,3 +190,12 @@ def test_a_validation_loss_that_rises_while_the_training_loss_falls_is_a_warning
         log.write(line["samples_seen"], 1, 1e-3, {key: line[key] for key in line if key == "validation_loss"})
     log.close()
     assert ("has risen since 40 samples seen, from 0.5 to 0.6" in caplog.text) == warns
+
+
+def test_the_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    held = np.ones(1_000_000_000, np.uint8)
+    code = (
+        "import torch; from pipelines.training.training_log import peak_memory; print(peak_memory(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert 50_000_000 < int(done.stdout) < len(held)
