@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -156,6 +157,12 @@ class Engine:
             )
         except (ValueError, TypeError, AssertionError, KeyError, ImportError) as error:
             raise ConfigError(f"deepspeed: refuses the configuration: {on_one_line(error)}") from error
+        except Exception as error:
+            if type(error).__module__.split(".")[0] != "wandb":  # an extra, whose errors cannot be named here
+                raise
+            raise ConfigError(
+                f"deepspeed: wandb: cannot start: {on_one_line(error)} Set WANDB_MODE=offline to send the run later"
+            ) from error
         self.device = self.engine.device
         self.stage = self.engine.zero_optimization_stage()
         zero = self.engine.optimizer
@@ -258,12 +265,31 @@ class Engine:
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events([(name, value, samples_seen) for name, value in figures.items()])
 
+    def write_image(self, name: str, image: np.ndarray, samples_seen: int) -> None:
+        """Write an image, uint8 (H, W, 3), to the monitors that show images (TensorBoard and W&B), on the main rank."""
+        monitor = self.engine.monitor
+        if monitor.tb_monitor:
+            writer = monitor.tb_monitor.summary_writer
+            writer.add_image(name, image, samples_seen, dataformats="HWC")
+            writer.flush()
+        if monitor.wandb_monitor:
+            import wandb
+
+            monitor.wandb_monitor.log({name: wandb.Image(image)}, step=samples_seen)
+
     def barrier(self) -> None:
         """Wait until every rank has called it."""
         torch.distributed.barrier()
 
     def close(self) -> None:
-        """End the process group on all ranks together; without this, one of twenty runs crashes at exit."""
+        """Close the monitors, and end the process group on all ranks together; else one of twenty runs crashes at exit."""
+        monitor = self.engine.monitor
+        if monitor.tb_monitor:
+            monitor.tb_monitor.summary_writer.close()
+        if monitor.wandb_monitor:
+            import wandb
+
+            wandb.finish()
         self.barrier()
         torch.distributed.destroy_process_group()
 

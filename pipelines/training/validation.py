@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lfm.data.stream.mixture import Mixture
@@ -65,6 +66,7 @@ class Validation:
             images = self.sampler.decode(latents).permute(0, 2, 3, 1).numpy()
             grid = image_files.grid(images, columns=self.columns, enlarge=max(1, SMALLEST_SIDE // images.shape[1]))
             image_files.save(grid, self.folder / f"{run_folder.tag(header.samples_seen)}.png", flush=False)
+            self.engine.write_image("train/preview", np.asarray(grid), header.samples_seen)
         return figures
 
     def _conditions(self, mixture: Mixture) -> Condition:
