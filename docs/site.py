@@ -6,6 +6,7 @@ reference of the Python API from docstrings.
 
 from __future__ import annotations
 
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         path = (REPOSITORY / source).parent.joinpath(target).resolve().relative_to(REPOSITORY).as_posix()
         name = OUTSIDE.get(path, path.removeprefix("docs/"))
         if files.get_file_from_path(name):
-            return f"{image}[{text}]({name}{anchor})"
+            from_page = posixpath.relpath(name, posixpath.dirname(page.file.src_uri))
+            return f"{image}[{text}]({from_page}{anchor})"
         return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
 
     return LINK.sub(on_site, markdown)

@@ -23,7 +23,7 @@ from pipelines.common.experiment import config_file
 from tests.support.commands import REPOSITORY
 
 PAGES = [
-    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
     *(REPOSITORY / name for name in ("README.md", "CHANGELOG.md", "configs/README.md", "benchmarks/README.md")),
 ]
 EXPERIMENTS = sorted((REPOSITORY / "configs").glob("*.yaml"))
