@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.commands import REPOSITORY, SmallSet
+from lfm.synthetic.scenes import SEGMENT_NAMES
+from tests.support.commands import REPOSITORY, SmallSet, Tasks
+from tests.support.images import random_pixels, save_image
 from tests.support.manual_pages import ManualPage
 
 TUTORIALS = REPOSITORY / "docs" / "tutorials"
@@ -22,9 +25,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def photographs(small_set: SmallSet, folder: Path, names: tuple[str, ...]) -> None:
-    """Copy the classes of the small set, in their order, to folders of these names."""
-    classes = sorted(path for path in small_set.images.iterdir() if path.is_dir())
+def photographs(images: Path, folder: Path, names: tuple[str, ...]) -> None:
+    """Copy class folders, in their order, to folders of these names."""
+    classes = sorted(path for path in images.iterdir() if path.is_dir())
     for source, name in zip(classes, names, strict=False):
         shutil.copytree(source, folder / name)
 
@@ -37,11 +40,67 @@ def test_every_tutorial_is_run() -> None:
 
 @pytest.mark.slow
 def test_photographs_by_class(small_set: SmallSet, workplace: Path) -> None:
-    photographs(small_set, workplace / "photos", ("dress", "hat", "shirt", "shoes"))
+    photographs(small_set.images, workplace / "photos", ("dress", "hat", "shirt", "shoes"))
     page = ManualPage("tutorials/photographs-by-class.md", small_set.autoencoder)
     page.run()
     assert "4 from names of folders: 0 dress" in page.output("lfm shard")
     dresses = json.loads((workplace / "dresses" / "samples.json").read_text())["pictures"]
     assert len(dresses) == 64 and {picture["class_index"] for picture in dresses} == {0}
     assert "lfm sample runs/pictures_64" in page.output("lfm inspect")
-    assert Image.open(workplace / "sheet.png").size > (16, 16)
+    assert np.asarray(Image.open(workplace / "sheet.png")).any()
+
+
+@pytest.mark.slow
+def test_inpainting(small_set: SmallSet, workplace: Path) -> None:
+    photographs(small_set.images, workplace / "photos", ("a", "b"))
+    photo, hole = random_pixels(20, 24, 3), np.zeros((20, 24), np.uint8)
+    hole[5:15, 8:16] = 255
+    save_image(workplace / "photo.png", photo)
+    save_image(workplace / "hole.png", hole)
+    page = ManualPage("tutorials/inpainting.md", small_set.autoencoder)
+    page.run()
+    fillings = [np.asarray(Image.open(path)) for path in sorted((workplace / "mine").glob("0*.png"))]
+    assert len(fillings) == 8
+    differing = np.stack([(filling != fillings[0]).any(-1) for filling in fillings]).any(0)
+    assert differing.any() and not differing[:, :2].any()
+
+
+@pytest.mark.slow
+def test_semantic_maps(tasks: Tasks, workplace: Path) -> None:
+    for folder, name in (("images", "images"), ("segmentations", "annotations")):
+        shutil.copytree(tasks.scenes / folder, workplace / "rooms" / name)
+    (workplace / "rooms" / "labels.txt").write_text("\n".join(SEGMENT_NAMES))
+    drawn = np.zeros((16, 16), np.uint8)
+    drawn[8:] = 1
+    save_image(workplace / "drawn.png", drawn)
+    page = ManualPage("tutorials/semantic-maps.md", tasks.autoencoder)
+    page.run()
+    assert "0 sky" in page.output("lfm shard")
+    assert len(list((workplace / "drawn").glob("0*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_unconditional(small_set: SmallSet, workplace: Path) -> None:
+    photographs(small_set.images, workplace / "pictures", ("a", "b", "c"))
+    page = ManualPage("tutorials/unconditional.md", small_set.autoencoder)
+    page.run()
+    assert "images of 0 classes" in page.output("lfm shard")
+    metrics = json.loads((workplace / "copies" / "report.json").read_text())
+    assert "kid" in (workplace / "report" / "report.txt").read_text()
+    assert "memorised-latents" in str(metrics)
+
+
+def test_notebook(tasks: Tasks, workplace: Path) -> None:
+    (workplace / "runs").mkdir()
+    (workplace / "runs" / "holes").symlink_to(tasks.runs / "inpaint")
+    shutil.copytree(tasks.runs / "class", workplace / "runs" / "pictures_64")
+    photographs(tasks.scenes / "images", workplace / "photos", ("cat", "dog"))
+    save_image(workplace / "photo.png", random_pixels(20, 24, 3))
+    page = ManualPage("tutorials/notebook.md", tasks.autoencoder)
+    page.text = page.text.replace('"dress"', '"disc"')
+    page.run()
+    assert page.variables["samples"].images.shape == (8, 16, 16, 3)
+    kept = page.variables["hole"] == 0
+    assert (page.variables["fillings"].images[:, kept] == page.variables["photo"][kept]).all()
+    assert np.asarray(Image.open(workplace / "scales.png")).shape == (48, 64, 3)
+    assert page.variables["latents"].manifest.num_samples > 0

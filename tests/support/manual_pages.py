@@ -15,7 +15,12 @@ from tests.support.training_runs import SCRIPT
 REAL_SIZE = "## At real size"  # the section whose trainings are only planned
 STEP = re.compile(r"^```python\n(.*?)^```|^    (lfm [^\n]*)$", re.MULTILINE | re.DOTALL)
 PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-mse"
-SMALL_SHARDS = ("--image-size", "16", "--samples-per-shard", "8")
+SMALLER = {
+    "shard": ("--image-size", "16", "--samples-per-shard", "8"),
+    "scenes": ("--image-size", "16", "--num", "40"),
+    "autoencoder": ("--num-steps", "2", "--batch-size", "4"),
+    "evaluate": ("--num", "6"),
+}
 SMALL_TRAINING = {
     "model.size": "null",
     "model.hidden_size": 32,
@@ -61,8 +66,7 @@ class ManualPage:
         words = [str(self.autoencoder) if word == PUBLISHED_AUTOENCODER else word for word in words]
         if command == "train":
             return self._train(words, planned or "--dry-run" in words)
-        small = {"shard": SMALL_SHARDS, "scenes": ("--num", "40", "--image-size", "16")}.get(command, ())
-        result = lfm(command, *words, *small)
+        result = lfm(command, *words, *SMALLER.get(command, ()))
         assert result.exit_code == 0, f"{line}\n{result.output}"
         return result.stdout
 
