@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lfm.data import manifest as manifests
 from lfm.synthetic.scenes import SEGMENT_NAMES
 from tests.support.commands import REPOSITORY, SmallSet, Tasks
 from tests.support.images import random_pixels, save_image
@@ -104,3 +105,30 @@ def test_notebook(tasks: Tasks, workplace: Path) -> None:
     assert (page.variables["fillings"].images[:, kept] == page.variables["photo"][kept]).all()
     assert np.asarray(Image.open(workplace / "scales.png")).shape == (48, 64, 3)
     assert page.variables["latents"].manifest.num_samples > 0
+
+
+@pytest.mark.slow
+def test_own_autoencoder(small_set: SmallSet, workplace: Path) -> None:
+    photographs(small_set.images, workplace / "photos", ("dress", "hat"))
+    shutil.copytree(small_set.raw, workplace / "data" / "pictures_64" / "raw")
+    page = ManualPage("tutorials/own-autoencoder.md", small_set.autoencoder)
+    page.run()
+    hashes = {
+        manifests.load(f"data/{name}", "latents").autoencoder.content_hash  # type: ignore[union-attr]
+        for name in ("embedded", "pictures_64/latents", "equivariant_latents", "pictures_256/latents")
+    }
+    assert len(hashes) == 4
+    assert "PSNR" in page.output("lfm inspect")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_several_machines(small_set: SmallSet, workplace: Path) -> None:
+    shutil.copytree(small_set.images, workplace / "photos")
+    page = ManualPage("tutorials/several-machines.md", small_set.autoencoder)
+    page.run()
+    assert manifests.load("data/latents", "latents").num_samples == 40
+    assert "2 ranks" in page.output(
+        "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-1:29500 -m pipelines.cli.main train"
+    )
+    assert (workplace / "runs" / "all" / "weights.safetensors").is_file()
