@@ -21,6 +21,7 @@ OUTSIDE = {
     "configs/README.md": "experiments.md",
     "benchmarks/README.md": "benchmarks.md",
     "CHANGELOG.md": "changes.md",
+    "CONTRIBUTING.md": "contributing.md",
 }
 API = (
     "lfm.load",

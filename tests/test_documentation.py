@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -24,7 +25,10 @@ from tests.support.commands import REPOSITORY
 
 PAGES = [
     *sorted((REPOSITORY / "docs").rglob("*.md")),
-    *(REPOSITORY / name for name in ("README.md", "CHANGELOG.md", "configs/README.md", "benchmarks/README.md")),
+    *(
+        REPOSITORY / name
+        for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "configs/README.md", "benchmarks/README.md")
+    ),
 ]
 EXPERIMENTS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 EXAMPLE = REPOSITORY / "configs" / "pictures_256.yaml"  # what overrides that stand alone are applied to
@@ -186,3 +190,20 @@ def test_wrong_command_lines_are_noticed() -> None:
     for line in lines:
         with pytest.raises((click.UsageError, AssertionError)):
             parse(line)
+
+
+def test_the_results_are_those_of_the_pages_that_they_link() -> None:
+    """Each number of a result stands in the section that its row links."""
+    for row in re.findall(r"^\| (?!what|---)(.+) \|$", (REPOSITORY / "docs" / "results.md").read_text(), re.MULTILINE):
+        what, result, _, where = row.split(" | ")
+        name, _, anchor = re.findall(r"\]\((.+)\)", where)[0].partition("#")
+        page = (REPOSITORY / "docs" / name).resolve().read_text()
+        section = section_of(page, anchor) if anchor else page
+        for number in re.findall(r"\d[\d,.]*\d|\d", result):
+            assert re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d|[.,]\d)", section), f"{what}: {number}"
+
+
+def section_of(page: str, anchor: str) -> str:
+    """Return the text of the section of a page with this anchor, up to the next heading of its level."""
+    parts = re.split(r"^(## .+)$", page, flags=re.MULTILINE)
+    return next(text for heading, text in itertools.pairwise(parts) if slug(heading.lstrip("# ")) == anchor)
