@@ -12,6 +12,7 @@ from PIL import Image
 
 from lfm.data import manifest as manifests
 from lfm.synthetic.scenes import SEGMENT_NAMES
+from pipelines.data import shard
 from tests.support.commands import REPOSITORY, SmallSet, Tasks
 from tests.support.images import random_pixels, save_image
 from tests.support.manual_pages import ManualPage
@@ -132,3 +133,20 @@ def test_several_machines(small_set: SmallSet, workplace: Path) -> None:
         "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-1:29500 -m pipelines.cli.main train"
     )
     assert (workplace / "runs" / "all" / "weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_few_evaluations(small_set: SmallSet, weights: Path, workplace: Path) -> None:
+    photographs(small_set.images, workplace / "photos", ("dress", "hat"))
+    shard.run(shard.ShardConfig("photos", "data/pictures_64/raw", image_size=16))
+    shutil.copytree(small_set.latents, workplace / "data" / "pictures_64" / "latents")
+    shutil.copytree(small_set.latents, workplace / "data" / "images" / "latents")
+    shutil.copytree(weights, workplace / "runs" / "pictures_64")
+    page = ManualPage("tutorials/few-evaluations.md", small_set.autoencoder)
+    page.run()
+    evaluations = {
+        name: json.loads((workplace / name / "samples.json").read_text())["pictures"][0]["nfe"]
+        for name in ("ab2-6", "shifted", "interval", "internal")
+    }
+    assert evaluations["ab2-6"] == evaluations["shifted"] == 12
+    assert 10 < evaluations["interval"] < 20 and evaluations["internal"] == 10
