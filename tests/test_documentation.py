@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import shlex
@@ -207,3 +208,33 @@ def section_of(page: str, anchor: str) -> str:
     """Return the text of the section of a page with this anchor, up to the next heading of its level."""
     parts = re.split(r"^(## .+)$", page, flags=re.MULTILINE)
     return next(text for heading, text in itertools.pairwise(parts) if slug(heading.lstrip("# ")) == anchor)
+
+
+def test_troubleshooting_quotes_messages_of_the_code() -> None:
+    """Each heading of the third level is a message, with `...` for what differs and flags as the command line shows them."""
+    messages = [message for path in sources() for message in texts(ast.parse(path.read_text()))]
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^### (.+)$", page, re.MULTILINE)
+    assert len(headings) > 30
+    for heading in headings:
+        quoted = re.compile(".*".join(map(re.escape, re.split(r" ?\.\.\. ?", heading))), re.DOTALL)
+        assert any(quoted.search(message) for message in messages), heading
+
+
+def sources() -> Iterator[Path]:
+    """The files of the library and the stages."""
+    for package in ("lfm", "pipelines"):
+        yield from (REPOSITORY / package).rglob("*.py")
+
+
+def texts(module: ast.Module) -> Iterator[str]:
+    """The texts of a module without docstrings, joined at their placeholders; names of arguments are written as flags."""
+    docstrings = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+    for node in ast.walk(module):
+        text = ""
+        if isinstance(node, ast.JoinedStr):
+            text = "...".join(part.value for part in node.values if isinstance(part, ast.Constant))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            text = node.value
+        if text:
+            yield re.sub(r"`(\w+)`", lambda name: f"--{name[1].replace('_', '-')}", text)
