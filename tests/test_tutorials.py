@@ -12,7 +12,6 @@ from PIL import Image
 
 from lfm.data import manifest as manifests
 from lfm.synthetic.scenes import SEGMENT_NAMES
-from pipelines.data import shard
 from tests.support.commands import REPOSITORY, SmallSet, Tasks
 from tests.support.images import random_pixels, save_image
 from tests.support.manual_pages import ManualPage
@@ -136,12 +135,8 @@ def test_several_machines(small_set: SmallSet, workplace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_few_evaluations(small_set: SmallSet, weights: Path, workplace: Path) -> None:
-    photographs(small_set.images, workplace / "photos", ("dress", "hat"))
-    shard.run(shard.ShardConfig("photos", "data/pictures_64/raw", image_size=16))
-    shutil.copytree(small_set.latents, workplace / "data" / "pictures_64" / "latents")
+def test_few_evaluations(small_set: SmallSet, workplace: Path) -> None:
     shutil.copytree(small_set.latents, workplace / "data" / "images" / "latents")
-    shutil.copytree(weights, workplace / "runs" / "pictures_64")
     page = ManualPage("tutorials/few-evaluations.md", small_set.autoencoder)
     page.run()
     evaluations = {
@@ -150,3 +145,4 @@ def test_few_evaluations(small_set: SmallSet, weights: Path, workplace: Path) ->
     }
     assert evaluations["ab2-6"] == evaluations["shifted"] == 12
     assert 10 < evaluations["interval"] < 20 and evaluations["internal"] == 10
+    assert page.variables["samples"].nfe.tolist() == 256 * [10]

@@ -18,7 +18,7 @@ STEP = re.compile(r"^```python\n(.*?)^```|^    ((?:lfm|torchrun) [^\n]*)$", re.M
 PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-mse"
 SMALLER = {
     "shard": ("--image-size", "16", "--samples-per-shard", "8"),
-    "scenes": ("--image-size", "16", "--num", "40"),
+    "scenes": ("--image-size", "16", "--num", "20"),
     "autoencoder": ("--num-steps", "2", "--batch-size", "4"),
     "evaluate": ("--num", "6"),
 }
