@@ -31,10 +31,10 @@ from pipelines.common.experiment.mixture_plan import describe_history, describe_
 from pipelines.common.provenance import code_version
 from pipelines.common.reference_features import ReferenceSet
 from pipelines.training import forecast
-from pipelines.training.best_weights import load_reference_set
 from pipelines.training.continued_data import choose_history, read_history, selects_as_before
 from pipelines.training.forecast import PlannedTraining
 from pipelines.training.initialization import Initialization, Origin, prepare_weights
+from pipelines.training.measurement.best_weights import load_reference_set
 from pipelines.training.resume_checks import check_continues
 from pipelines.training.training_loop import TrainingLoop, averages
 

@@ -37,11 +37,11 @@ from pipelines.common import factory
 from pipelines.common.experiment.config_schema import EvaluationConfig, ExperimentConfig, TrainConfig
 from pipelines.common.progress import Progress
 from pipelines.common.reference_features import ReferenceSet
-from pipelines.training.best_weights import BestWeights
-from pipelines.training.ema_sampler import EmaSampler
+from pipelines.training.measurement.best_weights import BestWeights
+from pipelines.training.measurement.ema_sampler import EmaSampler
+from pipelines.training.measurement.validation import Validation
 from pipelines.training.stop_signals import StopRequest
 from pipelines.training.training_log import TrainingLog
-from pipelines.training.validation import Validation
 
 
 class HostCopy:

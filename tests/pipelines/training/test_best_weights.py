@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.common.experiment.config_schema import EvaluationConfig
-from pipelines.training.best_weights import BestRecord
+from pipelines.training.measurement.best_weights import BestRecord
 
 
 def open_record(folder: Path, **changes: Any) -> BestRecord:

@@ -7,7 +7,7 @@ import torch
 
 from lfm.synthetic.scenes import CLASS_NAMES, draw_scene
 from lfm.types import Condition
-from pipelines.training.task_scores import TASK_SCORES
+from pipelines.training.measurement.task_scores import TASK_SCORES
 
 
 def test_scenes_are_recognised_as_their_class_alone() -> None:

@@ -21,7 +21,7 @@ from lfm.types import Condition, LatentBatch
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
 from pipelines.common import image_files
-from pipelines.training.ema_sampler import EmaSampler
+from pipelines.training.measurement.ema_sampler import EmaSampler
 
 MOST_IMAGES, MOST_COLUMNS, MOST_SAMPLES = 32, 20, 4096
 SMALLEST_SIDE = 128  # pixels; smaller images are enlarged by a whole factor

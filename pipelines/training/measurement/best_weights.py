@@ -29,8 +29,8 @@ from lfm.world import World
 from pipelines.common import factory
 from pipelines.common.experiment.config_schema import EvaluationConfig, ExperimentConfig
 from pipelines.common.reference_features import ReferenceSet
-from pipelines.training.ema_sampler import NUM_STEPS, EmaSampler
-from pipelines.training.task_scores import RECOGNISED, TASK_SCORES
+from pipelines.training.measurement.ema_sampler import NUM_STEPS, EmaSampler
+from pipelines.training.measurement.task_scores import RECOGNISED, TASK_SCORES
 
 logger = logging.getLogger(__name__)
 

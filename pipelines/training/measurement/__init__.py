@@ -1,0 +1,1 @@
+"""What is measured of the EMA weights during training: validation loss, distances, task scores."""
