@@ -115,6 +115,10 @@ def test_backbones(tmp_path: Path) -> None:
     assert all(0 <= line["recognised"]["final"][0] <= 1 for line in backbones.values())
 
 
+def test_demo(tmp_path: Path) -> None:
+    assert "| demo_quick | 8 |" in run_apart("demo", tmp_path)
+
+
 def test_finetune(tmp_path: Path) -> None:
     """Two steps of each method, from a source of two steps."""
     output = run_apart("finetune", tmp_path, "--targets", "classes")
