@@ -13,7 +13,16 @@ from lfm import storage
 from lfm.data.sources import readers
 from lfm.data.sources.imagenet import WORDNET_ID
 from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, column_of, parse_text
-from lfm.data.sources.names import SUFFIXES, is_archive, is_image, is_junk, notes_on_junk, stem
+from lfm.data.sources.names import (
+    SUFFIXES,
+    hidden_images,
+    is_archive,
+    is_image,
+    is_junk,
+    notes_on_empty,
+    notes_on_junk,
+    stem,
+)
 from lfm.data.sources.readers import TarMember
 from lfm.data.sources.source import Layout, Source, Tree, files_of_split
 from lfm.errors import ConfigError, DataError, StorageError
@@ -249,8 +258,10 @@ def read_zip(tree: Tree, split: str | None) -> Source:
     archive = storage.join(tree.root, zips[0])
     names = readers.zip_names(archive)
     used = tuple(name for name in names if not is_junk(name))
-    tree.about.notes.extend(notes_on_junk(filter(is_junk, names)))
-    inner = replace(tree, root=archive, names=used, read=partial(_zip_file, archive), archive=archive)
+    junk = list(filter(is_junk, names))
+    tree.about.notes += notes_on_junk(junk) + notes_on_empty(readers.zip_empty_folders(archive))
+    hidden = tuple(hidden_images(junk))
+    inner = replace(tree, root=archive, names=used, hidden=hidden, read=partial(_zip_file, archive), archive=archive)
     source = tree.read_inner(inner, split)
     return _outer(source, archive, tree.root, readers.zip_member, lambda name: f"{zips[0]}#{name}")
 

@@ -27,8 +27,10 @@ from lfm.data.sources.names import (
     IMAGE_FOLDER,
     SPLIT,
     SPLIT_LIKE,
+    hidden_images,
     is_archive,
     is_junk,
+    notes_on_empty,
     notes_on_junk,
 )
 from lfm.data.sources.source import Choices, Layout, Source, Tree
@@ -135,11 +137,10 @@ def _open(root: str, choices: Choices) -> Tree:
         )
     names = _without(root, storage.find(root, hidden=True), choices.leave_out)
     used = tuple(name for name in names if not is_junk(name))
-    tree = Tree(root, used, choices, read_inner=_read_archive)
-    tree.about.notes.extend(notes_on_junk(filter(is_junk, names)))
-    if storage.is_local(root) and (empty := storage.empty_folders(root)):
-        more = f" and {len(empty) - 8} more" if empty[8:] else ""
-        tree.about.notes.append(f"folders without files: {', '.join(empty[:8])}{more}")
+    junk = list(filter(is_junk, names))
+    tree = Tree(root, used, choices, hidden=tuple(hidden_images(junk)), read_inner=_read_archive)
+    empty = storage.empty_folders(root) if storage.is_local(root) else []
+    tree.about.notes += notes_on_junk(junk) + notes_on_empty(empty)
     if not tree.images:
         _refuse_archives(root, used)
     return tree
@@ -205,12 +206,24 @@ def _is_special(tree: Tree, wrapper: str, layout: str) -> bool:
 
 
 def _wrapper(tree: Tree) -> str | None:
-    """Return the folder that holds all images, unless it is a split or the tree's own choice is to read folders."""
+    """Return the folder that holds all images, unless it is a split or the tree's own choice is to read folders.
+
+    Raises:
+        ConfigError: there are hidden folders of images beside it, so that all of them may be classes.
+    """
     if len(tree.top_folders) != 1 or any("/" not in name for name in tree.images):
         return None
     name = next(iter(tree.top_folders))
-    is_class = tree.choices.classes == "folders" and not tree.subtree(name).top_folders
-    return None if is_class or SPLIT.fullmatch(name) else name
+    has_classes = bool(tree.subtree(name).top_folders)
+    if SPLIT.fullmatch(name) or (tree.choices.classes == "folders" and not has_classes):
+        return None
+    hidden = sorted({path.partition("/")[0] for path in tree.hidden if path.count("/") == 1} - {name})
+    if hidden and not has_classes and tree.choices.classes == "auto":
+        raise ConfigError(
+            f"{tree.root}: {name} may be a class, since the hidden folder {hidden[0]} beside it holds images, too, or the "
+            f"folder of all images; rename {hidden[0]} to use it, or choose `classes` folders or `classes` none"
+        )
+    return name
 
 
 def _recognized(tree: Tree) -> str:

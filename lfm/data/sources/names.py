@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 # The first four stand in messages.
@@ -20,7 +20,7 @@ SPLIT_LIKE = re.compile(
 )
 # Folders in which programs keep files of their own, and small copies of images.
 _JUNK_FOLDER = re.compile(r"__MACOSX|@eaDir|\.[^.].*|\$RECYCLE\.BIN|thumbs|thumbnails?(\d+x\d+)?", re.IGNORECASE)
-_COPY_OF_PROGRAM = re.compile(r"(^|/)(\._[^/]*$|\.(ipynb_checkpoints|thumbnails)/)")
+_COPY_OF_PROGRAM = re.compile(r"(^|/)(\._[^/]*$|\.(ipynb_checkpoints|thumbnails|AppleDouble)/)")
 _JUNK_FILE = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
 # A folder whose images are annotations of others, and one whose images they belong to.
@@ -86,13 +86,17 @@ def is_junk(name: str) -> bool:
     return _JUNK_FILE.fullmatch(file) is not None or any(map(_JUNK_FOLDER.fullmatch, folders))
 
 
+def hidden_images(names: Iterable[str]) -> list[str]:
+    """Return the images that are junk by `is_junk` only because their names, or those of folders, begin with a dot."""
+    hidden = [name for name in names if is_image(name) and any(part.startswith(".") for part in name.split("/"))]
+    return [name for name in hidden if not _COPY_OF_PROGRAM.search(name)]
+
+
 def notes_on_junk(names: Iterable[str]) -> list[str]:
-    """Return what to say of files that are junk by `is_junk`, a sentence each: hidden images are left out by name."""
-    shown: list[str] = []
-    hidden: list[str] = []
-    for name in names:
-        (hidden if any(part.startswith(".") for part in name.split("/")) else shown).append(name)
-    images = [name for name in hidden if is_image(name) and not _COPY_OF_PROGRAM.search(name)]
+    """Return what to say of files that are junk by `is_junk`, a sentence each."""
+    names = list(names)
+    shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    images = hidden_images(names)
     notes = []
     if shown:
         notes.append(f"{len(shown)} files of operating systems and small copies are skipped, such as {shown[0]}")
@@ -102,6 +106,12 @@ def notes_on_junk(names: Iterable[str]) -> list[str]:
             "rename them to use them"
         )
     return notes
+
+
+def notes_on_empty(folders: Sequence[str]) -> list[str]:
+    """Return the sentence that names folders without files, if there are any."""
+    more = f" and {len(folders) - 8} more" if folders[8:] else ""
+    return [f"folders without files: {', '.join(folders[:8])}{more}"] if folders else []
 
 
 def is_image(name: str) -> bool:

@@ -222,6 +222,14 @@ def zip_names(path: str) -> list[str]:
     return sorted(names)
 
 
+def zip_empty_folders(path: str) -> list[str]:
+    """Return the folders of a zip that hold nothing, sorted, without hidden ones."""
+    names = [entry.filename for entry in _opened_zip(path).infolist()]
+    holders = {name.rstrip("/").rpartition("/")[0] for name in names}
+    empty = {name.rstrip("/") for name in names if name.endswith("/")} - holders
+    return sorted(name for name in empty if not any(part.startswith(".") for part in name.split("/")))
+
+
 def zip_member(root: str, name: str) -> bytes:
     """Return a member's content, verified by its checksum."""
     match = _ZIP_MEMBER.match(name)

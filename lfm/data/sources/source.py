@@ -190,6 +190,7 @@ class Tree:
 
     Attributes:
         read: returns the content of a file, given the root and its name.
+        hidden: names of images that are left out because they, or folders of theirs, begin with a dot.
         archive: path of the archive that holds the files; None for a folder.
         read_inner: reads the tree of an archive in this one.
     """
@@ -197,6 +198,7 @@ class Tree:
     root: str
     names: tuple[str, ...]
     choices: Choices = Choices()
+    hidden: tuple[str, ...] = ()
     read: Callable[[str, str], bytes] = readers.read_file
     archive: str | None = None
     read_inner: Callable[[Tree, str | None], Source] = _unreadable
@@ -224,10 +226,13 @@ class Tree:
         """
         if not folder:
             return self
-        names = tuple(name[len(folder) + 1 :] for name in self.names if name.startswith(f"{folder}/"))
+        names, hidden = (
+            tuple(name[len(folder) + 1 :] for name in paths if name.startswith(f"{folder}/"))
+            for paths in (self.names, self.hidden)
+        )
         if not names:
             raise StorageError(f"{storage.join(self.root, folder)}: no such folder")
-        return replace(self, root=storage.join(self.root, folder), names=names)
+        return replace(self, root=storage.join(self.root, folder), names=names, hidden=hidden)
 
     def unused(self, source: Source) -> list[str]:
         """Return the files that a source does not use; a source that reads archives or databases uses all of them."""

@@ -66,8 +66,28 @@ def test_hidden_images_and_empty_folders_are_named(root: str) -> None:
     if storage.is_local(root):
         Path(root, "emu").mkdir()
         assert "folders without files: emu" in folder(root).about.notes
-        packed = shutil.make_archive(f"{root}-packed", "zip", root)
-        assert hidden in read(packed).about.notes
+        notes = read(shutil.make_archive(f"{root}-packed", "zip", root)).about.notes
+        assert hidden in notes and "folders without files: emu" in notes
+        assert not any("operating systems" in note for note in notes)
+
+
+def test_a_class_beside_hidden_ones_is_not_looked_through(root: str) -> None:
+    make(root, "cat/1.png", ".dog/1.png", ".dog/2.png")
+    with pytest.raises(
+        ConfigError, match=r"cat may be a class, since the hidden folder .dog beside it holds images, too"
+    ):
+        folder(root)
+    assert read(root, choices=Choices(classes="folders")).class_names == ("cat",)
+    assert read(root, choices=Choices(classes="none")).class_names == ()
+    make(f"{root}/photos", "cat/1.png", "dog/1.png")
+    make(root, "photos/.owl/1.png")
+    assert folder(f"{root}/photos").class_names == ("cat", "dog")
+
+
+def test_folders_of_programs_do_not_make_the_folder_beside_them_a_class(root: str) -> None:
+    make(root, "photos/1.png", ".thumbnails/1.png", ".AppleDouble/1.png", ".git/a/1.png")
+    source = folder(root)
+    assert source.class_names == () and "looked through the folder photos, which holds everything" in source.about.notes
 
 
 def test_a_split_must_be_chosen_and_only_that_one_is_read(root: str) -> None:
