@@ -12,7 +12,7 @@ from typing import Any
 from lfm import storage
 from lfm.data.sources import readers
 from lfm.data.sources.imagenet import WORDNET_ID
-from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, column_of, parse_text
+from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, column_of, notes_on_indices, parse_text
 from lfm.data.sources.names import (
     SUFFIXES,
     hidden_images,
@@ -70,6 +70,7 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
             f"{', '.join(sorted({source for source, label in labels if label is not None}))} of the samples"
         )
     _note_unused(tree, [sample for _, sample in samples], {*images, *maps, *masks})
+    tree.about.notes += notes_on_indices(indices, names)
     items = [replace(item, class_index=index) for item, index in zip(items, indices, strict=True)]
     return Source(tree.root, tuple(items), names, read=readers.tar_member, about=tree.about)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lfm import storage
 from lfm.data.sources import readers
-from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, label_column
+from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, label_column, notes_on_indices
 from lfm.data.sources.source import About, Choices, Layout, Source, Tree, files_of_split
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
@@ -100,6 +100,7 @@ def read_hugging_face(tree: Tree, split: str | None) -> Source:
     where = f"{tree.root}: column {label}"
     indices, names = classes(labels, tree.choices, where, names=class_names, keep_indices=True)
     tree.about.labels_from = f"column {label}" if names else ""
+    tree.about.notes += notes_on_indices(indices, names)
     items = [replace(item, class_index=index) for item, index in zip(items, indices, strict=True)]
     return Source(tree.root, tuple(items), names, read=readers.table_cell, about=tree.about)
 

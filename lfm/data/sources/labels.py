@@ -76,7 +76,7 @@ def classes(
         choices: of the user: whether there are classes, and the order of names that are numbers.
         where: place of the labels, for messages.
         names: names of the indices, if the source has a list of them.
-        keep_indices: let indices from 0 stand although some of them are not used, as long as these are fewer than half.
+        keep_indices: let indices from 0 stand although some of them are not used, as long as these are at most half.
 
     Raises:
         ConfigError: the labels are texts that differ from image to image.
@@ -115,6 +115,18 @@ def _by_index(
         return labels, tuple(map(str, range(largest + 1)))
     index = {label: number for number, label in enumerate(known)}
     return [None if label is None else index[label] for label in labels], tuple(map(str, known))
+
+
+def notes_on_indices(indices: Sequence[int | None], names: Sequence[str]) -> list[str]:
+    """Return what to say of classes whose labels are numbers: which have no image, or that the numbers are not the indices."""
+    used = {index for index in indices if index is not None}
+    unused = [name for index, name in enumerate(names) if index not in used]
+    if unused:
+        return [f"{len(unused)} of {len(names)} classes have no image, such as {unused[0]}"]
+    if all(name.isdecimal() for name in names) and list(names) != list(map(str, range(len(names)))):
+        last = f"label {names[-1]} is class {len(names) - 1}"
+        return [f"classes are the labels that occur, numbered from 0: {last}; other labels would be numbered otherwise"]
+    return []
 
 
 def in_order(names: Iterable[str], choices: Choices) -> list[str]:

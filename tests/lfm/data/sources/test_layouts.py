@@ -148,16 +148,22 @@ def test_tars_of_other_programs_are_grouped_as_webdataset_does(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("labels", "names"),
-    [((1, 17, 999), ("1", "17", "999")), ((1, 2, 3), ("1", "2", "3")), ((0, 1, 3), ("0", "1", "2", "3"))],
+    ("labels", "names", "note"),
+    [
+        ((1, 17, 999), ("1", "17", "999"), "label 999 is class 2"),
+        ((1, 2, 3), ("1", "2", "3"), "label 3 is class 2"),
+        ((0, 1, 3), ("0", "1", "2", "3"), "1 of 4 classes have no image, such as 2"),
+        ((0, 1, 2), ("0", "1", "2"), None),
+    ],
 )
 def test_indices_of_a_tar_are_made_dense_unless_a_few_are_not_used(
-    labels: tuple[int, ...], names: tuple[str, ...], tmp_path: Path
+    labels: tuple[int, ...], names: tuple[str, ...], note: str | None, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "a.tar", {f"{n}.png": b"x" for n in labels} | {f"{n}.cls": str(n).encode() for n in labels})
     source = read(str(tmp_path))
     assert source.class_names == names
     assert [names[item.class_index] for item in source.items if item.class_index is not None] == list(map(str, labels))
+    assert (note in " ".join(source.about.notes)) if note else source.about.notes == []
 
 
 def test_a_metadata_table_of_another_program_is_not_used(tmp_path: Path) -> None:
