@@ -48,7 +48,7 @@ from pipelines.data.shard_duplicates import (
     sheet_name,
     write_report,
 )
-from pipelines.data.shard_plan import describe, interpret_maps, save_sheet, survey
+from pipelines.data.shard_plan import Survey, describe, interpret_maps, save_sheet, survey
 from pipelines.data.shard_set import complete_records, write_shard
 
 NEAR_DUPLICATE = "near duplicate"  # reason of rejects that do not count against `max_rejected`
@@ -124,6 +124,8 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
         if config.near_duplicates != "keep":
             _, line = _near_duplicates(config, source, part, None, order, growth)
             description = f"{description}\n{line}"
+        if problem := _foreseen_failure(config, source, sample):
+            description = f"{description}\n  {'stops':<11}{problem}"
         return ShardResult(summary, description, None)
     announce(description)
     if growth and not growth.new:
@@ -249,6 +251,19 @@ def _without(
 
 def _required(source: Source) -> set[str]:
     return {*source.fields, "class_index"} if source.class_names else set(source.fields)
+
+
+def _foreseen_failure(config: ShardConfig, source: Source, sample: Survey) -> str | None:
+    """Return why the images that are known to be rejected would stop the stage, if they would."""
+    incomplete = sum(any(getattr(item, name) is None for name in _required(source)) for item in source.items)
+    unusable = sum(sample.rejected.values())
+    count, what = max((incomplete, "incomplete"), (unusable, "unusable in the sample"))
+    if count <= int(config.max_rejected * len(source.items)):
+        return None
+    return (
+        f"fails without `dry_run`: {count} of {len(source.items)} images are {what}; repair or remove them, or allow more "
+        f"than {config.max_rejected:.1%} with `max_rejected`"
+    )
 
 
 class Rejections:

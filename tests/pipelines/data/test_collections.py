@@ -479,3 +479,12 @@ def test_the_plan_writes_nothing_but_the_sheet(tmp_path: Path) -> None:
         assert part in result.stdout
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 96 and sheet.height > 96
+
+
+def test_the_plan_says_that_the_command_would_fail(tmp_path: Path) -> None:
+    names = [f"p/images/{number}.png" for number in range(5)]
+    write_folder(tmp_path, photos(*names) | {f"p/masks/{number}.png": HOLE for number in range(4)})
+    command = ("shard", tmp_path / "p", tmp_path / "raw", "--image-size", SIZE)
+    line = "fails without --dry-run: 1 of 5 images are incomplete; repair or remove them, or allow more than 1.0% with"
+    assert line in lfm(*command, "--dry-run").stdout and lfm(*command).exit_code == 2
+    assert "fails without" not in lfm(*command, "--dry-run", "--max-rejected", "0.2").stdout
