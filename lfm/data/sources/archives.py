@@ -99,7 +99,7 @@ def _endings(tree: Tree, samples: list[dict[str, Any]]) -> tuple[tuple[str, ...]
         if others:
             raise DataError(
                 f"{tree.root}: no sample has a member .png, .jpg or the like, only {', '.join(others[:4])}; rename the one "
-                "that is the image"
+                "that is the image, or unpack the tars to read all of them as images"
             )
     twice = next((ends for sample in samples if len(ends := [end for end in images if end in sample]) > 1), [])
     if twice and "none" not in (tree.choices.map_files, tree.choices.mask_files):
@@ -211,10 +211,22 @@ def _is_folder(samples: list[dict[str, Any]]) -> bool:
     keys = [sample["__key__"] for sample in samples if any(f"{suffix[1:]}" in sample for suffix in SUFFIXES)]
     only_images = all(ending.startswith("__") or is_image(f".{ending}") for sample in samples for ending in sample)
     if not keys or (only_images and len(keys) < len(samples)):  # names with dots, such as IMG.1.jpg
-        return True
+        return not _are_views(samples)
     folders = {key.rpartition("/")[0] for key in keys}
     names = {key.rpartition("/")[2] for key in [sample["__key__"] for sample in samples]}
     return len(folders) > 1 or bool(names & {"dataset", "metadata"}) or any(key.endswith("_mask") for key in keys)
+
+
+def _are_views(samples: list[dict[str, Any]]) -> bool:
+    """Whether each of several samples has the same images by words in their names, such as .left.png and .right.png."""
+    views = {frozenset(ending for ending in sample if not ending.startswith("__")) for sample in samples}
+    words = [ending.partition(".") for ending in min(views, key=len)]
+    return (
+        len(samples) > 1
+        and len(views) == 1
+        and len(words) > 1
+        and all(end and word.isalpha() for word, _, end in words)
+    )
 
 
 def _read_folders(tree: Tree, tars: list[str], split: str | None) -> Source:

@@ -63,7 +63,7 @@ def read_edm(tree: Tree, split: str | None) -> Source:
     return Source(tree.root, tuple(items), names, read=tree.read, about=tree.about)
 
 
-def _require_same(where: str, listed: set[str], existing: set[str]) -> None:
+def _require_same(where: str, listed: set[str], existing: set[str], otherwise: str = "") -> None:
     problems = [
         f"{len(names)} {what}, such as {min(names)}"
         for names, what in (
@@ -73,7 +73,7 @@ def _require_same(where: str, listed: set[str], existing: set[str]) -> None:
         if names
     ]
     if problems:
-        raise DataError(f"{where}: {' and '.join(problems)}; add or remove them")
+        raise DataError(f"{where}: {' and '.join(problems)}; add or remove them{otherwise}")
 
 
 def read_image_folder(tree: Tree, split: str | None) -> Source:
@@ -115,7 +115,8 @@ def _of_rows(tree: Tree, rows: list[Row], where: str) -> Source:
     listed = [plain_path(row[file]) for row in rows]
     if len(set(listed)) < len(listed):
         raise DataError(f"{where}: has {len(listed) - len(set(listed))} images twice; remove the rows")
-    _require_same(where, set(listed), set(tree.images) - annotations)
+    otherwise = ", or choose `layout` folder or annotated to leave the table out"
+    _require_same(where, set(listed), set(tree.images) - annotations, otherwise)
     images = tree.only(name for name in tree.names if name not in annotations)
     if label is None and tree.choices.classes != "none" and len(images.top_folders) > 1:
         base = read_folder(images, None)

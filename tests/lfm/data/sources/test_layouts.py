@@ -174,6 +174,23 @@ def test_a_metadata_table_of_another_program_is_not_used(tmp_path: Path) -> None
     assert source.layout == "folder" and source.about.unused == ["metadata.csv"]
 
 
+def test_names_with_numbers_after_dots_are_images_of_their_own(tmp_path: Path) -> None:
+    names = ("cat.1.jpg", "cat.2.jpg", "dog.1.jpg", "dog.2.jpg")
+    write_tar(tmp_path / "a.tar", dict.fromkeys(names, b"x"))
+    assert len(read(str(tmp_path)).items) == 4
+
+
+def test_a_metadata_table_of_some_images_names_the_option_to_go_on(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
+        save_image(tmp_path / name, random_pixels(9, 9, 3))
+    (tmp_path / "metadata.csv").write_text("file_name,label\ncat/a.png,x\n")
+    with pytest.raises(
+        DataError, match=r"2 images without a label, .* or choose `layout` folder or annotated to leave"
+    ):
+        read(str(tmp_path))
+    assert read(str(tmp_path), "folder").class_names == ("cat", "dog")
+
+
 def test_numbered_parts_of_a_collection_are_no_classes(tmp_path: Path) -> None:
     for folder in ("HAM_images_part_1", "HAM_images_part_2"):
         save_image(tmp_path / folder / "a.png", random_pixels(9, 9, 3))
@@ -206,8 +223,9 @@ def test_a_folder_around_images_and_annotations_is_looked_through(
     assert any(note.startswith("looked through the folder") for note in source.about.notes)
 
 
-def test_samples_of_several_images_without_a_plain_one_are_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"0.left.png": b"x", "0.right.png": b"x", "0.cls": b"1"})
+@pytest.mark.parametrize("others", [{"0.cls": b"1"}, {"1.left.png": b"x", "1.right.png": b"x"}])
+def test_samples_of_several_images_without_a_plain_one_are_refused(others: dict[str, bytes], tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.left.png": b"x", "0.right.png": b"x", **others})
     with pytest.raises(
         DataError, match=r"no sample has a member .png, .jpg or the like, only .left.png, .right.png; rename"
     ):
