@@ -119,6 +119,10 @@ def test_demo(tmp_path: Path) -> None:
     assert "| demo_quick | 8 |" in run_apart("demo", tmp_path)
 
 
+def test_mixtures(tmp_path: Path) -> None:
+    assert "| replay | all |" in run_apart("mixtures", tmp_path, "--uses", "replay")
+
+
 def test_finetune(tmp_path: Path) -> None:
     """Two steps of each method, from a source of two steps."""
     output = run_apart("finetune", tmp_path, "--targets", "classes")
