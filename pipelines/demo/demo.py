@@ -64,7 +64,7 @@ def run(config: DemoConfig) -> DemoResult:
 
 def commands(out: Path) -> dict[str, list[str]]:
     """Return the command of each stage, in order."""
-    experiment = shipped_experiments.find("demo")
+    experiment = shipped_experiments.find("demo_quick")
     lfm = str(Path(sys.executable).parent / "lfm")
     scenes, raw, latents, training, samples = (
         str(out / name) for name in ("scenes", "raw", "latents", "run", "samples")

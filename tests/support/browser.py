@@ -23,6 +23,7 @@ from tests.support.commands import REPOSITORY, free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SECONDS = 30
+SECONDS_TO_END = 120  # of the server, on a busy machine
 MILLISECONDS_TO_SETTLE = 1000  # of the canvas, after its image or its brush has changed
 
 
@@ -40,7 +41,7 @@ def page_server(runs: Sequence[Path]) -> Iterator[str]:
                 pytest.fail(f"the server did not start: {line} {process.communicate(timeout=SECONDS)[1]}")
             yield line.split()[0]
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=SECONDS)
+            _, errors = process.communicate(timeout=SECONDS_TO_END)
             assert process.returncode == 0 and "Traceback" not in errors, errors
         finally:
             process.kill()

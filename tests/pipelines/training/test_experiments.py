@@ -126,6 +126,7 @@ def test_the_papers_unets_train_on_the_data_of_the_experiment_that_they_vary(nam
 def test_every_experiment_of_the_paper_has_two_variants_and_the_first_has_no_option_beyond_the_paper() -> None:
     others = {
         "demo",
+        "demo_quick",
         "demo_unet",
         "mixture_64",
         "pictures_64",
