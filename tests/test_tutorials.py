@@ -115,7 +115,7 @@ def test_own_autoencoder(small_set: SmallSet, workplace: Path) -> None:
     page.run()
     hashes = {
         manifests.load(f"data/{name}", "latents").autoencoder.content_hash  # type: ignore[union-attr]
-        for name in ("embedded", "pictures_64/latents", "equivariant_latents", "pictures_256/latents")
+        for name in ("embedded", "tuned_latents", "equivariant_latents", "pictures_256/latents")
     }
     assert len(hashes) == 4
     assert "PSNR" in page.output("lfm inspect")
