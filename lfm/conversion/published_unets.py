@@ -168,6 +168,7 @@ class _EdmForm:
             raise ConfigError(f"`latent_size` {latent_size}: the checkpoint's names say {self.sizes[0]}")
 
     def config(self, num_heads: int | None) -> UNetConfig:
+        """Return the configuration that names and shapes of the weights tell; `num_heads` where they do not."""
         channels = _get(self.state, EDM_KEY).shape[1]
         blocks = [_get(self.state, f"enc.{size}x{size}_block0.conv0.weight") for size in self.sizes]
         first = _get(self.state, f"enc.{self.sizes[0]}x{self.sizes[0]}_conv.weight")

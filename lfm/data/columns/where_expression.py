@@ -78,6 +78,11 @@ class _Translator:
         raise ConfigError(f"{self.place}: {' '.join(reason.split())}; its columns are {known}")
 
     def parse(self, text: str) -> ast.expr:
+        """Return the syntax tree of an expression.
+
+        Raises:
+            ConfigError: it is too long, or no expression.
+        """
         if len(text) > LONGEST:
             self.refuse(f"is longer than {LONGEST} characters")
         try:
