@@ -68,6 +68,33 @@ RECIPE: dict[str, Any] = {
 
 Changes = dict[str, Any]  # of keys such as "train.learning_rate"
 
+UNET: Changes = {
+    "model": {
+        "backbone": "unet",
+        "model_channels": 32,
+        "channel_multipliers": [1, 2, 4],
+        "num_blocks": 1,
+        "attention_resolutions": [8, 4],
+        "head_channels": 32,
+    },
+    "train.learning_rate": 2e-3,
+}
+"""The paper's other backbone, as in configs/demo_unet.yaml, at the best learning rate of those tried for the demo."""
+
+
+def batch_16(num_samples: int, num_measurements: int) -> Changes:
+    """Return what a batch of 16 changes in a budget of so many samples."""
+    num_steps = num_samples // 16
+    every = num_steps // num_measurements
+    return {
+        "train.global_batch": 16,
+        "train.num_steps": num_steps,
+        "train.log_every": 80,
+        "train.validate_every": every,
+        "evaluation.every": every,
+    }
+
+
 ENTRIES: dict[str, Changes] = {
     "logit-normal times": {"flow.time": "logit_normal"},
     "direction loss": {"flow.direction_weight": 1.0},
@@ -89,6 +116,8 @@ ENTRIES: dict[str, Changes] = {
         "train.optimizer": "muon",
     },
     "token dropout 0.5": {"model.token_dropout": 0.5},
+    "ADM U-Net": UNET,
+    "ADM U-Net, batch 16": {**UNET, **batch_16(20_480, 8)},
 }
 
 TUNING: dict[str, Changes] = {
@@ -116,38 +145,30 @@ LONG_ENTRIES: dict[str, Changes] = {
         "flow.layer_sync_weight": 0.2,
         "flow.layer_sync_blocks": [0, 2],
     },
+    "ADM U-Net, batch 16, a third of the budget": {**UNET, **batch_16(20_480, 8)},
 }
 
 LONG_TUNING: dict[str, Changes] = {
     **{f"learning rate {rate:g}": {"train.learning_rate": rate} for rate in (2e-3, 8e-3)},
+    "batch 16": {"train.learning_rate": 2e-3, **batch_16(61_440, 4)},
     "cosine schedule, warmup": {"train.schedule": "cosine", "train.warmup_steps": 20},
 }
 
 
 PHOTOGRAPHS: Changes = {
+    "train.learning_rate": 8e-3,
     "train.num_steps": 480,
     "train.validate_every": 120,
     "evaluation": {"num": 256, "every": 120, "guidance_scale": 2.0, "num_steps": 10},
 }
 """What photographs change of the recipe and of every entry."""
 
-UNET: Changes = {
-    "model": {
-        "backbone": "unet",
-        "model_channels": 32,
-        "channel_multipliers": [1, 2, 4],
-        "num_blocks": 1,
-        "attention_resolutions": [8, 4],
-        "head_channels": 32,
-    }
-}
-"""The paper's other backbone, as in configs/demo_unet.yaml."""
-
 PHOTOGRAPHS_ENTRIES: dict[str, Changes] = {
     "logit-normal times": ENTRIES["logit-normal times"],
     "Muon": ENTRIES["Muon"],
     "logit-normal times, Muon": LONG_ENTRIES["logit-normal times, Muon"],
     "ADM U-Net": UNET,
+    "ADM U-Net, batch 16": {**UNET, **batch_16(30_720, 4)},
     "direction loss": ENTRIES["direction loss"],
     "rope, rms, swiglu, qk-norm": ENTRIES["rope, rms, swiglu, qk-norm"],
     "internal velocity 0.5": ENTRIES["internal velocity 0.5"],
@@ -156,7 +177,14 @@ PHOTOGRAPHS_ENTRIES: dict[str, Changes] = {
 }
 
 PHOTOGRAPHS_TUNING: dict[str, Changes] = {
-    f"learning rate {rate:g}": {"train.learning_rate": rate} for rate in (1e-3, 2e-3, 8e-3)
+    **{f"learning rate {rate:g}": {"train.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 1.6e-2)},
+    "batch 32": {
+        "train.global_batch": 32,
+        "train.num_steps": 960,
+        "train.learning_rate": 5.6e-3,
+        "train.validate_every": 240,
+        "evaluation.every": 240,
+    },
 }
 
 
