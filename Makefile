@@ -30,7 +30,7 @@ dist: $(VENV)/ready
 	build/wheel/build/bin/python -m build --no-isolation --outdir build/dist .
 	$(PYTHON) -m venv build/wheel/lfm
 	build/wheel/lfm/bin/pip install -q -c constraints.txt setuptools wheel torch
-	build/wheel/lfm/bin/pip install -q -c constraints.txt --no-build-isolation "$$(ls build/dist/*.whl)[evaluate]"
+	build/wheel/lfm/bin/pip install -q -c constraints.txt --no-build-isolation "$$(ls build/dist/*.whl)[evaluate,ui]"
 	mkdir -p build/empty
 	cd build/empty && env -u PYTHONPATH sh -e ../../tests/support/installed_package.sh ../wheel/lfm/bin
 

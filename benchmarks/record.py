@@ -172,8 +172,6 @@ PHOTOGRAPHS_ENTRIES: dict[str, Changes] = {
     "direction loss": ENTRIES["direction loss"],
     "rope, rms, swiglu, qk-norm": ENTRIES["rope, rms, swiglu, qk-norm"],
     "internal velocity 0.5": ENTRIES["internal velocity 0.5"],
-    "cosine schedule, warmup": ENTRIES["cosine schedule, warmup"],
-    "token dropout 0.5": ENTRIES["token dropout 0.5"],
 }
 
 PHOTOGRAPHS_TUNING: dict[str, Changes] = {

@@ -95,6 +95,10 @@ def test_placebo(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "placebo.json").read_text())["configurations"]) == ["recipe", "placebo"]
 
 
+def test_width(tmp_path: Path) -> None:
+    assert "| reference_width 64 | 64 |" in run_apart("width", tmp_path)
+
+
 def test_record(tmp_path: Path) -> None:
     """Two steps and two seeds of the recipe and of one entry."""
     assert "samples to the loss" in run_apart("record", tmp_path)

@@ -12,4 +12,18 @@ $BIN/lfm train --config demo $SMALL --num-gpus 2
 $BIN/lfm sample run --out samples --seeds 0-1 --num-steps 2
 $BIN/lfm demo --dry-run
 test -s samples/grid.png
+$BIN/lfm ui run --port 7861 &
+PAGE=$!
+trap 'kill $PAGE' EXIT
+$BIN/python -c "
+import json, time, urllib.request
+for _ in range(120):
+    try:
+        page = json.load(urllib.request.urlopen('http://127.0.0.1:7861/config'))
+        break
+    except OSError:
+        time.sleep(1)
+assert page['title'] == 'lfm', page['title']
+assert any('crescent' in json.dumps(part) for part in page['components'])
+"
 echo "the installed package works"
