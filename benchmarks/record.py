@@ -156,10 +156,12 @@ LONG_TUNING: dict[str, Changes] = {
 
 
 PHOTOGRAPHS: Changes = {
-    "train.learning_rate": 8e-3,
-    "train.num_steps": 480,
-    "train.validate_every": 120,
-    "evaluation": {"num": 256, "every": 120, "guidance_scale": 2.0, "num_steps": 10},
+    "train.global_batch": 32,
+    "train.learning_rate": 5.6e-3,
+    "train.num_steps": 960,
+    "train.log_every": 40,
+    "train.validate_every": 240,
+    "evaluation": {"num": 256, "every": 240, "guidance_scale": 2.0, "num_steps": 10},
 }
 """What photographs change of the recipe and of every entry."""
 
@@ -168,21 +170,21 @@ PHOTOGRAPHS_ENTRIES: dict[str, Changes] = {
     "Muon": ENTRIES["Muon"],
     "logit-normal times, Muon": LONG_ENTRIES["logit-normal times, Muon"],
     "ADM U-Net": UNET,
-    "ADM U-Net, batch 16": {**UNET, **batch_16(30_720, 4)},
+    "ADM U-Net, Muon": {**UNET, "train.optimizer": "muon"},
     "direction loss": ENTRIES["direction loss"],
     "rope, rms, swiglu, qk-norm": ENTRIES["rope, rms, swiglu, qk-norm"],
     "internal velocity 0.5": ENTRIES["internal velocity 0.5"],
 }
 
 PHOTOGRAPHS_TUNING: dict[str, Changes] = {
-    **{f"learning rate {rate:g}": {"train.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 1.6e-2)},
-    "batch 32": {
-        "train.global_batch": 32,
-        "train.num_steps": 960,
-        "train.learning_rate": 5.6e-3,
-        "train.validate_every": 240,
-        "evaluation.every": 240,
-    },
+    f"batch 64, learning rate {rate:g}": {
+        "train.global_batch": 64,
+        "train.learning_rate": rate,
+        "train.num_steps": 480,
+        "train.validate_every": 120,
+        "evaluation.every": 120,
+    }
+    for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 }
 
 

@@ -21,8 +21,8 @@ from pipelines.comparison.compare import run as compare
 from pipelines.comparison.comparison_options import CompareConfig
 
 HERE = Path(__file__).parent
-WIDTHS = (64, 128, 256)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+WIDTHS: tuple[int, ...] = (64, 128, 256)
+RATES: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 HEAD_CHANNELS = 32
 MODES = {"as it is": None, f"reference_width {WIDTHS[0]}": WIDTHS[0]}
 
