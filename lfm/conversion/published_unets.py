@@ -230,6 +230,7 @@ class _GuidedForm:
         self.latent_size = latent_size
 
     def config(self, num_heads: int | None) -> UNetConfig:
+        """Return the network that names and shapes of the tensors belong to, as `_EdmForm.config` does."""
         state = self.state
         channels = _get(state, GUIDED_KEY).shape[1]
         latent_channels = len(_get(state, "out.2.weight"))

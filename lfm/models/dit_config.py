@@ -99,10 +99,12 @@ class DiTConfig(DiTArchitecture, ModelConfig):
 
     @property
     def num_tokens(self) -> int:
+        """Patches of a latent."""
         return (self.latent_size // self.patch_size) ** 2
 
     @property
     def num_kept_tokens(self) -> int:
+        """Tokens that the middle blocks see while `token_dropout` drops the others; at least 1."""
         return max(1, round(self.num_tokens * (1 - self.token_dropout)))
 
     @property

@@ -145,6 +145,7 @@ class _Pixels:
 
     @classmethod
     def of(cls, contents: Sequence[bytes]) -> _Pixels:
+        """Return what the pixels of these image files have in common; files that cannot be decoded are left out."""
         pixels = cls()
         for content in contents:
             try:

@@ -81,6 +81,11 @@ def _read_yaml(path: Path, extending: tuple[Path, ...], files: list[Path]) -> di
 
 
 def read_text(path: str | Path, largest: int = LARGEST_BYTES) -> str:
+    """Return the text of a file in UTF-8.
+
+    Raises:
+        ConfigError: It cannot be read, is larger than `largest` bytes, or is not UTF-8.
+    """
     try:
         return storage.read_bytes(str(path), largest).decode()
     except (StorageError, UnicodeDecodeError) as error:
@@ -97,6 +102,11 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def parse_yaml(text: str, name: str) -> Any:
+    """Return the content of a YAML text; errors name it by `name`.
+
+    Raises:
+        ConfigError: It is not YAML, or nested too deeply.
+    """
     try:
         return _limited(YAML(typ="safe", pure=True).load(io.StringIO(text)))
     except (YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
