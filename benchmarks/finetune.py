@@ -1,6 +1,6 @@
 """Compare training from scratch with fine-tuning: images until new shapes are recognised, and until a loss is reached.
 
-    python benchmarks/finetune.py OUT [--targets classes inpaint semantic size] [--seeds 3] [--tune] [--dry-run]
+    python benchmarks/finetune.py OUT [--targets classes inpaint semantic size] [--seeds 3] [--tune] [--settings] [--dry-run]
     python benchmarks/finetune.py OUT --targets photographs --images TRAIN --test TEST [...]
 
 Source: the recipe of benchmarks/record.py with its longer budget, on drawn scenes of six shapes at 64 pixels. Targets:
@@ -16,10 +16,10 @@ folders, of which the source has all classes but two:
     photographs    the other two classes, from 50 images each: samples until the distance of fd-lite to the photographs of TEST
                    is that of training from scratch at its end; then also KID, and the share of images that are copies
 
-Each method is trained with
-several seeds, on the same samples, noise and times, from the source of the same seed. Learning rates are those of `RATES`,
-chosen among `TUNING` with a seed of its own (--tune). Prints a table for each target, and writes OUT/finetune.json. Running
-the command again resumes. --dry-run trains for two steps.
+Each method is trained with several seeds, on the same samples, noise and times, from the source of the same seed. Learning
+rates are those of `RATES`, chosen among `TUNING` with a seed of its own (--tune). --settings compares `SETTINGS` for the two
+shapes instead. Prints a table for each target, and writes OUT/finetune.json (OUT/settings.json). Running the command again
+resumes. --dry-run trains for two steps.
 """
 
 from __future__ import annotations
@@ -88,6 +88,17 @@ RATES = {
     "full, null row": 2e-3,
     "LoRA": 8e-3,
     "DiffFit": 1.6e-2,
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {  # of full fine-tuning; the first is that of the targets
+    "as for the targets": {},
+    "warmup of 20 steps": {"train.warmup_steps": 20},
+    "warmup of 100 steps": {"train.warmup_steps": 100},
+    "gradients clipped to 1": {"train.gradient_clipping": 1.0},
+    "cosine schedule": {"train.schedule": "cosine", "train.warmup_steps": 20},
+    "EMA of at most 0.95": {"train.ema_decay": 0.95},
+    "condition dropout 0.05": {"condition_dropout": 0.05},
+    "condition dropout 0.2": {"condition_dropout": 0.2},
 }
 
 
@@ -194,8 +205,17 @@ def run_folder(out: Path, name: str, method: Method, rate: float, seed: int) -> 
     return out / "runs" / name / f"{method.name.replace(', ', '-').replace(' ', '-')}-{rate:g}" / f"seed-{seed}"
 
 
-def plan(out: Path, name: str, target: Target, method: Method, rate: float, seed: int, small: bool) -> Training:
-    """Return one training, whose configuration is written into `out`."""
+def plan(
+    out: Path,
+    name: str,
+    target: Target,
+    method: Method,
+    rate: float,
+    seed: int,
+    small: bool,
+    setting: str = "",
+) -> Training:
+    """Return one training, whose configuration is written into `out`; `setting` is a name of `SETTINGS`."""
     from_source = method.trainable is not None
     num_steps, every = target.num_steps[from_source], target.every[from_source]
     is_source = name in SOURCES
@@ -217,8 +237,13 @@ def plan(out: Path, name: str, target: Target, method: Method, rate: float, seed
         changes["evaluation"] = {"reference": test, "every": every, "num": 2 * num, **SAMPLING}
     else:
         changes["evaluation"] = None
-    folder = run_folder(out, name, method, rate, seed)
-    file = record.write_config(out / "configs" / name, f"{method.name} {rate:g}", {"run": "unused", **changes})
+    changes |= SETTINGS.get(setting, {})
+    if small and "train.warmup_steps" in changes:
+        changes["train.warmup_steps"] = 1
+    folder = run_folder(out, name if not setting else f"{name}-{setting.replace(' ', '-')}", method, rate, seed)
+    file = record.write_config(
+        out / "configs" / name, f"{method.name} {rate:g} {setting}".strip(), {"run": "unused", **changes}
+    )
     overrides: tuple[str, ...] = (f"run={folder}", f"train.seed={seed}")
     if method.guided_by_source:
         overrides += (f"evaluation.autoguidance={run_folder(out, target.source, METHODS[0], SOURCE_RATE, seed)}",)
@@ -274,15 +299,16 @@ def summary(trainings: Sequence[Training], metric: str, target: float) -> dict[s
 def table(result: dict[str, Any]) -> str:
     """Return one target's results as a table in Markdown."""
     metric, methods = result["metric"], result["methods"]
-    first = methods["scratch"]
+    base = next(iter(methods))  # training from scratch, or the first setting
+    first = methods[base]
     goal = f"{SHARE:.0%}" if metric == "recognised" else f"{result['target']:.3g}"
     further = [key for key in ("kid", "memorised") if key in first]
-    columns = ["method", "parameters", "rate", "samples", metric, *further, f"samples to {goal}", "of scratch"]
+    columns = ["method", "parameters", "rate", "samples", metric, *further, f"samples to {goal}", f"of {base}"]
     columns += ["CPU seconds to it", "memory"]
     rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for name, line in methods.items():
         p = ""
-        if name != "scratch" and len(line["final"]) > 1 and line["num_samples"] == first["num_samples"]:
+        if name != base and len(line["final"]) > 1 and line["num_samples"] == first["num_samples"]:
             test = difference(first["final"], line["final"], paired=True, higher_is_better=metric == "recognised")
             p = f" (p {test.p:.3f})"
         reached, share, seconds = "not reached", "", ""
@@ -370,10 +396,13 @@ def main() -> None:
     parser.add_argument(
         "--tune", action="store_true", help="compare learning rates on the two shapes instead, one seed"
     )
+    parser.add_argument(
+        "--settings", action="store_true", help="compare settings of fine-tuning on the two shapes instead"
+    )
     parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
     out, small = options.out.absolute(), options.dry_run
-    names = ["classes"] if options.tune else options.targets
+    names = ["classes"] if options.tune or options.settings else options.targets
     if small:
         options.seeds = 1
     data = {name: TARGETS[name] for name in names}
@@ -391,10 +420,29 @@ def main() -> None:
         tune(out, TARGETS["classes"], small)
         return
     results = {}
+    if options.settings:
+        results = {"settings": compare_settings(out, TARGETS["classes"], options.seeds, small)}
+        print(table(results["settings"]))
+        (out / "settings.json").write_text(json.dumps(results, indent=1) + "\n")
+        return
     for name in names:
         results[name] = measure(out, name, TARGETS[name], options.seeds, small)
         print(f"\n{name}\n\n{table(results[name])}", flush=True)
     (out / "finetune.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def compare_settings(out: Path, target: Target, seeds: int, small: bool) -> dict[str, Any]:
+    """Train `SETTINGS` as far as they are not trained, and return what they measured."""
+    method = next(method for method in METHODS if method.name == "full")
+    methods = {}
+    for setting in SETTINGS:
+        trainings = []
+        for seed in range(seeds):
+            base = source(out, target.source, seed, small)
+            trainings.append(plan(out, "classes", target, method, RATES["full"], seed, small, setting))
+            train(trainings[-1], arguments(method, base))
+        methods[setting] = summary(trainings, target.metric, SHARE)
+    return {"metric": target.metric, "target": SHARE, "methods": methods}
 
 
 def measure(out: Path, name: str, target: Target, seeds: int, small: bool) -> dict[str, Any]:
