@@ -31,6 +31,7 @@ from lfm.data.tar import sample_key
 from lfm.storage.cache import Cache
 
 SHARD = 4096
+DISTINCT = 256  # shards of different columns, a million rows
 POSITIONS = 2**20
 CONDITIONS = {
     "1 % by a number": "score < 0.01",
@@ -42,20 +43,26 @@ CONDITIONS = {
 
 
 def parts(rows: int) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each shard."""
+    """Yield the columns of each shard; all but the keys repeat after `DISTINCT` shards, as random names take long to make."""
     random = np.random.default_rng(0)
+    made = [_random_columns(random) for _ in range(DISTINCT)]
     for shard, start in enumerate(range(0, rows, SHARD)):
         num = min(SHARD, rows - start)
-        classes = random.integers(1000, size=num).tolist()
-        names = random.integers(10**6, size=num).tolist()
-        yield {
-            "key": [sample_key(shard, row) for row in range(num)],
-            "class": [f"class {index}" for index in classes],
-            "source": [f"class {index}/{name}.jpg" for index, name in zip(classes, names, strict=True)],
-            "width": random.integers(200, 2000, size=num),
-            "height": random.integers(200, 2000, size=num),
-            "score": random.random(num),
-        }
+        columns = {name: values[:num] for name, values in made[shard % DISTINCT].items()}
+        yield {"key": [sample_key(shard, row) for row in range(num)], **columns}
+
+
+def _random_columns(random: np.random.Generator) -> dict[str, Any]:
+    """Return the columns of one shard, without its keys."""
+    classes = random.integers(1000, size=SHARD).tolist()
+    names = random.integers(10**6, size=SHARD).tolist()
+    return {
+        "class": [f"class {index}" for index in classes],
+        "source": [f"class {index}/{name}.jpg" for index, name in zip(classes, names, strict=True)],
+        "width": random.integers(200, 2000, size=SHARD),
+        "height": random.integers(200, 2000, size=SHARD),
+        "score": random.random(SHARD),
+    }
 
 
 def manifest_of(rows: int, record: ColumnsRecord) -> Manifest:
