@@ -10,7 +10,7 @@ import ctypes
 import logging
 import math
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -83,11 +83,11 @@ class LatentShard:
 
     Args:
         file: path or open file; it may be closed afterwards.
-        samples, members, stride: as the manifest lists them.
+        samples, members, stride: as the manifest lists them, or the number of samples that the file holds.
         name: the path or URL in error messages.
 
     Attributes:
-        columns: for each member's suffix, an array over all samples.
+        columns: for each member's suffix, an array over all samples of the file.
 
     Raises:
         DataError: the file does not hold these members.
@@ -107,7 +107,7 @@ class LatentShard:
         self.columns: dict[str, np.ndarray | ScatteredColumn]
         if not samples:
             self.columns = {member.suffix: np.zeros((0, *member.shape), member.dtype) for member in members}
-        elif _has_stride(mapped, samples, members, stride):
+        elif has_stride(mapped, (0, samples - 1), members, stride):
             self.columns = {member.suffix: _strided(mapped, samples, member, stride) for member in members}
         else:
             index = _index(path, self.name, samples, tuple(members))
@@ -141,13 +141,13 @@ def _strided(mapped: np.ndarray, samples: int, member: Member, stride: int) -> n
     return np.ndarray((samples, *member.shape), dtype, buffer=mapped, offset=member.offset, strides=strides)
 
 
-def _has_stride(mapped: np.ndarray, samples: int, members: Sequence[Member], stride: int) -> bool:
-    """Return whether the tar headers of the first and the last sample are where a constant stride puts them."""
+def has_stride(mapped: np.ndarray, rows: Iterable[int], members: Sequence[Member], stride: int) -> bool:
+    """Return whether the tar headers of some samples of uint8 (bytes,) are where a constant stride puts them."""
     if stride <= 0:
         return False
-    for start in (0, (samples - 1) * stride):
+    for row in rows:
         for member in members:
-            header = start + member.offset - BLOCK * (2 if member.suffix.endswith(".npy") else 1)
+            header = row * stride + member.offset - BLOCK * (2 if member.suffix.endswith(".npy") else 1)
             name = mapped[header : header + 100].tobytes().rstrip(b"\0")
             if name.partition(b".")[2] != member.suffix.encode():
                 return False

@@ -2,7 +2,8 @@
 
     lock-ab                      held by the process that downloads one of the shards whose names begin with ab
     lock-room                    held while copies are evicted: copies and downloads together never exceed the limit
-    ab12...-000017.tar           a copy, verified after its download; its readers hold a shared lock on it
+    ab12...-000017.tar           a copy, verified after its download; its readers hold a shared lock on it; one of
+                                 parts of a file ends with the checksum of its bytes
     .writing-ab12...             a download in progress, of its final size
 
 All locks belong to the kernel (flock) and end with the process that holds them. A copy is evicted only while no process has
@@ -19,7 +20,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,8 @@ from lfm.storage.retry import with_retries
 
 DEFAULT_LIMIT = 50e9  # bytes
 _ATTEMPTS = 3  # downloads of a file whose checksum is wrong: the network may have changed a bit
+_CHECKSUM_BYTES = 4
+_CRC32_WITH_CHECKSUM = 0x2144DF1C  # of any bytes that end with their own crc32, least significant byte first
 _REPAIR = "remove it and its record, and make it again (training can leave it out: data.skip_shards)"
 
 
@@ -74,6 +77,29 @@ class Cache:
             _verify(path, Path(path).stat().st_size, size, self._crc32_at_first_use(Path(path), crc32), crc32)
             return storage.open_read(path)
         copy = self.folder / copy_name(path, size, crc32)
+        return self._open(copy, size, crc32, lambda temporary: self._download(path, temporary, size, crc32))
+
+    def open_parts(self, path: str, size: int, crc32: int, ranges: Sequence[tuple[int, int]]) -> IO[bytes]:
+        """Open a copy of ranges of bytes, start and end of each, of a remote file: one after the other, and a checksum.
+
+        `size` and `crc32` of the whole file identify it. They cannot be verified without reading it; the copy's own checksum
+        is. The same holds for the copy as in `open`.
+
+        Raises:
+            StorageError: the file cannot be read, or is shorter.
+        """
+        copy = self.folder / copy_name(path, size, crc32, ranges)
+
+        def write(temporary: Path) -> None:
+            content = storage.read_ranges(path, ranges)
+            with temporary.open("r+b") as file:
+                file.write(content + storage.crc32(content).to_bytes(_CHECKSUM_BYTES, "little"))
+                os.fsync(file.fileno())
+
+        return self._open(copy, size_of_parts(ranges), _CRC32_WITH_CHECKSUM, write)
+
+    def _open(self, copy: Path, size: int, crc32: int, write: Callable[[Path], None]) -> IO[bytes]:
+        """Open a copy, which `write` fills if there is none."""
         with self._locked(copy.name[:2]):
             if file := _open_copy(copy, size):
                 if self._crc32_at_first_use(copy, crc32) == crc32:
@@ -82,7 +108,7 @@ class Cache:
                 file.close()
                 remove_unlocked(copy, without_locks=True)
             while not (file := _open_copy(copy, size)):  # another process may evict it at once
-                self._download(path, copy, size, crc32)
+                self._make(copy, size, write)
             return file
 
     def _crc32_at_first_use(self, path: Path, crc32: int) -> int:
@@ -131,24 +157,27 @@ class Cache:
             lock(file)
             yield
 
-    def _download(self, path: str, copy: Path, size: int, crc32: int) -> None:
+    def _make(self, copy: Path, size: int, write: Callable[[Path], None]) -> None:
         with contextlib.ExitStack() as stack:
             with self._locked("room"):
                 self._make_room(size)
                 temporary = stack.enter_context(storage.writing(str(copy), flush=False))
                 os.truncate(temporary, size)  # it counts in full from now on
-            for attempt in range(1, _ATTEMPTS + 1):
-                actual = self._transfer(path, temporary)
-                try:
-                    _verify(path, actual[0], size, actual[1], crc32)
-                    break
-                except DataError:
-                    if attempt == _ATTEMPTS:
-                        raise
-                self._count("retries")
+            write(temporary)
             with self._locked("room"):  # a scan of the folder could miss a file that is being renamed
                 stack.close()
         self._count("downloads")
+
+    def _download(self, path: str, temporary: Path, size: int, crc32: int) -> None:
+        for attempt in range(1, _ATTEMPTS + 1):
+            actual = self._transfer(path, temporary)
+            try:
+                _verify(path, actual[0], size, actual[1], crc32)
+                break
+            except DataError:
+                if attempt == _ATTEMPTS:
+                    raise
+            self._count("retries")
 
     def _transfer(self, path: str, temporary: Path) -> tuple[int, int]:
         """Download a file, resuming after each failed request; return its size and crc32."""
@@ -192,10 +221,16 @@ class Cache:
             self.counts[event] += 1
 
 
-def copy_name(path: str, size: int, crc32: int) -> str:
-    """Return the name of a remote file's copy, which is another one for other content."""
-    identity = hashlib.sha256(f"{path} {size} {crc32}".encode()).hexdigest()[:32]
+def copy_name(path: str, size: int, crc32: int, ranges: Sequence[tuple[int, int]] = ()) -> str:
+    """Return the name of the copy of a remote file, or of ranges of it, which is another one for other content."""
+    content = f"{path} {size} {crc32}" + (f" {list(ranges)}" if ranges else "")
+    identity = hashlib.sha256(content.encode()).hexdigest()[:32]
     return f"{identity}-{path.rsplit('/', 1)[-1]}"
+
+
+def size_of_parts(ranges: Sequence[tuple[int, int]]) -> int:
+    """Return the size in bytes of a copy of ranges of a file."""
+    return sum(end - start for start, end in ranges) + _CHECKSUM_BYTES
 
 
 def _open_copy(copy: Path, size: int) -> IO[bytes] | None:

@@ -20,7 +20,7 @@ import socket
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -245,6 +245,24 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     with storage_errors(path), Path(path).open("rb") as file:
         file.seek(offset)
         return file.read(size)
+
+
+def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> bytes:
+    """Return the bytes from each `start` to its `end`, one range after the other, of a remote file by concurrent requests.
+
+    Raises:
+        StorageError: the file cannot be read, or is shorter.
+    """
+    starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+
+    def read(filesystem: AbstractFileSystem, inner: str) -> bytes:
+        parts = filesystem.cat_ranges([inner] * len(ranges), starts, ends, on_error="raise")
+        for part, start, end in zip(parts, starts, ends, strict=True):
+            if len(part) != end - start:
+                raise ConnectionError(f"{len(part)} bytes from {start} on in place of {end - start}")
+        return b"".join(parts)
+
+    return _request(path, read)
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")

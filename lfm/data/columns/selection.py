@@ -52,6 +52,15 @@ class Selection:
         """Return the selection in the shards of all parts, one part after the other."""
         return Selection(np.concatenate([part.rows for part in parts]), np.concatenate([part.counts for part in parts]))
 
+    @staticmethod
+    def union(parts: Sequence[Selection], num_shards: int) -> Selection:
+        """Return the samples that are in any of the parts, each of which begins with the first of `num_shards` shards."""
+        if len(parts) == 1 and len(parts[0].counts) == num_shards:
+            return parts[0]
+        keys = np.unique(np.concatenate([part.keys for part in parts]))
+        counts = np.bincount(keys // _LARGEST_SHARD, minlength=num_shards)
+        return Selection((keys % _LARGEST_SHARD).astype(np.result_type(*(part.rows for part in parts))), counts)
+
     @property
     def keys(self) -> np.ndarray:
         """Numbers of the selected samples that ascend with shard and row, int64 (selected,)."""

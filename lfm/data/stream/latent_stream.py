@@ -25,18 +25,30 @@ from lfm import storage
 from lfm.data.latent_shards import LatentShard, ScatteredColumn
 from lfm.data.random_draws import draw, draw_candidates, draw_noise, kept_tokens
 from lfm.data.stream.data_history import num_open_windows, order_of
-from lfm.data.stream.mixture import MEMBERS_OF_CONDITION, Mixture
+from lfm.data.stream.mixture import MEMBERS_OF_CONDITION, LatentSource, Mixture
+from lfm.data.stream.shard_file import ShardFiles
 from lfm.errors import DataError
 from lfm.flow.coupling import couple, nearest
 from lfm.flow.null_condition import drop_condition
 from lfm.prefetch import ReadAhead, prefetch
-from lfm.storage.cache import Cache, copy_name
+from lfm.storage.cache import Cache
 from lfm.types import Condition, LatentBatch
 from lfm.world import World
 
 _PLANNED_BATCHES = 16  # whose rows and random numbers are computed together
 
-Column = Tensor | ScatteredColumn
+
+class PartialColumn:
+    """A member of the samples of a shard that a file holds, indexed by their rows in the shard like an array."""
+
+    def __init__(self, values: np.ndarray | ScatteredColumn, rows: np.ndarray) -> None:
+        self.values, self.rows = values, rows  # (num, ...), and ascending int64 (num,)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self.values[np.searchsorted(self.rows, rows)]
+
+
+Column = Tensor | ScatteredColumn | PartialColumn
 
 
 @dataclass(frozen=True)
@@ -93,11 +105,12 @@ class LatentStream:
         self.has_flips = torch.tensor(has_flips).repeat_interleave(
             torch.tensor([len(part) for part in sizes])
         )  # by shard
+        self._files = [ShardFiles(source) for source in mixture.sources]
         self._copies: dict[int, str] = {}  # names of the cached copies of remote shards, by number
         self._reserve(mixture)
         self.wait_seconds = 0.0
         # Not a method of this object: the cycle would keep a stream's shards open after its last use.
-        self._shards = ReadAhead(partial(_open_columns, mixture, self.order.first_shards.tolist(), cache))
+        self._shards = ReadAhead(partial(_open_columns, mixture, self.order.first_shards.tolist(), self._files, cache))
         self._window: tuple[Hashable, ...] | None = None
 
     def _reserve(self, mixture: Mixture) -> None:
@@ -106,14 +119,12 @@ class LatentStream:
         While new samples are mixed with the rest of a pass, both have windows of their own.
         """
         needed, windows = 0, 2 * num_open_windows(mixture.history)
-        for source, first in zip(mixture.sources, self.order.first_shards.tolist(), strict=False):
+        for source, files, first in zip(mixture.sources, self._files, self.order.first_shards.tolist(), strict=False):
             if not storage.is_local(source.folder):
-                shards = source.manifest.shards
-                num_open = windows * self.options.window if source.balance is None else len(shards)
-                needed += sum(heapq.nlargest(num_open, (shard.bytes for shard in shards)))
-                paths = [storage.join(source.folder, shard.name) for shard in shards]
-                copies = [copy_name(path, shard.bytes, shard.crc32) for path, shard in zip(paths, shards, strict=True)]
-                self._copies |= dict(enumerate(copies, first))
+                num_open = windows * self.options.window if source.balance is None else len(source.manifest.shards)
+                copies = {number: (file.copy_name, file.num_bytes) for number, file in enumerate(files, first)}
+                needed += sum(heapq.nlargest(num_open, (num_bytes for _, num_bytes in copies.values())))
+                self._copies |= {number: name for number, (name, _) in copies.items()}
         if self._copies:
             self.cache.reserve(self, needed)
 
@@ -235,28 +246,32 @@ class LatentStream:
             self._shards.request(self.order.upcoming_shards(position, 2))
 
 
-def _open_columns(mixture: Mixture, first_shards: list[int], cache: Cache, number: int) -> dict[str, Column]:
+def _open_columns(
+    mixture: Mixture, first_shards: list[int], files: list[ShardFiles], cache: Cache, number: int
+) -> dict[str, Column]:
     """Open a shard; it stays mapped, and its copy in the cache, as long as one of its columns is in use."""
     index = bisect_right(first_shards, number) - 1
     source = mixture.sources[index]
-    record = source.manifest.shards[number - first_shards[index]]
-    path = storage.join(source.folder, record.name)
-    with cache.open(path, record.bytes, record.crc32) as file:
-        shard = LatentShard(file, record.samples, source.manifest.members, source.manifest.stride, name=path)
-    columns: dict[str, Column] = {
+    shard, rows = files[index][number - first_shards[index]].open(cache)
+    columns = {suffix: column for suffix, column in shard.columns.items() if suffix != "cls"}
+    columns["cls"] = _classes(mixture, source, shard)
+    if rows is not None:
+        return {suffix: PartialColumn(column, rows) for suffix, column in columns.items()}
+    return {
         suffix: column if isinstance(column, ScatteredColumn) else torch.from_numpy(column)
-        for suffix, column in shard.columns.items()
-        if suffix != "cls"
+        for suffix, column in columns.items()
     }
+
+
+def _classes(mixture: Mixture, source: LatentSource, shard: LatentShard) -> np.ndarray:
+    """Return the mixture's class of each sample of a shard, int64."""
     classes = shard.class_indices
     if classes is None or source.class_map == ():
-        columns["cls"] = torch.full((record.samples,), len(mixture.manifest.classes))  # the null class
-        return columns
+        return np.full(shard.samples, len(mixture.manifest.classes))  # the null class
     num_classes = len(source.manifest.classes)
     if len(classes) and not 0 <= classes.min() <= classes.max() < max(1, num_classes):
-        raise DataError(f"{path}: holds classes beyond the {num_classes} of the manifest; make it again")
-    columns["cls"] = torch.from_numpy(classes) if source.class_map is None else torch.tensor(source.class_map)[classes]
-    return columns
+        raise DataError(f"{shard.name}: holds classes beyond the {num_classes} of the manifest; make it again")
+    return classes if source.class_map is None else np.array(source.class_map)[classes]
 
 
 def _copy_rows(column: Column, rows: Tensor, output: Tensor) -> None:

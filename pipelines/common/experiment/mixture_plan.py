@@ -8,6 +8,7 @@ import numpy as np
 
 from lfm.data.stream.mixture import LatentSource, Mixture
 from lfm.data.stream.mixture_order import StagedShares
+from lfm.data.stream.shard_file import ShardFiles
 from pipelines.common.experiment.config_schema import ExperimentConfig
 
 MOST_CLASSES = 20  # that are listed one by one
@@ -66,18 +67,20 @@ def _num_dropped(source: LatentSource, num_drops: int) -> int:
 
 
 def _describe_subsets(training: Mixture) -> Iterator[str]:
-    """Yield for each source that is read in part its samples, and what reading them costs: shards are read whole."""
+    """Yield for each source that is read in part its samples, and what reading them costs."""
     for source in training.sources:
         if source.selection is None:
             continue
         shards, sizes = source.manifest.shards, source.shard_sizes()
-        read = sum(shard.bytes for shard, size in zip(shards, sizes, strict=True) if size)
+        files = [file for file, size in zip(ShardFiles(source), sizes, strict=True) if size]
+        read, num_ranges = sum(file.num_bytes for file in files), sum(len(file.ranges) for file in files)
+        by_ranges = f" ({sum(bool(file.ranges) for file in files):,} by {num_ranges:,} ranges)" if num_ranges else ""
         needed = sum(shard.bytes * size // max(1, shard.samples) for shard, size in zip(shards, sizes, strict=True))
         total = source.manifest.num_samples
         yield (
             f"{source.folder}{f' where {source.where}' if source.where else ''}: {source.num_samples:,} of {total:,} samples "
-            f"({source.num_samples / total:.2%}); a pass reads {sum(map(bool, sizes)):,} of {len(shards):,} shards, "
-            f"{read / 1e9:,.3f} GB for {needed / 1e9:,.3f} GB of these samples"
+            f"({source.num_samples / total:.2%}); a pass reads {len(files):,} of {len(shards):,} shards"
+            f"{by_ranges}, {read / 1e9:,.3f} GB for {needed / 1e9:,.3f} GB of these samples"
         )
 
 
