@@ -8,7 +8,7 @@ first opened file on, all threads. `stream` is the host's part of training on a 
 batch leaves for the device, in the first pass of a process, which computes the checksum of each shard; `stream_unchecked`
 leaves that out, as each later pass does; `mixture` is `stream` with three sources. On a CPU the noise is drawn there as well:
 that is the last row. With a URL, the shards are copied there, and the time to the first batch, into an empty cache, is set
-against a bare download of the same window.
+against a bare download of the same window; then 1 % of their samples are read by ranges, and out of whole shards.
 --dry-run reads 1,024 latents once, all ways in this process.
 """
 
@@ -26,9 +26,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import fsspec
 import numpy as np
@@ -36,8 +38,10 @@ import torch
 import webdataset
 
 from lfm import storage
+from lfm.data.columns.selection import Selection
 from lfm.data.latent_shards import latent_layout, latent_members
 from lfm.data.manifest import AutoencoderRecord, ClassRecord, Manifest, ShardRecord, load, publish
+from lfm.data.stream import shard_file
 from lfm.data.stream.latent_stream import LatentStream, StreamOptions
 from lfm.data.stream.mixture import LatentSource, mix, single_source
 from lfm.data.tar import sample_key, write_tar
@@ -197,9 +201,9 @@ def measured(way: str, folder: Path) -> dict[str, float]:
 def first_from_store(folder: Path, url: str, repeats: int) -> None:
     """Prints what the first batch takes from an object store, and a download of its window by as many requests."""
     options, whole = StreamOptions(global_batch=BATCH), load(str(folder / "shards"))
-    window = whole.model_copy(
-        update={"shards": whole.shards[: options.window]}
-    )  # all there is, so that no request is left behind
+    # All there is, so that no request is left behind.
+    window = whole.model_copy(update={"shards": whole.shards[: options.window]})
+    publish(url, window)
     for record in window.shards:
         with storage.writing(storage.join(url, record.name)) as copy:
             shutil.copyfile(folder / "shards" / record.name, copy)
@@ -225,6 +229,27 @@ def first_from_store(folder: Path, url: str, repeats: int) -> None:
     )
 
 
+def subset_from_store(url: str, repeats: int) -> None:
+    """Prints what a pass over 1 % of the samples in the store fetches and takes, with ranges and with whole shards."""
+    window = load(url)
+    rows = [np.arange(0, shard.samples, 100, dtype=np.uint16) for shard in window.shards]
+    selection = Selection(np.concatenate(rows), np.array([len(part) for part in rows]))
+    whole = single_source(url, window)
+    mixture = replace(whole, sources=(replace(whole.sources[0], selection=selection),))
+    options = StreamOptions(global_batch=len(selection.rows))
+    found: dict[int, list[tuple[int, float]]] = {}
+    for _ in range(repeats):
+        for saving in (shard_file.LEAST_SAVING, 10**9):  # by ranges, and never
+            with tempfile.TemporaryDirectory() as scratch, mock.patch.object(shard_file, "LEAST_SAVING", saving):
+                began = time.perf_counter()
+                HostPart(mixture, options, World(), Cache(Path(scratch))).batch(0)
+                fetched = sum(path.stat().st_size for path in Path(scratch).glob("*.tar"))
+                found.setdefault(saving, []).append((fetched, time.perf_counter() - began))
+    for label, measured_ones in zip(("by ranges", "whole shards"), found.values(), strict=True):
+        seconds = statistics.median(seconds for _, seconds in measured_ones)
+        print(f"1 % of the samples, {label}: {measured_ones[0][0] / 1e6:.1f} MB in {seconds:.2f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -241,7 +266,8 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write(folder, 4 * BATCH if options.dry_run else SAMPLES)
         if options.url:
-            return first_from_store(folder, options.url, options.repeats)
+            first_from_store(folder, options.url, options.repeats)
+            return subset_from_store(options.url, options.repeats)
         if options.dry_run:
             repeats = [{way: measured(way, folder) for way in WAYS}]
         else:
