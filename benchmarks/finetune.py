@@ -119,7 +119,7 @@ class Target:
 
 ALL_METHODS = tuple(method.name for method in METHODS)
 CLOTHES = ("pants", "shoes")
-CLOTHES_METHODS = tuple(name for name in ALL_METHODS if name != "full, null row")  # equal to "full" on scenes
+CLOTHES_METHODS = ("scratch", "full", "full, guided by the source")
 TARGETS = {
     "classes": Target("class", NEW_CLASSES, (200, 128), 64, (1440, 480), (60, 30), ALL_METHODS, metric="recognised"),
     "inpaint": Target("class+inpaint", SOURCE_CLASSES, (3072, 256), 64, (640, 640), (80, 40)),
