@@ -40,9 +40,10 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages, and the images that those outside of docs/ show."""
     for source, name in OUTSIDE.items():
         files.append(File.generated(config, name, content=(REPOSITORY / source).read_text()))
-        for image in (REPOSITORY / source).parent.glob("*.png"):
-            folder = image.parent.relative_to(REPOSITORY)
-            files.append(File.generated(config, (folder / image.name).as_posix(), content=image.read_bytes()))
+    for folder in sorted({(REPOSITORY / source).parent for source in OUTSIDE}):
+        for image in folder.glob("*.png"):
+            path = image.relative_to(REPOSITORY).as_posix()
+            files.append(File.generated(config, path, content=image.read_bytes()))
     files.append(File.generated(config, "commands.md", content=commands()))
     files.append(File.generated(config, "configuration.md", content=configuration()))
     files.append(File.generated(config, "api.md", content=api()))
