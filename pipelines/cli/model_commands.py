@@ -58,7 +58,7 @@ def ema(config: EmaConfig) -> None:
     if result.weights is None:
         return show(config, result.plan)
     echo(result.plan)
-    echo(f"next: lfm sample {result.weights} --out DIR")
+    _echo_next(result.weights)
 
 
 @stage_command(TrainOptions)
@@ -71,6 +71,14 @@ def train(options: TrainOptions) -> None:
 def _check_forecast(options: TrainOptions) -> None:
     if (options.ranks or options.rate) and not options.dry_run:
         raise ConfigError("`ranks`, `rate`: are for `dry_run`; leave them out, or set that")
+
+
+def _echo_next(weights: str) -> None:
+    """Print the command that samples with a run, or with a weights file."""
+    from lfm.weights_file import load_header
+    from pipelines.common.sample_jobs.sample_command import sample_command
+
+    echo(f"next: {sample_command(weights, load_header(weights))}")
 
 
 def _train(options: TrainOptions) -> None:
@@ -103,8 +111,7 @@ def _train(options: TrainOptions) -> None:
         echo(result.plan)
     elif world.is_main:
         echo(f"{result.samples_seen:,} samples seen, as train.num_steps asks for: {result.weights}")
-        shards = f" --shards {experiment.data.folders[0]}" if experiment.conditions - {"class"} else ""
-        echo(f"next: lfm sample {experiment.run} --out DIR{shards}")
+        _echo_next(experiment.run)
 
 
 @stage_command(LaunchedTrainOptions, name="train")
@@ -193,7 +200,7 @@ def import_(config: ImportConfig) -> None:
     if config.dry_run:
         return show(config, result)
     echo(result)
-    echo(f"next: lfm sample {config.dest} --out DIR")
+    _echo_next(config.dest)
 
 
 @stage_command(ExportConfig)

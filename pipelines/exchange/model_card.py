@@ -9,6 +9,7 @@ from typing import Any
 from lfm.errors import hide_credentials
 from lfm.models import registry
 from lfm.weights_file import WeightsHeader
+from pipelines.common.sample_jobs.sample_command import sample_command
 
 MOST_CLASSES = 40  # that are listed
 MEASURED = ("validation_loss", "recognised", "fd-", "kid-", "fid")  # names, or their beginnings, in the log
@@ -95,8 +96,8 @@ def _hub_name(header: WeightsHeader) -> str | None:
 
 def _use(content: CardContent, conditions: Sequence[str]) -> str:
     url = f"hf://{content.repository}"
-    flags = " --shards LATENTS" if {"inpaint", "semantic"} & {*conditions} else ""
-    lines = ["## Use\n", f"    lfm sample {url} --out samples{flags}\n", "or in Python\n"]
+    command = sample_command(url, content.header, "samples")
+    lines = ["## Use\n", f"    {command}\n", "or in Python\n"]
     inputs = {
         "inpaint": "images=images, masks=masks",
         "semantic": "segmentations=segmentations",

@@ -43,6 +43,8 @@ def test_a_run_is_trained_with_its_segmentation_encoder_and_sampled(
     encoder = [name for name in weights if name.startswith("segmentation_embedding")]
     assert len(encoder) == (3 if condition == "semantic" else 0)
     assert all((weights[name] - initial[name]).abs().max() > 1e-3 for name in [*encoder, "patch_embedding.weight"])
+    (next_line,) = [line for line in result.stdout.splitlines() if line.startswith("next: lfm sample")]
+    assert next_line.endswith(" --out DIR --shards RAW_SHARDS")  # of the latents, holes cannot be put back
     flags = ("--shards", tasks.raw, "--seeds", "0-3", "--guidance-scale", 2, "--num-steps", 2)
     result = lfm("sample", tmp_path / "run", "--out", tmp_path / "out", *flags)
     assert result.exit_code == 0, result.stderr
