@@ -21,7 +21,7 @@ from lfm.training.run_folder import RunState
 from lfm.weights_file import WeightsHeader
 from pipelines.cli.main import main
 from pipelines.cli.model_commands import train
-from pipelines.common.experiment import config_file
+from pipelines.common.experiment import config_file, shipped_experiments
 from tests.support.commands import REPOSITORY
 
 PAGES = [
@@ -137,6 +137,27 @@ def test_experiments_and_overrides_are_valid(page: Path) -> None:
             config_file.load(str(EXAMPLE), [word for word in words if word != "--set"])
     for override in re.findall(r"`--set ([a-z][^`\s]*)`", text):  # not KEY=VALUE
         config_file.load(str(EXAMPLE), [override])
+
+
+def test_no_two_tutorials_write_to_the_same_place() -> None:
+    """So that a reader can follow one after another."""
+    pages: dict[str, set[str]] = {}
+    for page in sorted((REPOSITORY / "docs" / "tutorials").glob("*.md")):
+        for place in itertools.chain.from_iterable(map(outputs, command_lines(page.read_text()))):
+            pages.setdefault(place, set()).add(page.name)
+    assert len(pages) > 40
+    assert not {place: names for place, names in pages.items() if len(names) > 1}
+
+
+def outputs(line: CommandLine) -> Iterator[str]:
+    """The files and folders that a complete command line writes."""
+    if not line.complete:
+        return
+    values = parse(line)
+    if "config" in values:
+        yield config_file.load(str(shipped_experiments.find(str(values["config"]))), values["overrides"]).run
+    names = ("sheet",) if values.get("dry_run") else ("sheet", "out", "dest")
+    yield from (str(values[name]) for name in names if values.get(name))
 
 
 def test_the_manual_shows_every_command() -> None:

@@ -136,7 +136,7 @@ def test_several_machines(small_set: SmallSet, workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_few_evaluations(small_set: SmallSet, workplace: Path) -> None:
-    shutil.copytree(small_set.latents, workplace / "data" / "images" / "latents")
+    shutil.copytree(small_set.latents, workplace / "data" / "pictures" / "latents")
     page = ManualPage("tutorials/few-evaluations.md", small_set.autoencoder)
     page.run()
     evaluations = {
