@@ -140,6 +140,8 @@ class InspectConfig:
     """data.window of the run."""
     skip_shard: Annotated[tuple[str, ...], Flag(metavar="NAME")] = ()
     """One of data.skip_shards of the run; may be repeated."""
+    held_back: Annotated[int, Field(ge=0, le=2**31)] = 0
+    """data.held_back of the run: these last shards are not trained on."""
 
 
 @stage_options

@@ -101,6 +101,12 @@ def _describe_experiment(config: InspectConfig) -> Iterator[str]:
     data = experiment.data
     cache = factory.cache(config.cache or data.cache, data.cache_gigabytes)
     yield from _describe_sources(mixture, cache)
+    if data.held_back:
+        yield (
+            f"{_num_samples(held_back):,} samples in {len(held_back.manifest.shards)} shards are held back: the last "
+            f"{data.held_back} of {'each source' if len(mixture.sources) > 1 else 'them'}; below are the "
+            f"{_num_samples(training):,} to train on"
+        )
     yield from describe_mixture(experiment, training)
     if mixture.manifest.classes and ("class" not in experiment.conditions or len(training.sources) == 1):
         yield from describe_classes(training)
@@ -111,6 +117,10 @@ def _describe_experiment(config: InspectConfig) -> Iterator[str]:
     if of_held_back:
         first, second = _joined(of_training), _joined(of_held_back)
         yield _overlap("training", first, "held back", second)
+
+
+def _num_samples(mixture: Mixture) -> int:
+    return sum(source.num_samples for source in mixture.sources)
 
 
 def _describe_folders(config: InspectConfig) -> Iterator[str]:

@@ -77,7 +77,7 @@ def run(config: InspectConfig, world: World) -> InspectResult:
 
 def _refuse_unused_options(config: InspectConfig, manifest: Manifest) -> None:
     used = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
-    of_the_order = used & {"at", "seed", "window", "skip_shard"}
+    of_the_order = used & {"at", "seed", "window", "skip_shard", "held_back"}
     of_latents = used & {"raw", "autoencoder", "interpolations"}
     of_the_sheet = of_latents | used & {"verify", "out"}
     if config.plan and of_the_sheet:
@@ -122,10 +122,12 @@ def _training_order(config: InspectConfig, manifest: Manifest) -> Iterator[str]:
     from lfm.data.stream.mixture import LatentSource, Mixture
 
     source = LatentSource(config.path, manifest, skip_shards=config.skip_shard, drops=load_drops(config.path))
-    source = with_views(source, [state_of(source)])
+    whole = Mixture((with_views(source, [state_of(source)]),), manifest)
+    training, _ = whole.split(config.held_back)
+    (source,), shard_records = training.sources, training.manifest.shards
     if not source.num_samples:
         raise DataError(f"{config.path}: no samples; leave fewer shards out")
-    order = order_of(Mixture((source,), manifest), config.seed, config.window)
+    order = order_of(training, config.seed, config.window)
     shards, rows = order.at(config.at, config.num)
     numbers = range(config.at, config.at + config.num)
     flips = draw(config.seed, torch.tensor(numbers)).flip.tolist()
@@ -133,7 +135,7 @@ def _training_order(config: InspectConfig, manifest: Manifest) -> Iterator[str]:
     for number, shard, row, flip in zip(numbers, shards, rows, flips, strict=True):
         mirrored = ", mirrored" if flip and has_flips else ""
         epoch = number // source.num_samples
-        yield f"sample {number:,}: epoch {epoch}, {manifest.shards[shard].name} row {row}{mirrored}"
+        yield f"sample {number:,}: epoch {epoch}, {shard_records[shard].name} row {row}{mirrored}"
 
 
 def _verify(config: InspectConfig, manifest: Manifest, cache: Cache) -> None:

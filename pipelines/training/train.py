@@ -220,7 +220,7 @@ def _prepare(
     folder.require_space(size, config.train.keep_checkpoints, 4 * origin.num_trained)
     name = checkpoint[0].name if checkpoint else initialization.source if initialization else None
     lines = [
-        _describe(config, mixture, model, world, settings, name),
+        _describe(config, training, held_back.manifest.num_samples, model, world, settings, name),
         *describe_history(mixture),
         *describe_mixture(config, training),
         *origin.lines,
@@ -328,14 +328,15 @@ def _header(config: ExperimentConfig, mixture: Mixture, model_config: ModelConfi
 
 def _describe(
     config: ExperimentConfig,
-    mixture: Mixture,
+    training: Mixture,
+    num_held_back: int,
     model: VelocityNetwork,
     world: World,
     settings: dict[str, Any],
     origin: str | None,
 ) -> str:
-    """Return the plan of a training in one line."""
-    manifest = mixture.manifest
+    """Return the plan of a training in one line; samples and epochs are those of the shards to train on."""
+    manifest = training.manifest
     num_samples = config.train.num_steps * config.train.global_batch
     matrices = ""
     if config.train.optimizer == "muon":
@@ -343,8 +344,10 @@ def _describe(
         size = sum(parameters[name].numel() for name in names)
         matrices = f"{sum(names.values())} matrices of {size:,} parameters by Muon, the rest by AdamW; "
     skipped = f"{len(config.data.skip_shards)} shards left out; " if config.data.skip_shards else ""
+    held_back = f" ({num_held_back:,} more are held back)" if num_held_back else ""
     return (
-        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {mixture.name}; {skipped}{matrices}"
+        f"{model.num_parameters:,} parameters, {manifest.num_samples:,} samples in {training.name}{held_back}; "
+        f"{skipped}{matrices}"
         f"{config.train.num_steps:,} steps of {config.train.global_batch} "
         f"({num_samples / manifest.num_samples:.1f} epochs) on {world.size} {'rank' if world.size == 1 else 'ranks'}, "
         f"ZeRO {settings['zero_optimization']['stage']}, {config.train.precision}, from {origin or 'the start'} -> "

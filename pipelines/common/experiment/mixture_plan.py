@@ -116,17 +116,27 @@ def _passes(source: LatentSource, count: int) -> str:
 
 
 def describe_classes(training: Mixture) -> Iterator[str]:
-    """Yield the counts of the merged classes, and of each source in them."""
+    """Yield the counts of the merged classes in whole shards, and of each source in them; held-back shards do not count."""
     classes = training.manifest.classes
+    counts = [_class_counts(source, len(classes)) for source in training.sources]
     yield f"{len(classes)} classes" + ("" if len(classes) <= MOST_CLASSES else f", {MOST_CLASSES} of them:")
     for entry in classes[:MOST_CLASSES]:
-        parts = []
-        for source in training.sources:
-            own = source.manifest.classes
-            mapped = source.class_map if source.class_map is not None else range(len(own))
-            count = sum(record.count for record, index in zip(own, mapped, strict=True) if index == entry.index)
-            parts += [f"{count:,} of {source.name}"] if count else []
-        yield f"  {entry.name}: {entry.count:,} ({', '.join(parts)})"
+        of_sources = [each[entry.index] for each in counts]
+        parts = [
+            f"{count:,} of {source.name}" for count, source in zip(of_sources, training.sources, strict=True) if count
+        ]
+        yield f"  {entry.name}: {sum(of_sources):,} ({', '.join(parts)})"
     for source in training.sources:
         if not source.manifest.classes:
             yield f"  no class: {source.name} serves the null condition"
+
+
+def _class_counts(source: LatentSource, num_classes: int) -> list[int]:
+    """Return the number of samples of each class of the mixture in a source's shards."""
+    counts = [0] * num_classes
+    own = source.manifest.classes
+    mapped = source.class_map if source.class_map is not None else range(len(own))
+    for shard in source.manifest.shards:
+        for index, count in zip(mapped, shard.class_counts, strict=False):  # early shards may lack later classes
+            counts[index] += count
+    return counts

@@ -79,11 +79,16 @@ def test_an_experiment_is_described_with_its_leaks(
     )
     allowed = plan(experiment, "data.allow_leaks=true")
     assert allowed.exit_code == 0, allowed.output
+    assert f"40 samples in {small_set.latents}, {part} (24 more are held back)" in allowed.output
     result = lfm("inspect", experiment)
     assert result.exit_code == 0, result.output
+    shards, first = manifests.load(str(small_set.latents)).shards, manifests.load(str(small_set.latents)).classes[0]
+    whole, other = sum(shard.class_counts[0] for shard in shards[:2]), shards[2].class_counts[0]
     for line in (
+        "24 samples in 2 shards are held back: the last 1 of each source; below are the 40 to train on",
         "  whole: 75.00%, 120 samples, 3.75 passes over 32",
         "8 classes",
+        f"  {first.name}: {whole + other:,} ({whole} of whole",
         "whole and part: no sample in common",
         "training and held back: 24 samples in common (60.00% and 100.00% of the different ones), such as ",
     ):

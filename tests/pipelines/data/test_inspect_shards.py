@@ -81,6 +81,17 @@ def test_the_plan_is_what_training_reads(small_set: SmallSet) -> None:
         assert abs(latent / stream.scale + stream.shift - mean[0]).max() <= 6 * std.max()
 
 
+def test_held_back_shards_are_not_in_the_plan(small_set: SmallSet) -> None:
+    """A pass is over the other shards, each of whose samples it has once."""
+    kept = manifests.load(str(small_set.latents), "latents").shards[:2]
+    num_samples = sum(shard.samples for shard in kept)
+    listed = lfm("inspect", small_set.latents, "--plan", "--held-back", 1, "--num", num_samples + 1).stdout.splitlines()
+    samples = {tuple(line.split(", ")[1].split()[::2]) for line in listed[:-1]}
+    assert samples == {(shard.name, str(row)) for shard in kept for row in range(shard.samples)}
+    assert "epoch 0" in listed[-2] and "epoch 1" in listed[-1]
+    assert_one_line(lfm("inspect", small_set.latents, "--plan", "--held-back", 3), "held_back 3", "3 shards")
+
+
 def test_options_of_the_plan_need_it(small_set: SmallSet) -> None:
     assert_one_line(lfm("inspect", small_set.latents, "--at", 5), "--plan")
 
