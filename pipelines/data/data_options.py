@@ -119,8 +119,8 @@ class InspectConfig:
     """Folders or URLs of more latent shards: say what they share with those of PATH."""
     verify: bool = False
     """Compare every shard with its checksum."""
-    out: str = "sheet.png"
-    """File for the sheet of images."""
+    out: Annotated[str | None, Flag(metavar="FILE")] = None
+    """File for the sheet of images.  [default: by the last names of PATH, as in sheet-pictures-latents.png]"""
     num: Annotated[int, Field(ge=1, le=4096)] = 64
     """Number of images on the sheet, or of samples listed by --plan."""
     autoencoder: Annotated[str | None, Flag(metavar="PATH_OR_ID")] = None
@@ -129,7 +129,9 @@ class InspectConfig:
     """Compare with the raw shards that were encoded: print PSNR and SSIM, and show the originals on the sheet."""
     interpolations: Annotated[int | None, Field(ge=2, le=4096)] = None
     """Also measure the distance of decoded interpolations of this many latents, by fd-lite."""
-    cache: Annotated[CacheFolder, Section("Options")] = None
+    overwrite: Annotated[bool, Section("Options")] = False
+    """Replace a file that is no sheet of PATH by the sheet."""
+    cache: CacheFolder = None
     plan: Annotated[bool, Section("Training order")] = False
     """Only list the samples that training reads next."""
     at: Annotated[int, Field(ge=0, le=2**62)] = 0

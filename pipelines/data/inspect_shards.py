@@ -19,7 +19,7 @@ from lfm.data.dropped import Drop, load_drops
 from lfm.data.evaluation_images import ShardedImages
 from lfm.data.latent_shards import LatentShard
 from lfm.data.manifest import Manifest, ShardRecord
-from lfm.errors import ConfigError, DataError, StorageError
+from lfm.errors import ConfigError, DataError, StorageError, printable
 from lfm.storage.cache import Cache
 from lfm.types import RawSample
 from lfm.world import World
@@ -30,6 +30,7 @@ from pipelines.data.inspect_mixture import describe_columns, describe_mixed_sour
 
 HOLE = np.array([255, 0, 0])
 SMALLEST_SIDE = 128  # of an image on the sheet: smaller ones are enlarged
+SHEET_OF = "sheet_of"  # key of a sheet's note: the folder whose images it shows
 DECODED_TOGETHER = 16
 DAMAGED_SHOWN = 5
 
@@ -54,6 +55,7 @@ def run(config: InspectConfig, world: World) -> InspectResult:
     _refuse_unused_options(config, manifest)
     if config.plan:
         return InspectResult("\n".join(_training_order(config, manifest)))
+    out = _sheet_file(config)
     cache = factory.cache(config.cache)
     lines = [*_description(manifest, load_drops(config.path)), *describe_columns(config.path, manifest, cache)]
     if config.verify:
@@ -63,7 +65,7 @@ def run(config: InspectConfig, world: World) -> InspectResult:
         images = np.stack([overlaid(sample) for sample in _first_samples(config.path, manifest, cache, config.num)])
     else:
         images = np.stack(list(islice(_decoded_images(config, manifest, cache, world), config.num)))
-    lines.append(f"the first {len(images)} images: {config.out}")
+    lines.append(f"the first {len(images)} images: {out}")
     if config.raw is not None:
         originals = _originals(config.raw, config.path, manifest, cache, len(images))
         lines.append(_similarity(originals, images))
@@ -71,7 +73,7 @@ def run(config: InspectConfig, world: World) -> InspectResult:
     if config.interpolations is not None:
         lines.append(_interpolations(config, manifest, cache, world))
     sheet = image_files.grid(images, enlarge=max(1, SMALLEST_SIDE // manifest.image_size))
-    image_files.save(sheet, config.out)
+    image_files.save(sheet, out, note={SHEET_OF: config.path})
     return InspectResult("\n".join(lines))
 
 
@@ -79,13 +81,35 @@ def _refuse_unused_options(config: InspectConfig, manifest: Manifest) -> None:
     used = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
     of_the_order = used & {"at", "seed", "window", "skip_shard", "held_back"}
     of_latents = used & {"raw", "autoencoder", "interpolations"}
-    of_the_sheet = of_latents | used & {"verify", "out"}
+    of_the_sheet = of_latents | used & {"verify", "out", "overwrite"}
     if config.plan and of_the_sheet:
         raise ConfigError(f"{_named(of_the_sheet)}: not used with `plan`, which only lists samples; leave it out")
     if not config.plan and of_the_order:
         raise ConfigError(f"{_named(of_the_order)}: only used with `plan`; add it")
     if manifest.kind == "raw" and of_latents:
         raise ConfigError(f"{_named(of_latents)}: only used for latents; {config.path} holds raw shards")
+
+
+def _sheet_file(config: InspectConfig) -> str:
+    """Return the file to save the sheet in.
+
+    Raises:
+        ConfigError: it exists, is no sheet of this folder, and `overwrite` is not set.
+    """
+    out = config.out or f"sheet-{'-'.join(_last_names(config.path))}.png"
+    if not config.overwrite and storage.exists(out):
+        note = image_files.note(out)
+        owner = note.get(SHEET_OF) if isinstance(note, dict) else None
+        if owner != config.path:
+            content = f"a sheet of {printable(str(owner))}" if owner else "a file that is no sheet of these shards"
+            raise ConfigError(f"{out}: exists and is {content}; choose another `out`, or set `overwrite`")
+    return out
+
+
+def _last_names(path: str) -> list[str]:
+    """Return the last two names of a path or URL, or that of the folder itself if it has none."""
+    names = [name for name in path.rpartition("://")[2].split("/") if name not in ("", ".", "..")]
+    return names[-2:] or [Path(path).resolve().name or "root"]
 
 
 def _named(options: set[str]) -> str:

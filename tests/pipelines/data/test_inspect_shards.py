@@ -19,6 +19,7 @@ from lfm.data.stream.mixture import single_source
 from lfm.storage.cache import Cache
 from lfm.synthetic.scenes import CLASS_NAMES, draw_scene
 from lfm.types import RawSample
+from pipelines.common import image_files
 from pipelines.data.inspect_shards import overlaid
 from tests.support.commands import ALONE, SmallSet, assert_one_line, lfm
 
@@ -32,6 +33,28 @@ def test_it_describes_shards_and_makes_a_sheet(small_set: SmallSet, tmp_path: Pa
     assert all(name in result.stdout for name in CLASS_NAMES) and "every shard equals" in result.stdout
     with Image.open(sheet) as image:
         assert image.size == ((3 * 18 - 2) * 8,) * 2
+
+
+def test_a_sheet_replaces_that_of_its_own_folder_alone(
+    small_set: SmallSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        for kind in ("raw", "latents"):
+            folder = small_set.raw.parent / kind
+            result = lfm("inspect", folder, "--num", 4)
+            assert result.exit_code == 0, result.stderr
+            assert f"sheet-{folder.parent.name}-{kind}.png" in result.stdout
+    first = tmp_path / f"sheet-{small_set.raw.parent.name}-raw.png"
+    photograph = first.with_name("photograph.png")
+    image_files.save(np.zeros((4, 4, 3), np.uint8), photograph)
+    for file in (first, photograph):
+        content = file.read_bytes()
+        refused = lfm("inspect", small_set.latents, "--num", 4, "--out", file)
+        assert_one_line(refused, file, "--out", "--overwrite")
+        assert file.read_bytes() == content
+    assert lfm("inspect", small_set.latents, "--num", 4, "--out", first, "--overwrite").exit_code == 0
+    assert first.read_bytes() != content
 
 
 def test_every_damaged_shard_is_named(small_set: SmallSet, tmp_path: Path) -> None:
