@@ -120,7 +120,7 @@ class InspectConfig:
     verify: bool = False
     """Compare every shard with its checksum."""
     out: Annotated[str | None, Flag(metavar="FILE")] = None
-    """File for the sheet of images.  [default: by the last names of PATH, as in sheet-pictures-latents.png]"""
+    """File for the sheet of images.  [default: by the last names of PATH, as in sheet-clothes-latents.png]"""
     num: Annotated[int, Field(ge=1, le=4096)] = 64
     """Number of images on the sheet, or of samples listed by --plan."""
     autoencoder: Annotated[str | None, Flag(metavar="PATH_OR_ID")] = None

@@ -116,7 +116,8 @@ def run(config: ShardConfig, announce: Callable[[str], None] = print) -> ShardRe
         summary += f", which has {growth.num_known:,} of them and grows by {len(growth.new):,}"
     if part.size > 1:
         summary += f", {len(own_jobs)} of them by part {config.part}"
-    sample = survey(source, config.crop)
+    first_shard = growth.first_shard if growth else 0
+    sample = survey(source, config.crop, lambda place: _drawn_mask(config, order, first_shard, place))
     description = f"{summary}\n{describe(source, sample)}"
     if config.sheet:
         save_sheet(source, sample, config.sheet)
@@ -201,6 +202,17 @@ def shard_order(config: ShardConfig, source: Source, growth: Growth | None = Non
     random = np.random.Generator(np.random.Philox(key=config.seed + (first_shard << 64)))
     order = (new.start + random.permutation(len(new))).tolist()
     return [order[start : start + config.samples_per_shard] for start in range(0, len(order), config.samples_per_shard)]
+
+
+def _drawn_mask(config: ShardConfig, order: list[list[int]], first_shard: int, index: int) -> np.ndarray | None:
+    """Return the mask that `masks` draws for an image of the source; None without it, or for one that is packed already."""
+    if not config.masks:
+        return None
+    shard = next((number for number, indices in enumerate(order) if index in indices), None)
+    if shard is None:
+        return None
+    key = sample_key(first_shard + shard, order[shard].index(index))
+    return MASKS[config.masks](config.seed, key, config.image_size)
 
 
 def _needs_near_duplicates(config: ShardConfig, own_jobs: list[ShardJob]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -38,6 +39,7 @@ class SurveyedItem:
     image: np.ndarray  # uint8 (TILE, TILE, 3)
     mask: np.ndarray | None  # uint8 (TILE, TILE), 1 = missing
     missing: float | None  # share of the pixels of the whole mask
+    has_drawn_mask: bool  # of `lfm shard --masks`, and not of the source
     segmentation: np.ndarray | None  # class ids (TILE, TILE)
     ids: tuple[int, ...]  # in the whole map
 
@@ -89,14 +91,25 @@ def _content(source: Source, name: str) -> bytes | np.ndarray | None:
 
 
 def _spread(items: tuple[SourceItem, ...]) -> list[SourceItem]:
-    places = sorted({int(place) for place in np.linspace(0, len(items) - 1, NUM_SURVEYED)}) if items else []
-    return [items[place] for place in places]
+    return [items[place] for place in _places(len(items))]
 
 
-def survey(source: Source, rule: str) -> Survey:
-    """Decode a sample of a source's items and crop them by a rule of `CROPS`."""
+def _places(num_items: int) -> list[int]:
+    return sorted({int(place) for place in np.linspace(0, num_items - 1, NUM_SURVEYED)}) if num_items else []
+
+
+def survey(source: Source, rule: str, draw_mask: Callable[[int], np.ndarray | None]) -> Survey:
+    """Decode a sample of a source's items and crop them by a rule of `CROPS`.
+
+    Args:
+        source: with its items.
+        rule: of `CROPS`.
+        draw_mask: return the mask that is generated for an item, by its place in the source, uint8 (size, size); None if none
+            is.
+    """
     surveyed, rejected = [], Counter[str]()
-    for item in _spread(source.items):
+    for place in _places(len(source.items)):
+        item = source.items[place]
         try:
             decoded = source.decode_item(item)
             size = decoded.image.size
@@ -107,7 +120,11 @@ def survey(source: Source, rule: str) -> Survey:
                 ids = crop_ids(decoded.segmentation, size, TILE, rule, source.unlabelled)
                 seen = tuple(np.unique(decoded.segmentation).tolist())
             missing = None if decoded.mask is None else float(binary(np.asarray(decoded.mask)).mean())
-            surveyed.append(SurveyedItem(item, crop(decoded.image, TILE, rule), mask, missing, ids, seen))
+            if (drawn := draw_mask(place)) is not None:
+                mask = np.asarray(Image.fromarray(drawn).resize((TILE, TILE), Image.Resampling.NEAREST))
+                missing = float(drawn.mean())
+            image = crop(decoded.image, TILE, rule)
+            surveyed.append(SurveyedItem(item, image, mask, missing, drawn is not None, ids, seen))
         except Rejected as error:
             rejected[error.reason] += 1
     return Survey(tuple(surveyed), dict(rejected))
@@ -119,7 +136,7 @@ def describe(source: Source, sample: Survey) -> str:
     if source.about.splits:
         lines.append(("split", source.about.splits))
     lines.append(("classes", _classes(source)))
-    if "mask" in source.fields:
+    if _has_masks(source, sample):
         lines.append(("masks", _masks(source, sample)))
     if "segmentation" in source.fields:
         lines.append(("maps", _maps(source, sample)))
@@ -148,12 +165,19 @@ def _classes(source: Source) -> str:
     return f"{len(named):,} from {source.about.labels_from or source.layout}: {shown}{without}"
 
 
+def _has_masks(source: Source, sample: Survey) -> bool:
+    return "mask" in source.fields or any(surveyed.has_drawn_mask for surveyed in sample.items)
+
+
 def _masks(source: Source, sample: Survey) -> str:
     shares = [surveyed.missing for surveyed in sample.items if surveyed.missing is not None]
     if not shares:
         return "none could be read"
     spread = f"{min(shares):.0%} to {max(shares):.0%}"
-    return f"{np.mean(shares):.0%} of the pixels are missing ({spread} in {len(shares)} masks); {source.mask_value} is missing"
+    text = f"{np.mean(shares):.0%} of the pixels are missing ({spread} in {len(shares)} masks)"
+    if "mask" in source.fields:
+        return f"{text}; {source.mask_value} is missing"
+    return f"{text}; drawn for each image, since the source has none"
 
 
 def _maps(source: Source, sample: Survey) -> str:
@@ -198,6 +222,8 @@ def _example(source: Source, surveyed: SurveyedItem) -> str:
         parts.append(f"class {source.class_names[item.class_index]}")
     if item.mask is not None:
         parts.append(f"mask {readers.inner_name(item.mask)} ({surveyed.missing:.0%} missing)")
+    if surveyed.has_drawn_mask:
+        parts.append(f"a drawn mask ({surveyed.missing:.0%} missing)")
     if item.segmentation is not None:
         name = readers.inner_name(item.segmentation) if isinstance(item.segmentation, str) else "of its parts"
         parts.append(
@@ -229,14 +255,15 @@ def save_sheet(source: Source, sample: Survey, path: str) -> None:
     """Write a sheet of the first images of a sample, each with its class, its mask and its map."""
     if not sample.items:
         raise ConfigError(f"`sheet` {path}: none of the images could be read")
-    tiles = np.stack([_tile(source, surveyed) for surveyed in sample.items[:NUM_SHOWN]])
+    has_masks = _has_masks(source, sample)
+    tiles = np.stack([_tile(source, surveyed, has_masks) for surveyed in sample.items[:NUM_SHOWN]])
     image_files.save(image_files.grid(tiles), path)
 
 
-def _tile(source: Source, surveyed: SurveyedItem) -> np.ndarray:
+def _tile(source: Source, surveyed: SurveyedItem, has_masks: bool) -> np.ndarray:
     """Return an image, its mask and its map side by side over the name of its class: uint8 (H, W, 3)."""
     parts = [surveyed.image]
-    if "mask" in source.fields:
+    if has_masks:
         parts.append(surveyed.image * 0 if surveyed.mask is None else hide(surveyed.image, surveyed.mask))
     if "segmentation" in source.fields:
         ids = surveyed.segmentation

@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 from lfm.data import manifest as manifests
-from lfm.data.masks import free_form
+from lfm.data.masks import GREY, free_form
 from lfm.data.sources.source import Source
 from lfm.types import SourceItem
 from pipelines.data.shard import ShardConfig, plan, run, write_job
+from pipelines.data.shard_plan import TILE
 from tests.support.commands import REPOSITORY, assert_one_line, lfm
 from tests.support.images import folder_contents, image_bytes, image_folder, random_pixels, raw_samples, save_image
 
@@ -203,6 +204,26 @@ def test_masks_are_drawn_where_there_are_none_and_recorded(tmp_path: Path) -> No
     assert manifests.load(str(tmp_path / "raw"), "raw").recipe["masks"] == "free-form"
     assert_one_line(lfm(*command, "--seed", 5), "masks", "--overwrite")
     assert_one_line(lfm(*command, "--masks", "boxes"), "--masks boxes: unknown; one of free-form")
+
+
+def test_the_plan_and_its_sheet_show_the_masks_that_are_drawn(tmp_path: Path) -> None:
+    source, sheet = image_folder(tmp_path / "p", 10), tmp_path / "sheet.png"
+    command = ("shard", source, tmp_path / "raw", "--image-size", 16, "--masks", "free-form", "--sheet", sheet)
+    planned = lfm(*command, "--samples-per-shard", 4, "--dry-run")
+    with Image.open(sheet) as image:
+        pixels = np.asarray(image)
+    assert lfm(*command, "--samples-per-shard", 4).exit_code == 0
+    masks = {sample.metadata["source"]: sample.mask for sample in raw_samples(tmp_path / "raw").values()}
+    shares = [mask.mean() for mask in masks.values()]
+    expected = f"{np.mean(shares):.0%} of the pixels are missing ({min(shares):.0%} to {max(shares):.0%} in 10 masks)"
+    assert expected in planned.stdout and "drawn" in planned.stdout, planned.stdout
+    first = next(masks[name] for name in sorted(masks))
+    tile = pixels[:TILE, TILE : 2 * TILE]  # beside the first image
+    hidden = (tile == GREY).all(-1)
+    assert np.array_equal(hidden[3::6, 3::6], first == 1)
+    for number in range(3):  # of a set that grows, the masks of new images are drawn alone
+        save_image(source / "cat" / f"new-{number}.jpg", random_pixels(20 + number, 24, 3))
+    assert "in 3 masks)" in lfm(*command, "--samples-per-shard", 4, "--dry-run").stdout
 
 
 def test_masks_are_not_drawn_over_a_sources_own(bad_files: Path, tmp_path: Path) -> None:
