@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lfm.autoencoder import Autoencoder
 from lfm.data.masks import at_latent_size, hide
+from lfm.data.sources.source import UNLABELLED
 from lfm.errors import ConfigError
 from lfm.flow.null_condition import class_condition
 from lfm.types import Condition
@@ -163,7 +164,14 @@ def _check_labels(labels: dict[int, str], segmentations: np.ndarray, names: Sequ
     """Refuse class ids that are not labels of the model."""
     for name, ids in zip(names, segmentations, strict=True):
         if unknown := sorted(set(np.unique(ids).tolist()) - set(labels)):
-            known = ", ".join(f"{index} {label}" for index, label in list(labels.items())[:MAX_LABELS_NAMED])
             raise ConfigError(
-                f"segmentation {name}: class id {unknown[0]}: the model knows {len(labels)} labels: {known}, ..."
+                f"segmentation {name}: class id {unknown[0]}: the model knows {_describe_labels(labels)}; draw with these"
             )
+
+
+def _describe_labels(labels: dict[int, str]) -> str:
+    """Return the number of labels and the first of them; the id of pixels without a label does not count as one."""
+    named = [f"{index} {label}" for index, label in labels.items() if label != UNLABELLED]
+    more = ", ..." if len(named) > MAX_LABELS_NAMED else ""
+    rest = "".join(f", and {index} for pixels without one" for index, label in labels.items() if label == UNLABELLED)
+    return f"{len(named)} labels: {', '.join(named[:MAX_LABELS_NAMED])}{more}{rest}"

@@ -79,6 +79,17 @@ def test_inputs_that_the_model_does_not_take_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_the_id_of_pixels_without_a_label_is_not_counted_as_one(tasks: Tasks) -> None:
+    model = lfm.load(str(tasks.runs / "semantic"), autoencoder=str(tasks.autoencoder), device="cpu")
+    assert model.header.labels[255] == "unlabelled"
+    message = (
+        f"class id 100: the model knows {len(model.header.labels) - 1} labels: 0 sky, .*, \\.\\.\\., and 255 for pixels "
+        "without one; draw with these$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        encode(model, segmentations=np.full((1, 16, 16), 100, np.uint8))
+
+
 def test_all_classes_are_cycled_by_default() -> None:
     conditions = with_classes(Conditions(), None, 3)
     assert conditions.class_index is not None and conditions.class_index.tolist() == [0, 1, 2]
