@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lfm import storage, tensor_file
 from lfm.adapters import merge_adapters
-from lfm.data.manifest import AutoencoderRecord, ClassRecord, Pixels
+from lfm.data.manifest import MANIFEST, AutoencoderRecord, ClassRecord, Pixels
 from lfm.data.versions import Segment
 from lfm.errors import CheckpointError, ConfigError, DataError, LfmError, on_one_line
 from lfm.models import registry
@@ -191,8 +192,26 @@ def _weights_path(run: str) -> str:
     """Return the path of the weights file of a run folder, a checkpoint folder or a weights file."""
     path = run if run.endswith(".safetensors") else storage.join(run, WEIGHTS)
     if not storage.exists(path):
-        raise CheckpointError(f"{run}: contains no {WEIGHTS}; train first, or name the run folder")
+        raise CheckpointError(f"{run}: {_why_no_weights(run)}")
     return path
+
+
+def _why_no_weights(run: str) -> str:
+    """Return what is at a path without weights, and the repair."""
+    place = Path(run)
+    if storage.is_local(run):
+        if not place.exists():
+            return "no such file or folder; name a run folder, or a weights file"
+        if place.is_file():
+            return "is no weights file; name a run folder, or a file whose name ends with .safetensors"
+        if (place / MANIFEST).exists():
+            return f"contains no {WEIGHTS}, but shards; name the run folder of a training on them"
+        if (place / "checkpoints").is_dir():
+            return (
+                f"contains no {WEIGHTS} yet: training writes it with its first checkpoint; wait for that, or "
+                "run the command of the training again"
+            )
+    return f"contains no {WEIGHTS}; train first, or name the run folder"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -237,6 +238,11 @@ def load(folder: str, kind: Literal["raw", "latents"] | None = None) -> Manifest
     path = storage.join(folder, MANIFEST)
     made_by = {"raw": "lfm shard", "latents": "lfm encode", None: "lfm shard` or `lfm encode"}[kind]
     if not storage.exists(path):
+        if storage.is_local(folder) and not Path(folder).is_dir():
+            is_file = Path(folder).exists()
+            raise DataError(
+                f"{folder}: {'is a file' if is_file else 'no such folder'}; name a folder of shards that `{made_by}` made"
+            )
         if storage.exists(storage.join(folder, RECIPE)):
             raise DataError(f"{folder}: the shards are not complete; run the same `{made_by}` again to finish them")
         raise DataError(f"{folder}: no {MANIFEST} there; make the shards with `{made_by}` first")

@@ -53,7 +53,9 @@ def inspect(config: InspectConfig) -> None:
     Of several folders of latents, or of an experiment, print shares, classes, columns, and the samples that two sources share.
     Of an image of `lfm sample`, print how it was made.
     """
-    if config.path.lower().endswith(".png"):
+    from lfm.data.sources.names import is_image
+
+    if is_image(config.path):
         from pipelines.common.sample_jobs.image_note import read_options
 
         lines, options = read_options(config.path)

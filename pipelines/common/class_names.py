@@ -9,6 +9,8 @@ from lfm.data.manifest import ClassRecord
 from lfm.errors import ConfigError
 from pipelines.common.number_lists import is_index_range, parse_indices
 
+NUM_NAMED = 8  # classes in an error message
+
 
 def resolve_classes(text: str, classes: Sequence[ClassRecord], option: str = "class_index") -> list[int]:
     """Return the class indices that a list of names, indices and index ranges names, in its order.
@@ -34,9 +36,16 @@ def resolve_classes(text: str, classes: Sequence[ClassRecord], option: str = "cl
         elif part in names:
             indices.append(names[part])
         else:
-            near = get_close_matches(part, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else "use class names or indices, as in star,circle or 0-9"
-            raise ConfigError(f"`{option}` {text}: unknown class {part!r}; {hint}")
+            raise ConfigError(f"`{option}` {text}: unknown class {part!r}; {_hint(part, list(names))}")
     if len(set(indices)) != len(indices):
         raise ConfigError(f"`{option}` {text}: names a class twice")
     return indices
+
+
+def _hint(part: str, names: list[str]) -> str:
+    """Return the known name that is nearest to a part, whatever its case, or the first names."""
+    folded = {name.casefold(): name for name in names}
+    if near := get_close_matches(part.casefold(), folded, n=1):
+        return f"did you mean {folded[near[0]]}?"
+    more = ", ..." if len(names) > NUM_NAMED else ""
+    return f"use names or indices, such as 0-{len(names) - 1}, of {', '.join(names[:NUM_NAMED])}{more}"

@@ -173,11 +173,18 @@ def sparkline(values: list[float | None], width: int = CURVE_WIDTH) -> str:
 
 def _read_config(run: str) -> dict[str, Any]:
     path = storage.join(run, CONFIG)
+    if storage.is_local(run) and not Path(run).is_dir():
+        problem = "is a file" if Path(run).exists() else "no such folder"
+        raise ConfigError(f"{run}: {problem}; name the run folder of a training")
+    if not storage.exists(path):
+        raise ConfigError(f"{run}: holds no run of lfm: there is no {CONFIG}; name the run folder of a training")
     try:
         content = storage.read_json(path)
         assert content["train"]["num_steps"] > 0 and content["train"]["global_batch"] > 0
     except (StorageError, DataError, KeyError, TypeError, AssertionError) as error:
-        raise ConfigError(f"{run}: holds no run of lfm: {CONFIG} is missing or damaged; name a run folder") from error
+        raise ConfigError(
+            f"{run}: holds no run of lfm: {CONFIG} is damaged or of something else; name the run folder of a training"
+        ) from error
     return content
 
 

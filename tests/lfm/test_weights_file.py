@@ -77,8 +77,20 @@ def test_weights_truncated_anywhere_are_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load", [load_weights, load_header])
 def test_weights_that_are_missing_or_not_ours_are_one_line(tmp_path: Path, load: Callable[[str], object]) -> None:
-    for place in (tmp_path, tmp_path / "nowhere", tmp_path / "x.safetensors"):
-        with pytest.raises(CheckpointError, match=f"^{place}: contains no weights.safetensors; train first"):
+    (tmp_path / "file").touch()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "manifest.json").touch()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    for name, message in (
+        ("", "contains no weights.safetensors; train first"),
+        ("nowhere", "no such file or folder; name a run folder"),
+        ("x.safetensors", "no such file or folder; name a run folder"),
+        ("file", "is no weights file; "),
+        ("shards", "contains no weights.safetensors, but shards; "),
+        ("begun", "contains no weights.safetensors yet: training writes it with its first checkpoint"),
+    ):
+        place = tmp_path / name
+        with pytest.raises(CheckpointError, match=f"^{place}: {message}"):
             load(str(place))
     save_file(TENSORS | {"t": torch.ones(1)}, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match="no lfm header"):

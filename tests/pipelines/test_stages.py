@@ -166,8 +166,8 @@ def test_an_image_depends_on_its_seed_and_class_alone(small_set: SmallSet, weigh
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--class-index", 8), "--class-index 8: the model knows classes 0 to 7"),
-        (("--class-index", "x"), "--class-index x"),
+        (("--class-index", 8), "--class 8: the model knows classes 0 to 7"),
+        (("--class-index", "x"), "--class x: unknown class 'x'; use names"),
         (("--seeds", "5-3"), "--seeds 5-3"),
         (("--seeds", "1,1"), "names a number twice"),
         (("--solver", "huen"), "did you mean heun"),

@@ -51,6 +51,10 @@ def read_options(path: str) -> tuple[list[str], SampleConfig]:
         if note["class_name"] is not None:
             lines.insert(1, f"  class    {printable(str(note['class_name']))}")
     except (TypeError, KeyError, ValueError) as error:
+        if not path.lower().endswith(".png"):
+            raise ConfigError(
+                f"{path}: does not say how it was made, as PNGs of `lfm sample` do; to see images in shards, name their folder"
+            ) from error
         raise ConfigError(
             f"{path}: does not say how it was made: it is no image of `lfm sample`, is a grid, or was made by an earlier "
             "version, whose samples.json beside it says so"

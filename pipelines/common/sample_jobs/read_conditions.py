@@ -40,6 +40,10 @@ def read_conditions(config: SampleConfig, model: TrainedModel, num_seeds: int) -
     """
     classes = None
     if config.class_index is not None:
+        if model.header.model.num_classes is None:
+            raise ConfigError(
+                f"`class_index` {config.class_index}: the model was trained without classes; leave it out"
+            )
         classes = resolve_classes(config.class_index, model.header.classes)
     if config.shards is not None:
         options = {"image": config.image, "mask": config.mask, "segmentation": config.segmentation, "crop": config.crop}

@@ -36,7 +36,7 @@ class SampleConfig:
     seeds: Annotated[str | None, Flag(metavar="NUMBERS")] = None
     """Seeds, such as 0-15: one image per seed; classes, masks and maps are cycled over the seeds.  [default: one seed
     per row of --rows, else 0-15]"""
-    class_index: Annotated[str | None, Section("Conditions"), Flag("--class-index", "--class", metavar="CLASSES")] = (
+    class_index: Annotated[str | None, Section("Conditions"), Flag("--class", "--class-index", metavar="CLASSES")] = (
         None
     )
     """Classes by index or name, such as 3, 0-9 or star,circle.  [default: all classes]"""

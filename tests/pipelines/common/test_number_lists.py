@@ -53,7 +53,12 @@ def test_classes_are_named_or_numbered(text: str, indices: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("sta", "did you mean star"), ("x", "unknown class 'x'; use class names or indices"), ("star,1", "a class twice")],
+    [
+        ("sta", r"did you mean star\?"),
+        ("CIRCEL", r"did you mean circle\?"),
+        ("x", "unknown class 'x'; use names or indices, such as 0-3, of circle, star, tench, Tinca, 0$"),
+        ("star,1", "a class twice"),
+    ],
 )
 def test_an_unknown_class_is_refused_with_the_nearest_name(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

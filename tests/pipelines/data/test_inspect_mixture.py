@@ -110,7 +110,7 @@ def test_mistakes_are_one_line(experiment: Path, small_set: SmallSet, part: Path
     assert_one_line(lfm("inspect", small_set.latents, part, "--plan"), "--plan", "one folder")
     assert_one_line(lfm("inspect", experiment, part), experiment, "names its latents itself")
     assert_one_line(lfm("inspect", small_set.latents, small_set.raw), small_set.raw, "holds raw shards")
-    assert_one_line(lfm("inspect", small_set.latents, tmp_path / "vanished"), tmp_path / "vanished", "no manifest.json")
+    assert_one_line(lfm("inspect", small_set.latents, tmp_path / "vanished"), tmp_path / "vanished", "no such folder")
     content = bytearray((part / "000002.tar").read_bytes())
     (part / "000002.tar").write_bytes(content[: len(content) // 2])
     assert_one_line(lfm("inspect", small_set.latents, part), part / "000002.tar")

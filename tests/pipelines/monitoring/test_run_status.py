@@ -113,7 +113,13 @@ def test_json_is_the_whole_status(folder: Path) -> None:
 def test_other_folders_are_one_line(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    assert_one_line(lfm("status", tmp_path), tmp_path, "holds no run of lfm")
+    assert_one_line(lfm("status", tmp_path), tmp_path, "holds no run of lfm", "name the run folder")
+
+
+def test_a_path_that_is_no_folder_is_one_line(tmp_path: Path) -> None:
+    assert_one_line(lfm("status", tmp_path / "nowhere"), tmp_path / "nowhere", "no such folder; name the run folder")
+    (tmp_path / "file").touch()
+    assert_one_line(lfm("status", tmp_path / "file"), tmp_path / "file", "is a file; name the run folder")
 
 
 @given(st.lists(st.none() | st.floats(-1e6, 1e6), max_size=300), st.integers(1, 80))

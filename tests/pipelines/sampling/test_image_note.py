@@ -79,3 +79,5 @@ def test_a_file_that_is_no_png_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"GIF89a")
     assert_one_line(lfm("inspect", tmp_path / "image.png"), "does not say how it was made")
     assert_one_line(lfm("inspect", tmp_path / "missing.png"), "missing.png")
+    (tmp_path / "photo.jpg").write_bytes(b"GIF89a")
+    assert_one_line(lfm("inspect", tmp_path / "photo.jpg"), "photo.jpg", "PNGs of `lfm sample`", "name their folder")

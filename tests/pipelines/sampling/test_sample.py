@@ -212,6 +212,7 @@ def test_the_chosen_rows_of_shards_are_read(tasks: Tasks) -> None:
         ("class", ("--trajectory", "png", "--solver", "torchdiffeq-dopri5"), "does not show its steps"),
         ("class", ("--times", "1,0.5"), "must decrease from 1 to 0"),
         ("none", ("--guidance-scale", "2"), "guidance needs a conditional model"),
+        ("none", ("--class", "star"), "--class star: the model was trained without classes"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_one_line(

@@ -111,7 +111,7 @@ def test_faults_of_sources_are_one_line(
         assert_one_line(plan(experiment, *overrides), *words)
     assert plan(experiment, mixed("")).exit_code == 0
     shutil.rmtree(shards)
-    assert_one_line(plan(experiment, mixed("")), shards, "no manifest.json")
+    assert_one_line(plan(experiment, mixed("")), shards, "no such folder")
 
 
 @pytest.mark.slow

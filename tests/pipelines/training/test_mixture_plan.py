@@ -73,7 +73,7 @@ def test_every_mistake_in_a_mixture_is_one_line(experiment: Path, two: list[Path
     no_classes = copy_with_classes(two[0], tmp_path / "no-classes")
     weighted = sources(f"{one}, weight: 1", f"{other}, weight: 1")
     for overrides, *words in (
-        ((sources(one, f"shards: {tmp_path / 'vanished'}"),), f"{tmp_path / 'vanished'}", "no manifest.json"),
+        ((sources(one, f"shards: {tmp_path / 'vanished'}"),), f"{tmp_path / 'vanished'}", "no such folder"),
         ((sources(f"{one}, weight: 0", f"{other}, weight: 1"),), "data.sources.0.weight: 0", "greater than 0"),
         ((sources(f"{one}, weigth: 1", other),), "data.sources.0.weigth: unknown key", "did you mean 'weight'?"),
         ((sources(f"{one}, weight: 1", other),), "one or other has no weight"),

@@ -141,5 +141,5 @@ def test_mistakes_are_one_line(tasks: Tasks, tmp_path: Path, task: str, options:
 
 
 def test_a_run_that_is_gone_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="contains no weights"):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
         make(tmp_path / "page", tmp_path / "gone")

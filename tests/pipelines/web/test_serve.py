@@ -13,7 +13,7 @@ from tests.support.commands import Tasks, assert_one_line, free_port, lfm
 
 def test_a_run_that_does_not_exist(tasks: Tasks, tmp_path: Path) -> None:
     result = lfm("ui", tasks.runs / "none", tmp_path / "nowhere")
-    assert_one_line(result, f"{tmp_path / 'nowhere'}: contains no weights.safetensors")
+    assert_one_line(result, f"{tmp_path / 'nowhere'}: no such file or folder")
     assert lfm("ui").exit_code == 2
 
 
