@@ -56,18 +56,19 @@ def write_folder(root: Path, files: Files) -> None:
 
 
 def write_tar(path: Path, files: Files, mode: str = "w") -> None:
-    """Write files as a tar; `mode` is that of `tarfile.open`."""
+    """Write files as a tar, and folders, whose names end in a slash; `mode` is that of `tarfile.open`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         for name, content in files.items():
             data = encode(content, Path(name).suffix)
             member = tarfile.TarInfo(name)
             member.size = len(data)
+            member.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
             archive.addfile(member, io.BytesIO(data))
 
 
 def write_zip(path: Path, files: Files) -> None:
-    """Write files as a zip."""
+    """Write files as a zip, and folders, whose names end in a slash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():

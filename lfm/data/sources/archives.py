@@ -15,6 +15,7 @@ from lfm.data.sources.imagenet import WORDNET_ID
 from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, column_of, notes_on_indices, parse_text
 from lfm.data.sources.names import (
     SUFFIXES,
+    empty_folders,
     hidden_images,
     is_archive,
     is_image,
@@ -23,7 +24,7 @@ from lfm.data.sources.names import (
     notes_on_junk,
     stem,
 )
-from lfm.data.sources.readers import TarMember
+from lfm.data.sources.readers import TarMember, TarRest
 from lfm.data.sources.source import Layout, Source, Tree, files_of_split
 from lfm.errors import ConfigError, DataError, StorageError
 from lfm.types import SourceItem
@@ -47,11 +48,13 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
         DataError: a tar is damaged.
     """
     tars = files_of_split(tree, [name for name in tree.names if name.endswith(".tar")], split)
-    samples = [(tar, sample) for tar in tars for sample in readers.tar_samples(tree.root, tar, _READ)]
+    rest = TarRest()
+    samples = [(tar, sample) for tar in tars for sample in readers.tar_samples(tree.root, tar, _READ, rest)]
+    tree.about.notes += notes_on_junk(sorted(rest.junk))
     if not samples:
         raise DataError(f"{tree.root}: no images in it; name the folder that holds them")
-    if _is_folder([sample for _, sample in samples]):
-        return _read_folders(tree, tars, split)
+    if _is_folder([sample for _, sample in samples], hidden_images(rest.junk)):
+        return _read_folders(tree, tars, split, rest)
     items, labels = [], []
     images, maps, masks = _endings(tree, [sample for _, sample in samples])
     for tar, sample in samples:
@@ -197,8 +200,12 @@ def _note_unused(tree: Tree, samples: list[dict[str, Any]], used: set[str]) -> N
 # --- archives of folders -----------------------------------------------------------------------------------------
 
 
-def _is_folder(samples: list[dict[str, Any]]) -> bool:
-    """Whether a tar holds folders that mean something, instead of samples: classes, annotations, or a table."""
+def _is_folder(samples: list[dict[str, Any]], hidden: list[str]) -> bool:
+    """Whether a tar holds folders that mean something, instead of samples: classes, annotations, or a table.
+
+    Args:
+        hidden: images that are left out because of a dot; their folders may be classes, too.
+    """
     plain = all(
         ending.startswith("__") or is_image(f".{ending}") or ending in ("csv", "txt", "json", "jsonl")
         for sample in samples
@@ -212,7 +219,7 @@ def _is_folder(samples: list[dict[str, Any]]) -> bool:
     only_images = all(ending.startswith("__") or is_image(f".{ending}") for sample in samples for ending in sample)
     if not keys or (only_images and len(keys) < len(samples)):  # names with dots, such as IMG.1.jpg
         return not _are_views(samples)
-    folders = {key.rpartition("/")[0] for key in keys}
+    folders = {name.removeprefix("./").rpartition("/")[0] for name in (*keys, *hidden)}
     names = {key.rpartition("/")[2] for key in [sample["__key__"] for sample in samples]}
     return len(folders) > 1 or bool(names & {"dataset", "metadata"}) or any(key.endswith("_mask") for key in keys)
 
@@ -229,7 +236,7 @@ def _are_views(samples: list[dict[str, Any]]) -> bool:
     )
 
 
-def _read_folders(tree: Tree, tars: list[str], split: str | None) -> Source:
+def _read_folders(tree: Tree, tars: list[str], split: str | None, rest: TarRest) -> Source:
     members: dict[str, TarMember] = {}
     for tar in tars:
         for member in readers.tar_members(tree.root, tar):
@@ -238,6 +245,7 @@ def _read_folders(tree: Tree, tars: list[str], split: str | None) -> Source:
                     f"{tree.root}: {member.name} is in several tars, whose folders cannot be told from one another; name "
                     "one tar, or unpack them"
                 )
+    tree.about.notes += notes_on_empty(empty_folders(rest.folders, [*members, *rest.junk, *rest.folders]))
     archive = storage.join(tree.root, tars[0])
 
     def read(root: str, name: str) -> bytes:
@@ -246,7 +254,8 @@ def _read_folders(tree: Tree, tars: list[str], split: str | None) -> Source:
             raise StorageError(f"{archive}#{inner}: no such file in the tar")
         return readers.tar_member(tree.root, members[inner].item)
 
-    inner_tree = replace(tree, root=archive, names=tuple(sorted(members)), read=read, archive=archive)
+    names, hidden = tuple(sorted(members)), tuple(hidden_images(sorted(rest.junk)))
+    inner_tree = replace(tree, root=archive, names=names, hidden=hidden, read=read, archive=archive)
     source = tree.read_inner(inner_tree, split)
     missing = f"{tars[0]}#{readers.NOWHERE}#"
     return _outer(

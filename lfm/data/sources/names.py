@@ -86,16 +86,20 @@ def is_junk(name: str) -> bool:
     return _JUNK_FILE.fullmatch(file) is not None or any(map(_JUNK_FOLDER.fullmatch, folders))
 
 
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part != "." for part in name.split("/"))
+
+
 def hidden_images(names: Iterable[str]) -> list[str]:
     """Return the images that are junk by `is_junk` only because their names, or those of folders, begin with a dot."""
-    hidden = [name for name in names if is_image(name) and any(part.startswith(".") for part in name.split("/"))]
+    hidden = (name for name in names if is_image(name) and _is_hidden(name))
     return [name for name in hidden if not _COPY_OF_PROGRAM.search(name)]
 
 
 def notes_on_junk(names: Iterable[str]) -> list[str]:
     """Return what to say of files that are junk by `is_junk`, a sentence each."""
     names = list(names)
-    shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    shown = [name for name in names if not _is_hidden(name)]
     images = hidden_images(names)
     notes = []
     if shown:
@@ -112,6 +116,12 @@ def notes_on_empty(folders: Sequence[str]) -> list[str]:
     """Return the sentence that names folders without files, if there are any."""
     more = f" and {len(folders) - 8} more" if folders[8:] else ""
     return [f"folders without files: {', '.join(folders[:8])}{more}"] if folders else []
+
+
+def empty_folders(folders: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the folders of an archive that hold none of its `names`, sorted, without hidden ones."""
+    holders = {name.rstrip("/").rpartition("/")[0] for name in names}
+    return sorted(name for name in {*folders} - holders if name not in ("", ".") and not _is_hidden(name))
 
 
 def is_image(name: str) -> bool:

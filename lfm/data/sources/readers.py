@@ -17,7 +17,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lfm import storage
-from lfm.data.sources.names import is_image, is_junk
+from lfm.data.sources.names import empty_folders, is_image, is_junk
 from lfm.data.tar import BLOCK
 from lfm.data.transforms import PILLOW_FORMATS
 from lfm.errors import ConfigError, DataError, StorageError, on_one_line
@@ -111,21 +111,41 @@ class TarMember:
     content: bytes | None
 
 
-def tar_members(root: str, tar: str, read_suffixes: tuple[str, ...] = ()) -> Iterator[TarMember]:
+@dataclass
+class TarRest:
+    """What tars hold beside the files that are read: names of junk, and of folders."""
+
+    junk: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+
+def tar_members(
+    root: str, tar: str, read_suffixes: tuple[str, ...] = (), rest: TarRest | None = None
+) -> Iterator[TarMember]:
     """Yield the files of a tar in order, without junk.
+
+    Args:
+        read_suffixes: those of files whose content is read, too.
+        rest: is extended by the names that are not yielded.
 
     Raises:
         DataError: the tar is damaged or ends early, or an image in it is a link.
     """
-    path = storage.join(root, tar)
+    path, rest = storage.join(root, tar), rest or TarRest()
     try:
         with storage.open_read(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
+                if member.isdir():
+                    rest.folders.append(member.name.removeprefix("./"))
+                    continue
+                if is_junk(member.name):
+                    rest.junk.append(member.name.removeprefix("./"))
+                    continue
                 if is_image(member.name) and (member.issym() or member.islnk() or member.issparse()):
                     raise DataError(
                         f"{path}: {member.name} is a link or a sparse file; pack the tar again with the files themselves"
                     )
-                if member.isreg() and not member.name.startswith("__") and not is_junk(member.name):
+                if member.isreg() and (is_image(member.name) or not member.name.startswith("__")):
                     is_wanted = member.name.lower().endswith(read_suffixes) if read_suffixes else False
                     content = archive.extractfile(member) if is_wanted else None
                     yield TarMember(
@@ -141,10 +161,13 @@ def tar_members(root: str, tar: str, read_suffixes: tuple[str, ...] = ()) -> Ite
         raise DataError(f"{path}: cannot be read as an uncompressed tar ({reason})") from error
 
 
-def tar_samples(root: str, tar: str, text_suffixes: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+def tar_samples(
+    root: str, tar: str, text_suffixes: tuple[str, ...] = (), rest: TarRest | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the samples of a tar: by suffix, a `TarMember`; those of `text_suffixes` with content.
 
-    Members are grouped by name as webdataset does it, but those of a sample need not be neighbours.
+    Members are grouped by name as webdataset does it, but those of a sample need not be neighbours. `rest` is as for
+    `tar_members`.
 
     Raises:
         DataError: the tar is damaged or ends early, or a sample has a suffix twice.
@@ -152,7 +175,7 @@ def tar_samples(root: str, tar: str, text_suffixes: tuple[str, ...] = ()) -> Ite
     from webdataset.tariterators import group_by_keys  # here, since it imports torch
 
     path = storage.join(root, tar)
-    members = tar_members(root, tar, text_suffixes)
+    members = tar_members(root, tar, text_suffixes, rest)
     samples: dict[str, dict[str, Any]] = {}
     try:
         for group in group_by_keys({"fname": member.name, "__url__": path, "data": member} for member in members):
@@ -225,9 +248,7 @@ def zip_names(path: str) -> list[str]:
 def zip_empty_folders(path: str) -> list[str]:
     """Return the folders of a zip that hold nothing, sorted, without hidden ones."""
     names = [entry.filename for entry in _opened_zip(path).infolist()]
-    holders = {name.rstrip("/").rpartition("/")[0] for name in names}
-    empty = {name.rstrip("/") for name in names if name.endswith("/")} - holders
-    return sorted(name for name in empty if not any(part.startswith(".") for part in name.split("/")))
+    return empty_folders([name.rstrip("/") for name in names if name.endswith("/")], names)
 
 
 def zip_member(root: str, name: str) -> bytes:

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm import storage
+from lfm.data.sources import readers
 from lfm.data.sources.layouts import read
 from lfm.data.sources.names import SUFFIXES
 from lfm.data.sources.source import Choices, Source
 from lfm.errors import ConfigError, DataError, LfmError
 from lfm.types import SourceItem
+from tests.support.image_collections import write_tar, write_zip
 from tests.support.real_data import unpack
 
 
@@ -34,6 +36,13 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def make(root: str, *names: str) -> None:
     for name in names:
         storage.write_bytes(f"{root}/{name}", b"image")
+
+
+def packed(path: Path, names: list[str]) -> str:
+    """Write an archive, a tar or zip by its suffix, and return its path; names that end in a slash are empty folders."""
+    write = write_zip if path.suffix == ".zip" else write_tar
+    write(path, {name: b"" if name.endswith("/") else b"image" for name in names})
+    return str(path)
 
 
 def test_class_folders_become_classes_in_sorted_order(root: str) -> None:
@@ -69,6 +78,45 @@ def test_hidden_images_and_empty_folders_are_named(root: str) -> None:
         notes = read(shutil.make_archive(f"{root}-packed", "zip", root)).about.notes
         assert hidden in notes and "folders without files: emu" in notes
         assert not any("operating systems" in note for note in notes)
+
+
+JUNK = ["__MACOSX/cat/._1.png", "cat/Thumbs.db", "dog/@eaDir/1.png", ".DS_Store", "cat/._1.png"]
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "photos/"])
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_archives_name_what_they_skip_as_folders_do(tmp_path: Path, kind: str, prefix: str) -> None:
+    names = ["cat/1.png", "dog/1.png", "dog/.2.png", ".owl/1.png", *JUNK]
+    make(str(tmp_path / "source"), *(prefix.removeprefix("./") + name for name in names))
+    Path(tmp_path, "source", prefix, "emu").mkdir()
+    path = packed(tmp_path / f"a.{kind}", [f"{prefix}{name}" for name in (*names, "emu/")])
+    expected, source = folder(str(tmp_path / "source")), read(path)
+    said = [note.replace(" ./", " ") for note in source.about.notes]
+    assert set(expected.about.notes) <= set(said) and len(expected.about.notes) >= 3
+    assert [readers.inner_name(item.image) for item in source.items] == [f"{prefix}cat/1.png", f"{prefix}dog/1.png"]
+    assert source.class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_class_beside_hidden_ones_in_an_archive_is_not_looked_through(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"cat may be a class, since the hidden folder .dog beside it"):
+        read(packed(tmp_path / f"a.{kind}", ["cat/1.png", ".dog/1.png"]))
+
+
+def test_samples_of_tars_name_what_is_skipped_beside_them(tmp_path: Path) -> None:
+    names = ["1.png", "1.cls", "2.png", "2.cls", ".3.png", "@eaDir/1.png", "Thumbs.db", "._1.png", "__index.json"]
+    source = read(packed(tmp_path / "a.tar", names))
+    assert [readers.inner_name(item.image) for item in source.items] == ["1.png", "2.png"]
+    assert source.about.notes[:2] == [
+        "2 files of operating systems and small copies are skipped, such as @eaDir/1.png",
+        "1 images are left out because their names or folders begin with a dot, such as .3.png; rename them to use them",
+    ]
+
+
+def test_images_of_tars_may_begin_with_underscores(tmp_path: Path) -> None:
+    names = ["__cat/1.png", "__cat/__2.png", "__dog/1.png"]
+    assert read(packed(tmp_path / "a.tar", names)).class_names == ("__cat", "__dog")
+    assert len(read(packed(tmp_path / "b.tar", ["__1.png", "__2.png"])).items) == 2
 
 
 def test_a_class_beside_hidden_ones_is_not_looked_through(root: str) -> None:
