@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import partial
 
 from lfm import storage
 from lfm.data.sources.class_folders import read_folder
+from lfm.data.sources.labels import column_of, read_table
 from lfm.data.sources.map_rules import parse_palette
 from lfm.data.sources.names import SPLIT, stem
 from lfm.data.sources.source import UNLABELLED, Layout, Source, Tree, choose_split, read_text
@@ -67,6 +69,7 @@ FACE_PARTS_OFFICIAL = (
 )
 
 
+ADE20K_NAMES = "objectInfo150.txt"
 SAMPLES = 8  # masks whose content is checked
 PALETTE_FILES = ("class_dict.csv", "label_colors.txt", "labelmap.txt", "palette.txt")
 
@@ -164,13 +167,40 @@ def _stems(tree: Tree, folder: str) -> set[str]:
 
 
 def read_ade20k(tree: Tree, split: str | None) -> Source:
-    """Read ADEChallengeData2016: 150 classes, 0 = other."""
+    """Read ADEChallengeData2016: 150 classes, 0 = other, with the names of objectInfo150.txt."""
     if tree.has_name(r"ADE_(train|val)_\d+_seg\.png$"):
         raise DataError(
             f"{tree.root}: is the full ADE20K, whose maps encode thousands of classes; download ADEChallengeData2016, "
             "the scene parsing benchmark with 150 classes, and name its folder"
         )
-    return read_paired(tree, split, {0: "other", **{index: str(index) for index in range(1, 151)}})
+    names = _ade20k_names(tree)
+    if not names:
+        tree.about.notes.append(
+            f"classes of segmentations are called by their numbers, since {ADE20K_NAMES} is missing"
+        )
+    return read_paired(tree, split, {0: "other", **{index: str(index) for index in range(1, 151)}, **names})
+
+
+def _ade20k_names(tree: Tree) -> dict[int, str]:
+    """Return the names of the classes by objectInfo150.txt, a table of Idx, Ratio, Train, Val and Name; empty without it.
+
+    A name is the first of its synonyms, unless another class has the same first one.
+
+    Raises:
+        DataError: it is no such table.
+    """
+    text, where = read_text(tree, ADE20K_NAMES), storage.join(tree.root, ADE20K_NAMES)
+    if text is None:
+        return {}
+    rows = read_table(text.encode(), where)
+    columns = list(rows[0]) if rows else []
+    index, name = column_of(columns, ("idx",)), column_of(columns, ("name",))
+    if index is None or name is None or not all(str(row[index]).isdecimal() and row[name] for row in rows):
+        raise DataError(f"{where}: is no table with the columns Idx and Name, separated by tabs; restore or remove it")
+    synonyms = {int(row[index]): row[name] for row in rows}
+    first = {class_id: names.split(",")[0].strip() for class_id, names in synonyms.items()}
+    counts = Counter(first.values())
+    return {class_id: name if counts[name] == 1 else synonyms[class_id] for class_id, name in first.items()}
 
 
 def _recognizes_ade20k(tree: Tree) -> bool:

@@ -153,7 +153,9 @@ def _check_fits(dest: str, base: Manifest, source: Source, recipe: dict[str, Any
             f"{', '.join(sorted(theirs)) or 'images only'}; choose another folder"
         )
     before, after = base.recipe.get("labels") or {}, recipe["labels"] or {}
-    if changed := [key for key, name in before.items() if after.get(key) != name]:
+    if changed := [
+        key for key, name in before.items() if after.get(key) != name and name != key
+    ]:  # a number is no name
         raise ConfigError(
             f"{dest}: label {changed[0]} of its segmentations is {before[changed[0]]}, and {after.get(changed[0])} in "
             f"{source.root}; choose another folder"

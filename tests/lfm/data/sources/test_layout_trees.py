@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from PIL import Image
 
 from lfm.data import manifest as manifests
 from lfm.data.sources.layouts import read
-from lfm.errors import ConfigError
+from lfm.data.sources.source import Choices
+from lfm.errors import ConfigError, DataError
 from tests.support.commands import lfm
-from tests.support.images import raw_samples
+from tests.support.images import random_pixels, raw_samples, save_image
 from tests.support.layout_trees import FACE_SIZE, generate_trees
 from tests.support.real_data import unpack
 
@@ -103,6 +105,63 @@ def test_ambiguous_trees_are_refused_with_the_choices(trees: Path) -> None:
     for name in ("layouts/ILSVRC", "layouts/lmdb/lsun", "ccp_seg", "layouts/ADEChallengeData2016"):
         with pytest.raises(ConfigError, match=r"holds the splits \w+, \w+; choose one with `split`"):
             read(str(trees / name))
+
+
+ADE20K_NAMES = ["wall", "building, edifice", "screen, silver screen", *(f"thing {n}, object" for n in range(4, 150))]
+
+
+def save_ade20k(root: Path, names: str | None) -> None:
+    """Write a tree of ADEChallengeData2016, with the content of objectInfo150.txt."""
+    ids = np.arange(151, dtype=np.uint8).reshape(1, -1).repeat(16, 0)
+    for place in ("training/ADE_train_00000001", "validation/ADE_val_00000001"):
+        save_image(root / "images" / f"{place}.jpg", random_pixels(16, 151, 3))
+        save_image(root / "annotations" / f"{place}.png", ids)
+    (root / "sceneCategories.txt").write_text("ADE_train_00000001 abbey\nADE_val_00000001 street\n")
+    if names is not None:
+        (root / "objectInfo150.txt").write_text(names)
+
+
+@pytest.mark.parametrize("is_zip", [False, True])
+def test_the_classes_of_ade20k_have_the_names_of_its_list(tmp_path: Path, is_zip: bool) -> None:
+    lines = [f"{number}\t0.1576\t11664\t1172\t{name}   \n" for number, name in enumerate(ADE20K_NAMES, 1)]
+    head, last = "Idx\tRatio\tTrain\tVal\tName\n", "150\t0.0001\t1\t1\tscreen, CRT screen\n"
+    save_ade20k(tmp_path / "ade" / "ADEChallengeData2016", "".join([head, *lines, last]))
+    root = shutil.make_archive(str(tmp_path / "ade"), "zip", tmp_path / "ade") if is_zip else str(tmp_path / "ade")
+    scenes = str(tmp_path / "ade" / "ADEChallengeData2016" / "sceneCategories.txt")
+    source = read(root, split="training", choices=Choices(labels=scenes))
+    assert source.labels[0] == "other" and sorted(source.labels) == list(range(151))
+    assert [source.labels[number] for number in (1, 2, 4, 149)] == ["wall", "building", "thing 4", "thing 149"]
+    assert (source.labels[3], source.labels[150]) == ("screen, silver screen", "screen, CRT screen")
+    assert not any("numbers" in note for note in source.about.notes)
+    assert not any(name.endswith("objectInfo150.txt") for name in source.about.unused)
+    assert np.unique(source.decode_item(source.items[0]).segmentation).tolist() == list(range(151))
+    assert source.class_names == ("abbey",)
+
+
+def test_without_its_list_the_classes_of_ade20k_have_numbers_until_it_is_there(tmp_path: Path) -> None:
+    """The list is no reason to make a set again that was made without it."""
+    ade, raw = tmp_path / "ade", tmp_path / "raw"
+    save_ade20k(ade, None)
+    source = read(str(ade), split="training")
+    assert source.labels == {0: "other", **{number: str(number) for number in range(1, 151)}}
+    assert any("since objectInfo150.txt is missing" in note for note in source.about.notes)
+    command = ("shard", ade, raw, "--split", "training", "--image-size", 16)
+    assert lfm(*command).exit_code == 0
+    before = manifests.load(str(raw))
+    (ade / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n")
+    assert lfm(*command).exit_code == 0 and manifests.load(str(raw)) == before
+    save_image(ade / "images/training/ADE_train_00000002.jpg", 255 - random_pixels(16, 16, 3))
+    save_image(ade / "annotations/training/ADE_train_00000002.png", np.ones((16, 16), np.uint8))
+    assert lfm(*command).exit_code == 0
+    grown = manifests.load(str(raw))
+    assert grown.num_samples == 2 and (before.labels[1], grown.labels[1], grown.labels[2]) == ("1", "wall", "2")
+
+
+@pytest.mark.parametrize("content", ["", "wall\nsky\n", "Idx\tName\nx\twall\n", "Idx\tName\n1\t\n"])
+def test_a_damaged_list_of_ade20k_is_one_line(tmp_path: Path, content: str) -> None:
+    save_ade20k(tmp_path, content)
+    with pytest.raises(DataError, match=r"objectInfo150.txt: is no table with the columns Idx and Name, .* remove it"):
+        read(str(tmp_path), split="training")
 
 
 def test_imagenets_two_parts_have_the_same_classes(trees: Path) -> None:
