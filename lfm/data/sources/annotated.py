@@ -10,6 +10,7 @@ Where it is not clear which file annotates which image, or how, the readings are
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -112,7 +113,7 @@ def read_annotated(tree: Tree, split: str | None) -> Source:
     aside = sorted(set(families) - {masks, maps})
     if aside:
         tree.about.notes.append(f"annotations left aside: {', '.join(aside)}; `mask_files` and `map_files` choose them")
-    base = _base(tree, images)
+    base = _base(tree, images, parts.values())
     items = tuple(
         replace(
             item,
@@ -225,10 +226,9 @@ def _keys(name: str, *, family: str | None = None) -> list[Key]:
     Args:
         family: that of an annotation.
     """
-    *folders, file = name.split("/")
-    inner = stem(file)
+    inner = stem(name.rpartition("/")[2])
     inner = stem(inner) if is_image(inner) else inner
-    folder = tuple(part for part in map(_plain, folders) if part and not SPLIT.fullmatch(part))
+    folder = _plain_folders(name)
     if family is None:
         plain = plain_stem(inner)
     else:
@@ -282,27 +282,64 @@ def _agree(image: str | None, annotation: Key) -> bool:
     return folders <= others or others <= folders
 
 
-def _base(tree: Tree, images: Iterable[str]) -> Source:
-    """Return the images alone. Folders, such as the cities of Cityscapes, are classes only if the user says so."""
-    images = sorted(images)
-    plain = {
-        name: [part for part in map(_plain, name.split("/")[:-1]) if part and not SPLIT.fullmatch(part)]
-        for name in images
-    }
+def _base(tree: Tree, images: Iterable[str], parts: Iterable[dict[str, str]]) -> Source:
+    """Return the images with their classes, which are folders if the user says so, or if those of annotations are the same.
+
+    Other folders, such as the cities of Cityscapes, are no classes.
+
+    Args:
+        parts: annotations by their images, of each kind.
+    """
+    images, choice = sorted(images), tree.choices.classes
+    plain = {name: _plain_folders(name) for name in images}
     while plain and all(len(folders) > 1 for folders in plain.values()) and len({f[0] for f in plain.values()}) == 1:
         plain = {name: folders[1:] for name, folders in plain.items()}  # a folder that wraps everything
+    if choice in ("folders", "inner-folders"):
+        return _of_classes(tree, {name: folders or ("",) for name, folders in plain.items()})
     folders = {folders[0] for folders in plain.values() if folders}
-    if tree.choices.classes == "folders":
-        first = {name: folders[0] if folders else "." for name, folders in plain.items()}
-        of_class = replace(tree, root="", names=tuple(f"{folder}/{name}" for name, folder in first.items()))
-        base = read_folder(of_class, None)
-        items = tuple(replace(item, image=item.image.partition("/")[2]) for item in base.items)
-        return replace(base, items=tuple(sorted(items, key=lambda item: item.image)))
-    if len(folders) > 1:
+    if choice == "auto" and len(folders) > 1:
+        if all(plain.values()) and any(map(_correspond, parts)):
+            with contextlib.suppress(ConfigError):  # they may be something else than classes
+                return _of_classes(tree, plain)
         tree.about.notes.append(
             f"folders of images ({', '.join(sorted(folders)[:3])}) are not taken for classes; `classes` folders does"
         )
     return Source(tree.root, tuple(map(SourceItem, images)))
+
+
+def _plain_folders(name: str) -> Key:
+    """Return the folders of a path, without those that say images, annotations or a split."""
+    return tuple(part for part in map(_plain, name.split("/")[:-1]) if part and not SPLIT.fullmatch(part))
+
+
+def _correspond(pairs: dict[str, str]) -> bool:
+    """Whether annotations lie in a tree of their own with the folders of the images: images/cat/0.jpg and masks/cat/0.png."""
+    return all(
+        _plain_folders(name.partition("/")[0] + "/") == ()
+        and any(map(ANNOTATION_FOLDER.fullmatch, annotation.split("/")[:-1]))
+        and _plain_folders(name) == _plain_folders(annotation)
+        and not stem(name).endswith("_leftImg8bit")  # Cityscapes
+        for name, annotation in pairs.items()
+    )
+
+
+def _of_classes(tree: Tree, folders_of: dict[str, Key]) -> Source:
+    """Return images with the classes that `read_folder` finds if each lies in the given folders.
+
+    Raises:
+        ConfigError: the folders may be something else than classes, or images of one name lie in the same of them.
+    """
+    images: dict[str, str] = {}
+    for name, folders in folders_of.items():
+        path = "/".join((*(folder or "." for folder in folders), name.rpartition("/")[2]))
+        if images.setdefault(path, name) != name:
+            raise ConfigError(
+                f"{tree.root}: {images[path]} and {name} are of one name in the same class; rename one, or choose `classes` "
+                "none"
+            )
+    base = read_folder(tree.only(images), None)
+    items = (replace(item, image=images[item.image]) for item in base.items)
+    return replace(base, items=tuple(sorted(items, key=lambda item: item.image)))
 
 
 def _recognizes(tree: Tree) -> bool:

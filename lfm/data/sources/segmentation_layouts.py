@@ -267,14 +267,18 @@ def read_inpainting(tree: Tree, split: str | None) -> Source:
     mask_of = {name: masks.get(f"{stem(name)}_mask", f"{stem(name)}_mask.png") for name in names}
     check_masks(tree, "mask", list(masks.values()))
     if len(tree.top_folders) > 1:
-        tree.about.notes.append(f"folders ({', '.join(sorted(tree.top_folders)[:3])}) are not taken for classes")
+        folders = ", ".join(sorted(tree.top_folders)[:3])
+        tree.about.notes.append(f"folders ({folders}) are not taken for classes; `classes` folders does")
     items = tuple(SourceItem(name, mask=mask) for name, mask in mask_of.items())
     return Source(tree.root, items, read=tree.read, about=tree.about)
 
 
 def _recognizes_inpainting(tree: Tree) -> bool:
     """Whether there are masks beside images; splits and choices of the user are read by the layout `annotated`."""
-    if tree.choices.mask_files or tree.choices.map_files or any(map(SPLIT.fullmatch, tree.top_folders)):
+    choices = tree.choices
+    if choices.mask_files or choices.map_files or choices.classes in ("folders", "inner-folders"):
+        return False
+    if any(map(SPLIT.fullmatch, tree.top_folders)):
         return False
     stems = {stem(name) for name in tree.images}
     return any(name.endswith("_mask.png") and stem(name)[:-5] in stems for name in tree.images)

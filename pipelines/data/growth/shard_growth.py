@@ -148,9 +148,12 @@ def _check_fits(dest: str, base: Manifest, source: Source, recipe: dict[str, Any
     ours = {*base.fields, *(["class"] if base.classes else [])}
     theirs = {*source.fields, *(["mask"] if recipe["masks"] else []), *(["class"] if source.class_names else [])}
     if ours != theirs:
+        repair = "choose another folder" + (
+            ", or `classes` none" if theirs - ours == {"class"} and ours <= theirs else ""
+        )
         raise ConfigError(
             f"{dest}: its samples have {', '.join(sorted(ours)) or 'images only'}, and those of {source.root} have "
-            f"{', '.join(sorted(theirs)) or 'images only'}; choose another folder"
+            f"{', '.join(sorted(theirs)) or 'images only'}; {repair}"
         )
     before, after = base.recipe.get("labels") or {}, recipe["labels"] or {}
     if changed := [

@@ -364,7 +364,11 @@ PAIRING = {
         folder(DEFECTS), options=("--split", "train"), refused=("no name in mask", "--mask-files none")
     ),
     "folders of annotations that lack the split": Collection(
-        folder(DEFECTS), options=("--split", "test"), images=2, missing=MISSING
+        folder(DEFECTS),
+        options=("--split", "test"),
+        images=2,
+        missing=MISSING,
+        classes={"test/crack/0.png": "crack", "test/hole/0.png": "hole"},
     ),
     "masks in splits": Collection(folder(MASKS_OF_SPLITS), refused=("holds the splits train, valid",)),
     "masks in splits that are ids": Collection(
