@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -149,7 +150,7 @@ def describe(source: Source, sample: Survey) -> str:
         shown = [f"{name} ({column.type})" for name, column in columns.items()]
         lines.append(("columns", ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if shown[12:] else "")))
     if source.about.unused:
-        lines.append(("left aside", _left_aside(source.about.unused, {stem(item.image) for item in source.items})))
+        lines.append(("left aside", _left_aside(source)))
     lines += [("note", note) for note in (*source.about.notes, *_links_and_copies(source))]
     lines += [("example", _example(source, surveyed)) for surveyed in sample.items[:NUM_ROWS]]
     return "\n".join(f"  {title:<11}{printable(text)}" for title, text in lines)
@@ -195,8 +196,9 @@ def _maps(source: Source, sample: Survey) -> str:
     return text
 
 
-def _left_aside(names: list[str], stems: set[str]) -> str:
-    kinds = Counter(_kind(name) for name in names)
+def _left_aside(source: Source) -> str:
+    names, stems = source.about.unused, {stem(item.image) for item in source.items}
+    kinds = Counter(_kind(name, source.about.other_splits) for name in names)
     text = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(8))
     labels = [name for name in names if looks_like_labels(name) or (name.endswith(".txt") and stem(name) in stems)]
     if labels:
@@ -205,9 +207,12 @@ def _left_aside(names: list[str], stems: set[str]) -> str:
     return text
 
 
-def _kind(name: str) -> str:
+def _kind(name: str, other_splits: set[str]) -> str:
     """Return the kind of a file that is left aside, which says why."""
     path = PurePosixPath(name)
+    words = {word for part in path.parts[:-1] for word in (part, *re.split(r"[_\-. ]", part))}
+    if is_image(name) and (splits := sorted(words & other_splits)):
+        return f"{path.suffix.lower()} of the split {splits[0]}"
     if is_image(name):
         return f"{path.suffix.lower()} in {path.parent} (neither images nor annotations that are read)"
     if is_archive(name):

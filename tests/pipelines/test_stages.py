@@ -80,7 +80,7 @@ def test_the_destination_of_other_shards_is_refused(small_set: SmallSet, tmp_pat
         (("--max-rejected", 2), "--max-rejected 2: must be at most 1"),
         (("--max-rejected", "nan"), "--max-rejected nan: must be a finite number"),
         (("--seed", -1), "--seed -1: must be at least 0"),
-        (("--split", "train"), "no such folder"),
+        (("--split", "train"), "--split train: no such split; it has none; leave it out"),
     ],
 )
 def test_a_wrong_flag_is_named(small_set: SmallSet, tmp_path: Path, arguments: tuple[object, ...], said: str) -> None:

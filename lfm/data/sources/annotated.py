@@ -96,10 +96,14 @@ def read_annotated(tree: Tree, split: str | None) -> Source:
     annotations = {name for names in families.values() for name in names}
     images = [name for name in tree.images if name not in annotations]
     images, families, split = _of_split(tree, images, families, split)
+    if not families and not {tree.choices.mask_files, tree.choices.map_files} & {"none"}:
+        raise ConfigError(
+            f"{tree.root}: the split {split} has no masks or segmentations; choose `mask_files` none to read its images alone"
+        )
     if not images:
         raise ConfigError(
-            f"{tree.root}: all images lie in folders of annotations ({', '.join(sorted(families)[:3])}); choose `classes` "
-            "folders with `layout` folder if these are classes, or name the folder of the images"
+            f"{tree.root}: all images lie in folders of annotations ({', '.join(sorted(families)[:3])}); name the folder of "
+            "the images, or choose `layout` folder if they annotate nothing, with `classes` folders if these are classes"
         )
     masks, maps = _chosen(tree, families)
     parts = {part: _pairs(tree, images, families, part) for part in (masks, maps) if part}
@@ -136,8 +140,7 @@ def _of_split(
         if split:
             raise ConfigError(f"{tree.root}: `split` {split}: no such split; leave it out")
         return images, families, None
-    split = choose_split(tree.root, splits, split)
-    tree.about.splits = f"{split} of {', '.join(sorted(splits))}"
+    split = choose_split(tree, splits, split)
     chosen = {
         family: [name for name in names if (_split_of(name) or split).lower() == split.lower()]
         for family, names in families.items()

@@ -14,6 +14,7 @@ from lfm.data.sources import readers
 from lfm.data.sources.imagenet import WORDNET_ID
 from lfm.data.sources.labels import LABEL_KEYS, Label, as_label, classes, column_of, notes_on_indices, parse_text
 from lfm.data.sources.names import (
+    SPLIT,
     SUFFIXES,
     empty_folders,
     hidden_images,
@@ -25,7 +26,7 @@ from lfm.data.sources.names import (
     stem,
 )
 from lfm.data.sources.readers import TarMember, TarRest
-from lfm.data.sources.source import Layout, Source, Tree, files_of_split
+from lfm.data.sources.source import Layout, Source, Tree, choose_split, split_by_names
 from lfm.errors import ConfigError, DataError, StorageError
 from lfm.types import SourceItem
 
@@ -47,7 +48,7 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
         ConfigError: a split must be chosen, or files of equal names lie in folders of several tars.
         DataError: a tar is damaged.
     """
-    tars = files_of_split(tree, [name for name in tree.names if name.endswith(".tar")], split)
+    tars, split = split_by_names(tree, [name for name in tree.names if name.endswith(".tar")], split)
     rest = TarRest()
     samples = [(tar, sample) for tar in tars for sample in readers.tar_samples(tree.root, tar, _READ, rest)]
     tree.about.notes += notes_on_junk(sorted(rest.junk))
@@ -55,6 +56,7 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
         raise DataError(f"{tree.root}: no images in it; name the folder that holds them")
     if _is_folder([sample for _, sample in samples], hidden_images(rest.junk)):
         return _read_folders(tree, tars, split, rest)
+    samples = _of_split(replace(tree, root=storage.join(tree.root, tars[0])), samples, split)
     items, labels = [], []
     images, maps, masks = _endings(tree, [sample for _, sample in samples])
     for tar, sample in samples:
@@ -76,6 +78,24 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
     tree.about.notes += notes_on_indices(indices, names)
     items = [replace(item, class_index=index) for item, index in zip(items, indices, strict=True)]
     return Source(tree.root, tuple(items), names, read=readers.tar_member, about=tree.about)
+
+
+def _of_split(
+    tree: Tree, samples: list[tuple[str, dict[str, Any]]], split: str | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return the samples in the folder of a split.
+
+    Raises:
+        ConfigError: there are several splits and none was chosen, or the chosen one does not exist.
+    """
+    folders = [next(filter(SPLIT.fullmatch, sample["__key__"].split("/")[:-1]), None) for _, sample in samples]
+    splits = {folder for folder in folders if folder}
+    if not splits or None in folders:
+        if split:
+            raise ConfigError(f"{tree.root}: `split` {split}: no such split; it has none; leave it out")
+        return samples
+    chosen = choose_split(tree, splits, split)
+    return [sample for sample, folder in zip(samples, folders, strict=True) if folder == chosen]
 
 
 def _endings(tree: Tree, samples: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -268,13 +288,13 @@ def _read_folders(tree: Tree, tars: list[str], split: str | None, rest: TarRest)
 
 
 def read_zip(tree: Tree, split: str | None) -> Source:
-    """Read a zip as the folder that it holds, without unpacking it.
+    """Read a zip as the folder that it holds, without unpacking it; of several zips, that of the split.
 
     Raises:
-        ConfigError: there are several zips.
+        ConfigError: there are several zips, or a split must be chosen.
         DataError: the zip is damaged.
     """
-    zips = list(filter(_is_zip, tree.names))
+    zips, split = split_by_names(tree, list(filter(_is_zip, tree.names)), split)
     if len(zips) != 1:
         raise ConfigError(f"{tree.root}: holds {len(zips)} zips ({', '.join(zips[:3])}, ...); name one of them")
     archive = storage.join(tree.root, zips[0])

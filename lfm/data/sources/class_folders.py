@@ -18,10 +18,11 @@ from lfm.data.sources.names import (
     SPLIT,
     SPLIT_LIKE,
     SUFFIXES,
-    are_splits,
+    first_split,
+    like_splits,
     stem,
 )
-from lfm.data.sources.source import Layout, Source, Tree, choose_split
+from lfm.data.sources.source import Layout, Source, Tree, choose_split, split_folder
 from lfm.errors import ConfigError, DataError
 from lfm.types import SourceItem
 
@@ -52,10 +53,12 @@ def read_folder(tree: Tree, split: str | None) -> Source:
         )
     folders = tree.top_folders
     if not folders or tree.choices.classes == "none":
+        if not split and len(splits := sorted(filter(SPLIT.fullmatch, folders))) > 1:
+            tree.about.notes.append(f"the splits {', '.join(splits)} are read together; `split` chooses one")
         return Source(root, tuple(map(SourceItem, paths)), read=tree.read, about=tree.about)
     loose = [path for path in paths if "/" not in path]
     if not split and not loose and not is_split and all(map(SPLIT.fullmatch, folders)):
-        return read_folder(tree, choose_split(root, folders, split))
+        return read_folder(tree, choose_split(tree, folders, split))
     if split and _is_wrapped(tree, folders):
         tree.about.notes.append(f"looked through the folder {min(folders)}, which holds everything")
         return read_folder(tree.subtree(min(folders)), None)
@@ -79,23 +82,11 @@ def _of_split(tree: Tree, split: str | None) -> tuple[Tree, bool]:
     """Return the files of a split, which is a folder, or a folder in every class; and whether it is one of the latter."""
     in_classes = [path.split("/")[1] for path in tree.images if path.count("/") >= 2]
     if not in_classes or len(in_classes) < len(tree.images) or not all(map(SPLIT.fullmatch, set(in_classes))):
-        return _split_folder(tree, split), False
+        return split_folder(tree, split) if split else tree, False
     if any(map(SPLIT.fullmatch, tree.top_folders)):
-        return _split_folder(tree, split), False
-    chosen = choose_split(tree.root, set(in_classes), split)
-    tree.about.splits = f"{chosen} of {', '.join(sorted(set(in_classes)))}, folders in every class"
+        return split_folder(tree, split) if split else tree, False
+    chosen = choose_split(tree, set(in_classes), split, ", folders in every class")
     return tree.only(name for name in tree.names if name.split("/")[1:2] == [chosen]), True
-
-
-def _split_folder(tree: Tree, split: str | None) -> Tree:
-    if not split:
-        return tree
-    splits = sorted(filter(SPLIT.fullmatch, tree.top_folders))
-    same = [name for name in splits if name.lower() == split.lower()]
-    chosen = split if split in tree.top_folders or not same else same[0]
-    if splits:
-        tree.about.splits = f"{chosen} of {', '.join(splits)}"
-    return tree.subtree(chosen)
 
 
 def _check_folders(tree: Tree, folders: set[str]) -> None:
@@ -105,13 +96,14 @@ def _check_folders(tree: Tree, folders: set[str]) -> None:
         ConfigError: names both readings, and the option for each.
     """
     splits = sorted(name for name in folders if SPLIT.fullmatch(name) or SPLIT_LIKE.fullmatch(name))
-    splits = splits or (sorted(folders) if are_splits(folders) else [])
+    splits = splits or like_splits(folders)
     if splits:
         others = sorted(folders - set(splits)) or [path for path in tree.images if "/" not in path]
         beside = f" beside {', '.join(others[:3])}" if others else ""
+        away = f", or move {', '.join(splits[:3])} elsewhere to read the others" if folders - set(splits) else ""
         raise ConfigError(
-            f"{tree.root}: {', '.join(splits[:3])} may be a split or a class{beside}; choose `split` {splits[0]} to read "
-            "that folder, or `classes` folders"
+            f"{tree.root}: {', '.join(splits[:3])} may be a split or a class{beside}; choose `split` {first_split(splits)} to "
+            f"read that folder alone, or `classes` folders to take all folders for classes{away}"
         )
     odd = sorted(
         name

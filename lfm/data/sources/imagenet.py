@@ -8,7 +8,7 @@ import re
 
 from lfm import storage
 from lfm.data.sources.names import SPLIT, stem
-from lfm.data.sources.source import Layout, Source, Tree, choose_split, read_text
+from lfm.data.sources.source import Layout, Source, Tree, choose_split, read_text, split_folder
 from lfm.errors import DataError
 from lfm.types import SourceItem
 
@@ -31,10 +31,10 @@ def read_imagenet(tree: Tree, split: str | None) -> Source:
     top_folders = {path[0] for path in paths}
     splits = set(filter(SPLIT.fullmatch, top_folders))
     if not split and splits and (len(splits) > 1 or splits == top_folders):
-        split = choose_split(data.root, splits, split)
+        split = choose_split(data, splits, split)
     wordnet_ids = sorted({*names, *(folder for path in paths for folder in path[:-1] if WORDNET_ID.fullmatch(folder))})
     index = {wordnet_id: number for number, wordnet_id in enumerate(wordnet_ids)}
-    chosen = data.subtree(split or "")
+    chosen = split_folder(data, split) if split else data
     if not chosen.images:
         raise DataError(f"{chosen.root}: no images there; name the folder that holds ILSVRC or train and val")
     if tree.choices.classes == "none":

@@ -86,9 +86,7 @@ def read_image_folder(tree: Tree, split: str | None) -> Source:
     tables = [name for name in tree.names if _METADATA.search(name)]
     tops = {name.partition("/")[0] for name in tables if "/" in name}
     if split or (tops and all(map(SPLIT.fullmatch, tops)) and tops == {name.partition("/")[0] for name in tables}):
-        chosen = choose_split(tree.root, tops or {str(split)}, split)
-        tree.about.splits = f"{chosen} of {', '.join(sorted(tops))}"
-        tree = tree.subtree(chosen)
+        tree = tree.subtree(choose_split(tree, tops or {str(split)}, split))
         tables = [name for name in tree.names if _METADATA.search(name)]
     if len(tables) != 1:
         raise ConfigError(f"{tree.root}: holds {len(tables)} tables ({', '.join(tables[:3])}); name the folder of one")

@@ -14,7 +14,7 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar",
 SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|extra|unlabell?ed)(20\d\d)?", re.IGNORECASE)
 # A folder that is a split by a part of its name, such as train_images or testA.
 SPLIT_LIKE = re.compile(
-    r"(train|training|val|valid|validation|test|testing|dev|trainval|unlabell?ed)[_\-. ]?"
+    r"(train|training|val|valid|validation|test|testing|dev|train[_\-]?val|unlabell?ed)[_\-. ]?"
     r"(images?|imgs?|set|data|split|full|\d{1,2}|[AB])?",
     re.IGNORECASE,
 )
@@ -74,10 +74,20 @@ _TABLE_SUFFIXES = (
 )
 
 
-def are_splits(folders: Iterable[str]) -> bool:
-    """Return whether each of several folders has the name of a split in its own, such as cars_train and cars_test."""
-    words = [re.split(r"[_\-. ]", folder) for folder in folders]
-    return len(words) > 1 and all(any(map(SPLIT.fullmatch, parts)) for parts in words)
+def like_splits(folders: Iterable[str]) -> list[str]:
+    """Return the folders whose names differ in the word of a split alone, such as cars_train and cars_test, sorted."""
+    by_rest: dict[tuple[str | None, ...], list[str]] = {}
+    for folder in sorted(folders):
+        words = re.split(r"[_\-. ]", folder)
+        rest = tuple(None if SPLIT.fullmatch(word) else word for word in words)
+        if None in rest:
+            by_rest.setdefault(rest, []).append(folder)
+    return sorted(name for names in by_rest.values() if len(names) > 1 for name in names)
+
+
+def first_split(splits: Iterable[str]) -> str:
+    """Return the split to name as an example: one for training if there is one."""
+    return min(splits, key=lambda split: ("train" not in split.lower(), split))
 
 
 def is_junk(name: str) -> bool:
@@ -134,7 +144,8 @@ def looks_like_labels(name: str) -> bool:
     path = PurePosixPath(name)
     if path.suffix.lower() in _TABLE_SUFFIXES or _PACKED_FILE.search(name):
         return True
-    return path.suffix.lower() in ("", ".txt") and _LABEL_FILE.search(name) is not None
+    words = " ".join(part for part in path.parts if not SPLIT.fullmatch(part))
+    return path.suffix.lower() in ("", ".txt") and _LABEL_FILE.search(words) is not None
 
 
 def is_archive(name: str) -> bool:

@@ -11,7 +11,7 @@ from lfm.data.sources.class_folders import read_folder
 from lfm.data.sources.labels import column_of, read_table
 from lfm.data.sources.map_rules import parse_palette
 from lfm.data.sources.names import SPLIT, stem
-from lfm.data.sources.source import UNLABELLED, Layout, Source, Tree, choose_split, read_text
+from lfm.data.sources.source import UNLABELLED, Layout, Source, Tree, choose_split, read_text, split_folder
 from lfm.data.transforms import Rejected, decode_mask
 from lfm.errors import ConfigError, DataError, StorageError
 from lfm.types import SourceItem
@@ -99,15 +99,15 @@ def _folders_of_pairs(tree: Tree, split: str | None) -> tuple[str, str, str | No
     top_folders = sorted({name.split("/")[0] for name in tree.names if "/" in name})
     by_split: dict[str, tuple[str, str]] = {}
     for images, maps in PAIRS:
-        for candidate in [split] if split else top_folders:
+        for candidate in top_folders:
             pair = images.format(split=candidate), maps.format(split=candidate)
             if tree.has_images(pair[0]) and tree.has_images(pair[1]):
-                if "{" not in images or split:
+                if "{" not in images:
                     return *pair, split
                 by_split[candidate] = pair
     if not by_split:
         return None
-    split = choose_split(tree.root, set(by_split), split)
+    split = choose_split(tree, set(by_split), split)
     return *by_split[split], split
 
 
@@ -125,7 +125,7 @@ def read_paired(tree: Tree, split: str | None, default_labels: dict[int, str] | 
     images, maps, split = pair
     lists = {name.rpartition("/")[2][:-4] for name in tree.names if name.startswith("ImageSets/Segmentation/")}
     if lists:
-        split = choose_split(tree.root, lists, split)
+        split = choose_split(tree, lists, split)
     base = read_folder(tree.subtree(images), None if lists or images == split else split)
     split_folder = base.root[len(storage.join(tree.root, images)) + 1 :]
     paths = [f"{split_folder}/{item.image}" if split_folder else item.image for item in base.items]
@@ -259,7 +259,7 @@ def check_masks(tree: Tree, family: str, names: list[str]) -> None:
 
 def read_inpainting(tree: Tree, split: str | None) -> Source:
     """Read images name.png with masks name_mask.png beside them; white = hole."""
-    tree = tree.subtree(split or "")
+    tree = split_folder(tree, split) if split else tree
     masks = {stem(name): name for name in tree.images if stem(name).endswith("_mask")}
     names = [name for name in tree.images if name not in masks.values()]
     if not names:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -20,7 +20,7 @@ from lfm import storage
 from lfm.data.palettes import Colours
 from lfm.data.sources import readers
 from lfm.data.sources.map_rules import MapRule
-from lfm.data.sources.names import SPLIT, is_image
+from lfm.data.sources.names import SPLIT, SPLIT_LIKE, first_split, is_image, like_splits
 from lfm.data.transforms import MaskValue, Rejected, decode, decode_mask, paint
 from lfm.errors import ConfigError, DataError, StorageError
 from lfm.types import SourceItem
@@ -62,7 +62,8 @@ class About:
 
     Attributes:
         labels_from: where the classes come from.
-        splits: the splits of the collection.
+        splits: the chosen split, and all that the collection has.
+        other_splits: those that are not chosen.
         notes: further decisions, a sentence each.
         used: paths of files that were read beside images.
         unused: names of files that were left aside.
@@ -71,10 +72,16 @@ class About:
 
     labels_from: str = ""
     splits: str = ""
+    other_splits: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     unused: list[str] = field(default_factory=list)
     colours: Colours | None = None
+
+    def note_split(self, chosen: str, splits: Iterable[str], where: str = "") -> None:
+        """Note the chosen one of several splits, and where they are."""
+        self.splits = f"{chosen} of {', '.join(sorted(splits))}{where}"
+        self.other_splits = {*splits} - {chosen}
 
 
 @dataclass(frozen=True)
@@ -292,34 +299,74 @@ def _ancestors(root: str, parents: int) -> Iterator[str]:
         root = storage.parent(root)
 
 
-def choose_split(root: str, splits: set[str], split: str | None) -> str:
-    """Return the chosen split, or a source's only one if none was chosen.
+def choose_split(tree: Tree, splits: Collection[str], split: str | None, where: str = "") -> str:
+    """Return the chosen split, or a source's only one if none was chosen; notes it.
+
+    Args:
+        where: what to say of the place of the splits.
 
     Raises:
         ConfigError: there are several and none was chosen, or the chosen one does not exist.
     """
-    same = [name for name in splits if split and name.lower() == split.lower()]
-    if split in splits or len(same) == 1 or (split is None and len(splits) == 1):
-        return split if split in splits else same[0] if same else min(splits)
-    example = min(splits, key=lambda split: ("train" not in split.lower(), split))
-    raise ConfigError(
-        f"{root}: holds the splits {', '.join(sorted(splits))}; choose one with `split`, for example {example}"
-    )
+    chosen = _of_name(splits, split) if split else next(iter(splits)) if len(splits) == 1 else None
+    if chosen is None:
+        raise ConfigError(
+            f"{tree.root}: holds the splits {', '.join(sorted(splits))}; choose one with `split`, for example "
+            f"{first_split(splits)}"
+        )
+    tree.about.note_split(chosen, splits, where)
+    return chosen
 
 
-def files_of_split(tree: Tree, names: list[str], split: str | None) -> list[str]:
+def split_folder(tree: Tree, split: str) -> Tree:
+    """Return the tree of a folder that is a split, in any case if there is only one such.
+
+    Raises:
+        ConfigError: there is no such folder; names those that may be meant.
+    """
+    splits = [name for name in sorted(tree.top_folders) if SPLIT.fullmatch(name) or SPLIT_LIKE.fullmatch(name)]
+    splits = splits or like_splits(tree.top_folders)
+    folders = {name.partition("/")[0] for name in tree.names if "/" in name}
+    chosen = split if split in folders else _of_name(splits, split)
+    if chosen is None:
+        repair = f"choose {' or '.join(splits[:4])}" if splits else "it has none; leave it out"
+        raise ConfigError(f"{tree.root}: `split` {split}: no such split; {repair}")
+    if splits:
+        tree.about.note_split(chosen, {*splits, chosen})
+    return tree.subtree(chosen)
+
+
+def _of_name(splits: Collection[str], split: str) -> str | None:
+    """Return the split of this name, or the only one of this name in another case."""
+    same = [name for name in splits if name.lower() == split.lower()]
+    return split if split in splits else same[0] if len(same) == 1 else None
+
+
+def split_by_names(tree: Tree, names: list[str], split: str | None) -> tuple[list[str], str | None]:
     """Return the files whose path has the split as a word, as in val-00000.parquet or train.lmdb/data.mdb.
+
+    Also returns the split that is still to be looked for in the files: `split` itself if their names say nothing of splits,
+    as that of a single file with several such words.
 
     Raises:
         ConfigError: there are several splits and none was chosen, or the chosen one does not exist.
     """
     words = {name: set(re.split(r"[/._-]", name)) for name in names}
-    splits = {word for words_of_file in words.values() for word in words_of_file if SPLIT.fullmatch(word)}
-    if split is None:
-        if splits:
-            choose_split(tree.root, splits, split)
-        return names
-    chosen = [name for name in names if split in words[name]]
-    if not chosen:
-        raise ConfigError(f"{tree.root}: no split {split} there; {', '.join(sorted(splits)) or 'it has none'}")
-    return chosen
+    known = {word for of_file in words.values() for word in of_file}
+    splits = {word for word in known if SPLIT.fullmatch(word) or word == split}
+    if not splits or (len(names) == 1 and len(splits) > 1):
+        return names, split
+    chosen = choose_split(tree, splits, split)
+    return names if split is None else [name for name in names if chosen in words[name]], None
+
+
+def files_of_split(tree: Tree, names: list[str], split: str | None) -> list[str]:
+    """Return the files of a split, which only their names tell.
+
+    Raises:
+        ConfigError: there are several splits and none was chosen, or the chosen one does not exist.
+    """
+    names, rest = split_by_names(tree, names, split)
+    if rest:
+        raise ConfigError(f"{tree.root}: `split` {rest}: no such split; it has none; leave it out")
+    return names

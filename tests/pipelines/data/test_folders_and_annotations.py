@@ -103,7 +103,7 @@ FOLDERS = {
     ),
     "folders called like splits": Collection(
         folder(photos("train_images/1/0.png", "test_images/1/1.png")),
-        refused=("--split test_images", "--classes folders"),
+        refused=("--split train_images", "--classes folders"),
     ),
     "one of the folders called like splits": Collection(
         folder(photos("trainA/cat/0.png", "trainA/dog/1.png", "trainB/2.png")),

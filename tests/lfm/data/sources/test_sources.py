@@ -194,7 +194,7 @@ def test_a_folder_without_images_is_one_line(root: str, names: list[str]) -> Non
 
 def test_a_missing_folder_or_split_is_named(root: str) -> None:
     make(root, "train/cat/1.png")
-    for arguments, named in (((f"{root}/nowhere",), f"{root}/nowhere"), ((root, "val"), f"{root}/val")):
+    for arguments, named in (((f"{root}/nowhere",), f"{root}/nowhere"), ((root, "val"), f"{root}: `split` val")):
         with pytest.raises(LfmError) as error:
             folder(*arguments)
         assert str(error.value).startswith(f"{named}: ") and "\n" not in str(error.value)
