@@ -7,6 +7,8 @@ a random file of the result (truncate, zero a page, flip a byte, empty, delete),
 The last start is left alone and must end with the result of a run that nobody disturbed. In some episodes an input is damaged
 instead, which the command must name.
 
+Two stages begin with a complete data set that grows; nothing is damaged there, and after each kill its files must be as before.
+
 A finished shard with changed bytes may stay as it is, if whoever reads it next refuses it by name. Counted are, each of which
 must be 0:
 
@@ -69,6 +71,19 @@ class Stage:
     inputs: tuple[Path, ...] = ()  # folders or files that the command reads whole
     command: click.Command = lfm
     stops_together: bool = False  # a rank that dies ends the others
+    before: Path | None = None  # a complete data set, which grows
+
+    def prepare(self, out: Path) -> None:
+        """Copy the data set that grows, if there is one, to the folder of the result."""
+        if self.before:
+            shutil.copytree(self.before, out)
+
+    def changed(self, out: Path) -> list[str]:
+        """Return the files of the data set that grows which are not as they were, until its new version is complete."""
+        if not self.before or len(manifests.load(str(out)).versions):
+            return []
+        names = _names(self.before) - {manifests.RECIPE}
+        return [name for name in sorted(names) if (self.before / name).read_bytes() != (out / name).read_bytes()]
 
     def start(self, out: Path, ranks: int, logs: Path) -> list[Fork]:
         """Start the command on some ranks."""
@@ -77,7 +92,7 @@ class Stage:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             arguments = list(map(str, self.arguments(out, rank, ranks)))
-            is_apart = ranks == 1 or self.name == "shard"
+            is_apart = ranks == 1 or "shard" in self.name
             forks.append(
                 fork(
                     lambda arguments=arguments: self.command.main(arguments, "lfm"),  # type: ignore[misc]
@@ -107,6 +122,7 @@ class Campaign:
         ranks = ranks if stage.stops_together else 1
         out = self.root / f"expected-{stage.name}-{ranks}"
         if not out.exists():
+            stage.prepare(out)
             codes = [process.wait(HANG_SECONDS) for process in stage.start(out, ranks, self.root)]
             assert codes == [0] * ranks, (self.root / f"{stage.name}-0.log").read_text()
         return out
@@ -115,7 +131,9 @@ class Campaign:
         """Return the seconds of an undisturbed run on some ranks."""
         if (stage.name, ranks) not in self.seconds:
             self.expected(stage, ranks)
-            began, out = time.monotonic(), self.root / "timed"
+            out = self.root / "timed"
+            stage.prepare(out)
+            began = time.monotonic()
             for process in stage.start(out, ranks, self.root):
                 process.wait(HANG_SECONDS)
             self.seconds[stage.name, ranks] = time.monotonic() - began
@@ -143,7 +161,8 @@ def make_stages(root: Path) -> list[Stage]:
     """Make the inputs of all stages, in a fork, so that this process starts no threads."""
     images, raw, latents, run = (root / name for name in ("scenes/images", "raw", "latents", "run"))
     autoencoder, network, config = root / "autoencoder", root / "small.pt2", root / "small.yaml"
-    reference = root / "reference.safetensors"
+    reference, some = root / "reference.safetensors", root / "some"
+    raw_before, raw_grown, latents_before = (root / name for name in ("raw-before", "raw-grown", "latents-before"))
     config.write_text(YAML.format(run="RUN", latents=latents, deepspeed=REPOSITORY / "configs" / "deepspeed"))
     trust = ("--network", network, "--trust-code", "--batch-size", 2)
     shard = ("--image-size", 16, "--samples-per-shard", 4)
@@ -153,14 +172,21 @@ def make_stages(root: Path) -> list[Stage]:
 
     def make() -> None:
         draw_scenes.run(draw_scenes.ScenesConfig(str(root / "scenes"), num=40, image_size=16))
+        for path in images.glob("*/0000[01]*.png"):  # the first 20
+            (some / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, some / path.parent.name)
         make_autoencoder(autoencoder, seed=0)
         export_network(PooledPixels(), network)
         for arguments in (
             ("shard", images, raw, *shard),
             ("encode", raw, latents, "--autoencoder", autoencoder),
+            ("shard", some, raw_before, *shard),
+            ("encode", raw_before, latents_before, "--autoencoder", autoencoder),
             ("reference", raw, reference, *trust),
         ):
             lfm.main(list(map(str, arguments)), "lfm", standalone_mode=True)
+        shutil.copytree(raw_before, raw_grown)
+        lfm.main(list(map(str, ("shard", images, raw_grown, *shard))), "lfm", standalone_mode=True)
         model_commands.train.main(list(map(str, train(run))), "lfm")
 
     maker = fork(make, root / "make.log")
@@ -176,6 +202,18 @@ def make_stages(root: Path) -> list[Stage]:
             lambda out, *_: ["encode", raw, out, "--autoencoder", autoencoder, "--batch-size", 4],
             same_files,
             (raw,),
+        ),
+        Stage(
+            "grow-shard",
+            lambda out, rank, ranks: ["shard", images, out, *shard, "--part", f"{rank + 1}/{ranks}"],
+            same_files,
+            before=raw_before,
+        ),
+        Stage(
+            "grow-encode",
+            lambda out, *_: ["encode", raw_grown, out, "--autoencoder", autoencoder, "--batch-size", 4],
+            same_files,
+            before=latents_before,
         ),
         Stage("train", lambda out, *_: train(out), same_training, (latents,), model_commands.train, True),
         Stage(
@@ -296,6 +334,7 @@ def episode(campaign: Campaign, stage: Stage, choice: random.Random, kills: int)
     expected, duration = campaign.expected(stage, ranks), campaign.duration(stage, ranks)
     out = campaign.root / "out"
     story, damaged = [f"{ranks} ranks"], []
+    stage.prepare(out)
     for _ in range(kills):
         before = list(out.rglob(".writing-*"))
         processes = stage.start(out, ranks, campaign.root)
@@ -310,7 +349,9 @@ def episode(campaign: Campaign, stage: Stage, choice: random.Random, kills: int)
         stopped = number == signal.SIGTERM and len(targets) == ranks and not stage.stops_together
         if stopped and not before and (left := list(out.rglob(".writing-*"))):
             campaign.problem("doubled", stage.name, f"{' > '.join(story)}: {left[0].name} left by SIGTERM")
-        if out.exists() and choice.random() < 0.6:
+        for name in stage.changed(out):
+            campaign.problem("lost", stage.name, f"{' > '.join(story)}: {name} of the version before")
+        if not stage.before and out.exists() and choice.random() < 0.6:
             kind = choice.choice(DAMAGES)
             if path := damage(out, kind, choice):
                 damaged.append(path)
@@ -400,13 +441,13 @@ def damaged_input(campaign: Campaign, stage: Stage, choice: random.Random) -> No
 def print_table(campaign: Campaign) -> None:
     """Print the counts of every stage."""
     columns = ("kills", "damages", "inputs", "named", *PROBLEMS)
-    print(f"{'':10}" + "".join(f"{column:>11}" for column in columns))
+    print(f"{'':12}" + "".join(f"{column:>11}" for column in columns))
     for stage in (*[stage.name for stage in campaign.stages], "all"):
         sums = [
             sum(n for (name, kind), n in campaign.counts.items() if kind == column and stage in (name, "all"))
             for column in columns
         ]
-        print(f"{stage:10}" + "".join(f"{value:11}" for value in sums))
+        print(f"{stage:12}" + "".join(f"{value:11}" for value in sums))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from lfm.data.manifest import RECIPE
 from lfm.data.versions import at_version, digests
 from tests.support.commands import REPOSITORY, SmallSet, assert_one_line, lfm
 from tests.support.images import folder_contents, random_images
+from tests.support.small_disk import SmallDisk
 
 SHARD = ("--image-size", 16, "--samples-per-shard", 8)
 
@@ -84,6 +86,26 @@ def test_killed_while_they_grow_the_old_version_stays_and_a_rerun_finishes(grown
     _assert_before(grown, latents)
     assert lfm("encode", grown.raw, latents, *grown.options).exit_code == 0
     assert folder_contents(latents) == folder_contents(grown.after)
+
+
+def test_on_a_full_disk_the_old_version_stays_and_with_room_the_same_command_finishes(
+    grown: Grown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever of its files the disk is full."""
+    disk, whole = SmallDisk(monkeypatch), folder_contents(grown.after)
+    for room in itertools.count():
+        latents = shutil.copytree(grown.before, tmp_path / f"latents-{room}")
+        disk.room = room
+        result, disk.room = lfm("encode", grown.raw, latents, *grown.options), None
+        if result.exit_code == 0:
+            break
+        assert_one_line(result, latents, "no space left", "run the same command to resume")
+        _assert_before(grown, latents)
+        assert folder_contents(latents).keys() <= whole.keys()
+        assert lfm("encode", grown.raw, latents, *grown.options).exit_code == 0
+        assert folder_contents(latents) == whole
+    assert room > 5 * 2, "five new shards, each of two files"
+    assert folder_contents(latents) == whole
 
 
 def _assert_before(grown: Grown, latents: Path) -> None:

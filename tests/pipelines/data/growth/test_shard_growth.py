@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from pipelines.data.growth import shard_growth
 from pipelines.data.shard import ShardConfig, run
 from tests.support.commands import REPOSITORY, assert_one_line, lfm
 from tests.support.images import folder_contents, image_folder, random_pixels, raw_samples, save_image
+from tests.support.small_disk import SmallDisk
 
 OPTIONS = ("--image-size", 16, "--samples-per-shard", 8)
 
@@ -157,6 +159,34 @@ def test_killed_while_it_grows_the_old_version_stays_and_a_rerun_finishes(tmp_pa
         (source / f"{index}.png").unlink()
     assert lfm("shard", source, tmp_path / "reverted", *_large()).exit_code == 0
     assert folder_contents(tmp_path / "reverted") == folder_contents(tmp_path / "before")
+
+
+def test_on_a_full_disk_the_old_version_stays_and_with_room_the_same_command_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever of its files the disk is full."""
+    source, before, whole = image_folder(tmp_path / "p", 20), tmp_path / "before", tmp_path / "whole"
+    command = ("shard", source)
+    assert lfm(*command, before, *OPTIONS).exit_code == 0
+    add(source, 20, 100)
+    shutil.copytree(before, whole)
+    assert lfm(*command, whole, *OPTIONS).exit_code == 0
+    old, new, disk = folder_contents(before), folder_contents(whole), SmallDisk(monkeypatch)
+    for room in itertools.count():
+        raw = shutil.copytree(before, tmp_path / f"raw-{room}")
+        disk.room = room
+        result, disk.room = lfm(*command, raw, *OPTIONS), None
+        if result.exit_code == 0:
+            break
+        assert_one_line(result, raw, "no space left", "run the same command to resume")
+        contents = folder_contents(raw)
+        assert all(name == RECIPE or contents[name] == content for name, content in old.items())
+        assert contents.keys() <= new.keys() | {name for name in contents if name.startswith(".work/")}
+        assert manifests.load(str(raw)) == manifests.load(str(before))
+        assert lfm(*command, raw, *OPTIONS).exit_code == 0
+        assert folder_contents(raw) == new
+    assert room > 3 * 3, "three new shards, each of three files"
+    assert folder_contents(raw) == new
 
 
 def _large() -> tuple[object, ...]:
