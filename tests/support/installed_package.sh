@@ -10,8 +10,9 @@ SMALL="--set run=run --set data.shards=latents --set train.num_steps=2 --set tra
 $BIN/lfm train --config demo $SMALL --dry-run
 $BIN/lfm train --config demo $SMALL --num-gpus 2
 $BIN/lfm sample run --out samples --seeds 0-1 --num-steps 2
-$BIN/lfm demo --dry-run
 test -s samples/grid.png
+$BIN/lfm demo
+test -s demo/samples/grid.png
 $BIN/lfm ui run --port 7861 &
 PAGE=$!
 trap 'kill $PAGE' EXIT
