@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 from lfm import storage
@@ -208,8 +209,16 @@ def _recognizes_ade20k(tree: Tree) -> bool:
 
 
 def read_coco_stuff(tree: Tree, split: str | None) -> Source:
-    """Read COCO-Stuff's pixel maps: ids 0 to 181 with gaps, 255 = unlabelled."""
-    return read_paired(tree, split, {**{index: str(index) for index in range(182)}, 255: UNLABELLED})
+    """Read COCO-Stuff's pixel maps: ids 0 to 181 with gaps, 255 = unlabelled.
+
+    Its own labels.txt begins with "0: unlabeled" and names each id of the maps one line further.
+    """
+    source = read_paired(tree, split, {**{index: str(index) for index in range(182)}, 255: UNLABELLED})
+    if source.labels.get(0) != "unlabeled":
+        return source
+    tree.about.notes.append("labels.txt counts from 1 and the maps from 0, so 1 in it names the id 0")
+    names = {index - 1: name for index, name in source.labels.items() if 0 < index < 255}
+    return replace(source, labels=names | {255: UNLABELLED})
 
 
 def _recognizes_coco_stuff(tree: Tree) -> bool:

@@ -164,6 +164,23 @@ def test_a_damaged_list_of_ade20k_is_one_line(tmp_path: Path, content: str) -> N
         read(str(tmp_path), split="training")
 
 
+@pytest.mark.parametrize("first", ["0: unlabeled\n", ""])
+def test_the_names_of_coco_stuff_are_those_of_its_maps(tmp_path: Path, first: str) -> None:
+    """Which count from 0, as a list may do, too; COCO-Stuff's own counts from 1."""
+    save_image(tmp_path / "train2017" / "000000000009.jpg", random_pixels(16, 16, 3))
+    save_image(tmp_path / "stuffthingmaps" / "train2017" / "000000000009.png", np.full((16, 16), 181, np.uint8))
+    start = 1 if first else 0
+    lines = [
+        f"{start + number}: {name}\n"
+        for number, name in enumerate(["person", "bicycle", *map(str, range(2, 181)), "wood"])
+    ]
+    (tmp_path / "labels.txt").write_text(first + "".join(lines))
+    source = read(str(tmp_path))
+    assert source.layout == "coco-stuff" and sorted(source.labels) == [*range(182), 255]
+    assert [source.labels[number] for number in (0, 1, 181, 255)] == ["person", "bicycle", "wood", "unlabelled"]
+    assert np.unique(source.decode_item(source.items[0]).segmentation).tolist() == [181]
+
+
 def test_imagenets_two_parts_have_the_same_classes(trees: Path) -> None:
     root = str(trees / "layouts" / "ILSVRC")
     train, val = read(root, split="train"), read(root, split="val")
