@@ -53,7 +53,8 @@ def read_webdataset(tree: Tree, split: str | None) -> Source:
     samples = [(tar, sample) for tar in tars for sample in readers.tar_samples(tree.root, tar, _READ, rest)]
     tree.about.notes += notes_on_junk(sorted(rest.junk))
     if not samples:
-        raise DataError(f"{tree.root}: no images in it; name the folder that holds them")
+        hidden = "".join(f"; {note}" for note in notes_on_junk(hidden_images(sorted(rest.junk))))
+        raise DataError(f"{storage.join(tree.root, tars[0])}: no images in it; name the folder that holds them{hidden}")
     if _is_folder([sample for _, sample in samples], hidden_images(rest.junk)):
         return _read_folders(tree, tars, split, rest)
     samples = _of_split(replace(tree, root=storage.join(tree.root, tars[0])), samples, split)

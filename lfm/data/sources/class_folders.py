@@ -20,6 +20,7 @@ from lfm.data.sources.names import (
     SUFFIXES,
     first_split,
     like_splits,
+    notes_on_junk,
     stem,
 )
 from lfm.data.sources.source import Layout, Source, Tree, choose_split, split_folder
@@ -48,8 +49,9 @@ def read_folder(tree: Tree, split: str | None) -> Source:
     if not paths:
         suffixes = sorted({PurePosixPath(name).suffix.lower() for name in tree.names} - {""})
         others = f", only {', '.join(suffixes[:4])}" if suffixes else ""
+        hidden = "".join(f"; {note}" for note in notes_on_junk(tree.hidden))
         raise DataError(
-            f"{root}: no images there ({', '.join(SUFFIXES[:4])}, ...){others}; name the folder that holds them"
+            f"{root}: no images there ({', '.join(SUFFIXES[:4])}, ...){others}; name the folder that holds them{hidden}"
         )
     folders = tree.top_folders
     if not folders or tree.choices.classes == "none":

@@ -93,7 +93,8 @@ def _read_archive(tree: Tree, split: str | None) -> Source:
         DataError: it holds no images, or a layout whose files must lie on a disk.
     """
     if not tree.images:
-        raise DataError(f"{tree.root}: no images in it; unpack it if it holds archives or databases")
+        hidden = "".join(f"; {note}" for note in notes_on_junk(tree.hidden))
+        raise DataError(f"{tree.root}: no images in it; unpack it if it holds archives or databases{hidden}")
     inner, layout, read_layout = recognize(tree)
     if layout not in READ_FROM_ARCHIVES:
         raise DataError(f"{tree.root}: holds the layout {layout}, which is read from a folder only; unpack it")

@@ -80,6 +80,16 @@ def test_hidden_images_and_empty_folders_are_named(root: str) -> None:
         assert not any("operating systems" in note for note in notes)
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_where_all_images_are_hidden_the_message_says_so(tmp_path: Path, kind: str) -> None:
+    names = [".owl/1.png", ".owl/2.png", "__MACOSX/._1.png"]
+    make(str(tmp_path / "a.folder"), *names)
+    path = str(tmp_path / "a.folder") if kind == "folder" else packed(tmp_path / f"a.{kind}", names)
+    with pytest.raises(DataError, match=r"no images .*; 2 images are left out .* dot, such as .owl/1.png") as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: ") and "operating systems" not in str(error.value)
+
+
 JUNK = ["__MACOSX/cat/._1.png", "cat/Thumbs.db", "dog/@eaDir/1.png", ".DS_Store", "cat/._1.png"]
 
 
