@@ -135,6 +135,10 @@ def load(
     location = str(embedded_path()) if name == EMBEDDED else name
     subfolder = {"subfolder": "vae"} if (Path(location) / "vae" / "config.json").is_file() else {}
     options = {} if may_download else {"local_files_only": True, "use_safetensors": True}
+    if "/" not in location and not Path(location).exists():
+        raise ConfigError(
+            f"autoencoder {name}: no such folder; name one, or an id of the Hub, which has the form USER/NAME, or {EMBEDDED}"
+        )
     diffusers = import_diffusers()
     try:
         config = diffusers.AutoencoderKL.load_config(location, **subfolder, local_files_only=not may_download)
@@ -152,7 +156,10 @@ def load(
     except ConfigError:
         raise
     except Exception as error:  # diffusers documents no exception types
-        raise ConfigError(f"autoencoder {name}: cannot be loaded: {on_one_line(error)}") from error
+        missing = (
+            "" if Path(name).exists() else " (there is no such folder, and as an id of the Hub it needs a network)"
+        )
+        raise ConfigError(f"autoencoder {name}: cannot be loaded{missing}: {on_one_line(error)}") from error
     wrong = {kind: keys for kind, keys in info.items() if keys and kind != "error_msgs"}
     if wrong:
         counts = ", ".join(f"{len(keys)} {kind.replace('_', ' ')}" for kind, keys in wrong.items())

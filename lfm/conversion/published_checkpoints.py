@@ -18,6 +18,7 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it cannot be read without running code of the file, or it holds no tensors by name.
     """
+    if not Path(path).exists():
+        raise CheckpointError(f"{path}: no such file; name the file of a checkpoint")
     try:
         content: Any = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:

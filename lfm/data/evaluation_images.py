@@ -196,6 +196,8 @@ def open_images(
                 f"`image_size` {image_size}: {path} holds shards, whose images have one size; leave it out"
             )
         return ShardedImages(path, manifests.load(path, "raw"), cache)
+    if storage.exists(storage.join(path, "weights.safetensors")):
+        raise DataError(f"{path}: is a run, and holds no images to compare; name a folder of images, or of raw shards")
     if storage.exists(record := storage.join(path, SAMPLES)):
         names = _listed_images(record)
     else:

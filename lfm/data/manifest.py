@@ -33,6 +33,7 @@ from lfm.prefetch import map_ahead
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
+_ONE = {"raw": "raw", "latents": "latent"}  # the adjective of each kind of shards
 INDEX = "columns.parquet"
 NEAR_DUPLICATES = "near_duplicates.json"
 DROPPED = "dropped.json"  # see `lfm.data.dropped`
@@ -239,18 +240,16 @@ def load(folder: str, kind: Literal["raw", "latents"] | None = None) -> Manifest
     made_by = {"raw": "lfm shard", "latents": "lfm encode", None: "lfm shard` or `lfm encode"}[kind]
     if not storage.exists(path):
         if storage.is_local(folder) and not Path(folder).is_dir():
-            is_file = Path(folder).exists()
-            raise DataError(
-                f"{folder}: {'is a file' if is_file else 'no such folder'}; name a folder of shards that `{made_by}` made"
-            )
+            if Path(folder).exists():
+                raise DataError(f"{folder}: is a file; name a folder of shards that `{made_by}` made")
+            raise DataError(f"{folder}: no such folder; make the shards with `{made_by}` first")
         if storage.exists(storage.join(folder, RECIPE)):
             raise DataError(f"{folder}: the shards are not complete; run the same `{made_by}` again to finish them")
         raise DataError(f"{folder}: no {MANIFEST} there; make the shards with `{made_by}` first")
     content = storage.read_json(path)
     if kind and isinstance(content, dict) and content.get("kind") != kind:
-        raise DataError(
-            f"{path}: holds {content.get('kind')} shards, {kind} ones are needed; make them with `{made_by}`"
-        )
+        held = _ONE.get(str(content.get("kind")), "other")
+        raise DataError(f"{path}: holds {held} shards, {_ONE[kind]} ones are needed; make them with `{made_by}`")
     return _parse(Manifest, path, content)
 
 

@@ -226,10 +226,10 @@ class TrainedModel:
         if len(chosen) > 1:
             raise ConfigError(f"{', '.join(chosen)}: are different ways of guidance; choose one")
         if internal and not self.header.model.has_internal_velocity:
-            raise ConfigError(f"`internal_guidance`: {self.name} was trained without model.internal_head; leave it out")
+            raise ConfigError(f"{self.name}: was trained without model.internal_head; choose another guidance")
         model = self.header.model
         if sparse and model.num_kept_tokens == model.num_tokens:
-            raise ConfigError(f"`sparse_guidance`: {self.name} was trained without model.token_dropout; leave it out")
+            raise ConfigError(f"{self.name}: was trained without model.token_dropout; choose another guidance")
         if sparse:
             return Guidance(scale, interval, TokenDropped(self.network, model))
         if autoguidance is None:

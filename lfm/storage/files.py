@@ -68,6 +68,10 @@ def storage_errors(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise StorageError(f"{path}: no such file") from error
+    except (NotADirectoryError, FileExistsError) as error:  # the second of making a folder below a file
+        raise StorageError(f"{path}: is a file, or lies below one, where a folder is needed; name another") from error
+    except IsADirectoryError as error:
+        raise StorageError(f"{path}: is a folder, where a file is needed; name another") from error
     except LfmError:
         raise
     except Exception as error:  # each protocol's library raises its own types
@@ -164,7 +168,8 @@ def find(folder: str, hidden: bool = False) -> list[str]:
 
     if is_local(folder):
         if not Path(folder).is_dir():
-            raise StorageError(f"{folder}: no such folder")
+            problem = "is a file, where a folder is needed; name another" if Path(folder).exists() else "no such folder"
+            raise StorageError(f"{folder}: {problem}")
         with storage_errors(folder):
             names = [path.relative_to(folder).as_posix() for path in _walk(Path(folder))]
     else:

@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lfm import storage
+from lfm.errors import ConfigError
 
 NOTE = "lfm"  # key of the metadata in a PNG
 
@@ -45,6 +46,12 @@ def save(image: np.ndarray | Image.Image, path: str | Path, *, flush: bool = Tru
         metadata.add_text(NOTE, json.dumps(note))
     pil_image.save(buffer, "PNG", pnginfo=metadata)
     storage.write_bytes(str(path), buffer.getvalue(), flush=flush)
+
+
+def require_png(option: str, path: str) -> None:
+    """Raise ConfigError, naming the option, if a file to save an image in is not named as a PNG."""
+    if not path.lower().endswith(".png"):
+        raise ConfigError(f"`{option}` {path}: must be a file name that ends with .png")
 
 
 def note(path: str) -> Any:

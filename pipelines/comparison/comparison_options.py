@@ -12,7 +12,7 @@ class CompareConfig:
     """Options of `lfm compare`."""
 
     configs: Annotated[tuple[str, ...], Argument()]
-    """YAML files of experiments; the others are compared with the first."""
+    """YAML files of experiments, or names that `lfm config list` prints; the others are compared with the first."""
     out: Annotated[Location, Flag(metavar="DIR")]
     """Folder for the runs, DIR/NAME/seed-K, and the report."""
     seeds: Count = 3

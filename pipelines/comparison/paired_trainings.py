@@ -12,7 +12,7 @@ from lfm.errors import ConfigError
 from lfm.precision import trained_precision
 from lfm.world import World
 from pipelines.common import factory
-from pipelines.common.experiment import config_file, config_schema
+from pipelines.common.experiment import config_file, config_schema, shipped_experiments
 from pipelines.common.experiment.config_schema import ExperimentConfig, differences
 from pipelines.comparison.comparison_options import CompareConfig
 
@@ -69,13 +69,14 @@ def plan_trainings(config: CompareConfig) -> list[Training]:
     Raises:
         ConfigError: two files have one name, or an experiment is wrong or measures nothing.
     """
-    names = [Path(file).stem for file in config.configs]
+    files = [shipped_experiments.find(name) for name in config.configs]
+    names = [Path(file).stem for file in files]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"`configs`: two files are called {name}; rename one, since runs are named after them")
     trainings = []
     for number in range(config.seeds):
-        for name, file in zip(names, config.configs, strict=True):
+        for name, file in zip(names, files, strict=True):
             seed = config_file.load(file, config.overrides).train.seed + number
             folder = Path(config.out) / name / f"seed-{seed}"
             overrides = (*config.overrides, f"run={folder}", f"train.seed={seed}")

@@ -22,6 +22,7 @@ from lfm.data.manifest import Manifest, ShardRecord
 from lfm.errors import ConfigError, DataError, StorageError, printable
 from lfm.storage.cache import Cache
 from lfm.types import RawSample
+from lfm.weights_file import WEIGHTS
 from lfm.world import World
 from pipelines.common import factory, image_files
 from pipelines.common.progress import Progress
@@ -51,6 +52,8 @@ def run(config: InspectConfig, world: World) -> InspectResult:
     """
     if is_mixture(config):
         return InspectResult("\n".join(describe_mixed_sources(config)))
+    if storage.exists(storage.join(config.path, WEIGHTS)):
+        raise ConfigError(f"{config.path}: is a run; `lfm status` describes it, name a folder of shards here")
     manifest = manifests.load(config.path, "latents" if config.plan else None)
     _refuse_unused_options(config, manifest)
     if config.plan:
@@ -97,6 +100,7 @@ def _sheet_file(config: InspectConfig) -> str:
         ConfigError: it exists, is no sheet of this folder, and `overwrite` is not set.
     """
     out = config.out or f"sheet-{'-'.join(_last_names(config.path))}.png"
+    image_files.require_png("out", out)
     if not config.overwrite and storage.exists(out):
         note = image_files.note(out)
         owner = note.get(SHEET_OF) if isinstance(note, dict) else None

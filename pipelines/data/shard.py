@@ -28,6 +28,7 @@ from lfm.data.versions import begin_growth, check_present, with_version_before
 from lfm.errors import ConfigError, DataError
 from lfm.types import RawSample, SourceItem
 from lfm.world import World
+from pipelines.common import image_files
 from pipelines.common.processes import map_processes, part_of
 from pipelines.common.progress import Progress
 from pipelines.data.data_options import ShardConfig
@@ -179,6 +180,8 @@ def _check(config: ShardConfig) -> World:
         raise ConfigError(f"`layout` {config.layout}: unknown; one of auto, {', '.join(LAYOUTS)}")
     if config.near_duplicates != "keep":
         import_imagehash(f"`near_duplicates` {config.near_duplicates}")
+    if config.sheet:
+        image_files.require_png("sheet", config.sheet)
     part = part_of(config.part)
     if part.size > 1 and config.overwrite:
         raise ConfigError("`overwrite`: would remove the shards of other parts; use it once, without `part`")

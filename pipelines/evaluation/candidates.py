@@ -161,6 +161,10 @@ class GeneratedImages:
         self.guidance = model.guidance(guidance_scale, autoguidance=weak)
         self.provides: tuple[str, ...] = ("nfe",)
         if real is None:
+            if header.model.condition_channels or header.model.num_labels:
+                raise ConfigError(
+                    f"{model.name}: fills holes or draws segmentations; name raw shards that have these with `pairs`"
+                )
             self.conditions = encode_conditions(header, model.autoencoder)
             model.velocity(self.conditions.condition([0]).to(model.device), 1, self.guidance)  # checks the guidance
             self.counts = blocks_of(config.num or DEFAULT_NUM)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipelines.common.options import Argument, Count, DryRun, Flag, Location, MovedAutoencoder, Pixels, stage_options
 
@@ -48,13 +49,19 @@ class ExportConfig:
     dry_run: DryRun = False
 
 
+def _repository(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError("must be USER/NAME, such as me/flowers")
+    return name
+
+
 @stage_options
 class PushConfig:
     """Options of `lfm push`."""
 
     run: Annotated[Location, Argument()]
     """Run folder, checkpoint or weights file."""
-    repository: Annotated[str, Argument(), Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    repository: Annotated[str, Argument(), AfterValidator(_repository)]
     """USER/NAME of the model's repository on the Hugging Face Hub, which is created if it does not exist."""
     licence: Annotated[str | None, Flag(metavar="ID")] = None
     """Licence of the weights, such as cc-by-4.0.  [default: that of the configuration, else of the source of the run]"""

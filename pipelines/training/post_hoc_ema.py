@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ def run(config: EmaConfig) -> EmaResult:
         CheckpointError: the run has no snapshots of that time, or their widths are too different.
         ConfigError: the output is no safetensors file.
     """
+    if not Path(config.run).is_dir():
+        raise CheckpointError(f"{config.run}: no such folder; name the run folder of a training")
     limit = math.inf if config.samples_seen is None else config.samples_seen
     snapshots = [snapshot for snapshot in RunFolder(config.run).snapshots() if snapshot[1] <= limit]
     if not snapshots:

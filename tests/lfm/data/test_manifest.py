@@ -161,7 +161,7 @@ def test_the_other_kind_is_refused(folder: str) -> None:
     with pytest.raises(DataError) as error:
         manifests.load(folder, "raw")
     message = one_line(error, storage.join(folder, manifests.MANIFEST))
-    assert "holds latents shards, raw ones are needed; make them with `lfm shard`" in message
+    assert "holds latent shards, raw ones are needed; make them with `lfm shard`" in message
 
 
 CONTENT = MANIFEST.model_dump(mode="json")
