@@ -14,6 +14,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 
 from lfm.data.sources.class_folders import read_folder
 from lfm.data.sources.names import (
@@ -152,6 +153,7 @@ def _split_of(name: str) -> str | None:
     return next((part for part in map(_plain, name.split("/")[:-1]) if SPLIT.fullmatch(part)), None)
 
 
+@lru_cache(maxsize=4096)  # many images lie in few folders
 def _plain(folder: str) -> str:
     """Return a folder's name without the words that say images or annotations: `train` for `train_masks`."""
     if SPLIT.fullmatch(folder):
