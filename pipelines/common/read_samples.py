@@ -75,11 +75,16 @@ def check_latents(folder: str, manifest: Manifest, model: TrainedModel) -> Autoe
     """Check that latent shards fit a model, and return the record of their autoencoder.
 
     Raises:
-        DataError: the latents come from another autoencoder, or lack a condition that the model takes.
+        DataError: the latents come from another autoencoder or image size, or lack a condition that the model takes.
     """
     record, shape = manifest.autoencoder, model.header.model
     if record is None or record.content_hash != model.autoencoder.content_hash:
         raise DataError(f"{folder}: its latents come from another autoencoder than those of {model.name}")
+    if manifest.image_size != model.header.image_size:
+        raise DataError(
+            f"{folder}: its latents are of images of {manifest.image_size} pixels, {model.name} makes "
+            f"{model.header.image_size}; choose other latents"
+        )
     suffixes = {member.suffix for member in manifest.members}
     if shape.condition_channels and "masked.npy" not in suffixes:
         raise DataError(f"{folder}: its latents have no masks, which {model.name} takes; choose other latents")

@@ -91,6 +91,11 @@ def run(config: EncodeConfig, world: World) -> EncodeResult:
     storage.require_apart(config.raw, config.dest)
     raw = manifests.load(config.raw, "raw")
     autoencoder = factory.autoencoder(config.autoencoder, world, config.precision)
+    if raw.image_size % autoencoder.downsample_factor:
+        raise ConfigError(
+            f"{config.raw}: its images have {raw.image_size} pixels, which {autoencoder.name} cannot divide by "
+            f"{autoencoder.downsample_factor}; make the shards again with another `lfm shard --image-size`"
+        )
     encoder = ImageEncoder(autoencoder, config.flips)
     recipe = _recipe(config, raw, autoencoder)
     growth = None if config.overwrite else find_growth(config.dest, raw, recipe)

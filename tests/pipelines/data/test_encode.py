@@ -156,8 +156,11 @@ def test_the_precision_is_recorded_and_tf32_is_fp32_without_a_gpu(small_set: Sma
 def test_encode_needs_raw_shards(small_set: SmallSet, tmp_path: Path) -> None:
     flags = ("--autoencoder", small_set.autoencoder)
     assert_one_line(lfm("encode", tmp_path, tmp_path / "out", *flags), "lfm shard")
-    assert_one_line(lfm("encode", small_set.latents, tmp_path / "out", *flags), "holds latents shards")
+    assert_one_line(lfm("encode", small_set.latents, tmp_path / "out", *flags), "holds latent shards")
     assert_one_line(lfm("encode", small_set.raw, tmp_path / "out", "--autoencoder", tmp_path / "no"), tmp_path / "no")
+    assert lfm("shard", small_set.images, tmp_path / "odd", "--image-size", 15).exit_code == 0
+    odd = lfm("encode", tmp_path / "odd", tmp_path / "out", *flags)
+    assert_one_line(odd, f"{tmp_path / 'odd'}: its images have 15 pixels", "lfm shard --image-size")
     assert not (tmp_path / "out").exists()
 
 

@@ -157,7 +157,7 @@ def test_several_ranks_are_refused_before_they_write_anything(small_set: SmallSe
 def test_mistakes_are_one_line(small_set: SmallSet, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert_one_line(lfm("autoencoder", small_set.raw, small_set.raw, out, "--batch-size", 3), "--batch-size 3")
-    assert_one_line(lfm("autoencoder", small_set.latents, out), "holds latents shards")
+    assert_one_line(lfm("autoencoder", small_set.latents, out), "holds latent shards")
     assert_one_line(lfm("autoencoder", small_set.raw, out, "--kl-weight", "nan"), "--kl-weight")
     assert_one_line(lfm("autoencoder", small_set.raw, out, "--initialize-from", tmp_path / "no"), tmp_path / "no")
     assert_one_line(lfm("autoencoder", small_set.raw, small_set.raw, small_set.images), "something else")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,5 +65,9 @@ def test_wrong_options_are_refused(
     assert_one_line(lfm(*beyond), "--rows 40: out of range")
     assert_one_line(lfm(*beyond, "--dry-run"), "--rows 40: out of range")
     assert_one_line(lfm("likelihood", run, small_set.raw), "holds raw shards")
+    large = shutil.copytree(small_set.latents, tmp_path / "large")
+    manifest = manifests.load(str(large), "latents")
+    manifests.publish(str(large), manifest.model_copy(update={"image_size": 32}))
+    assert_one_line(lfm("likelihood", run, large), f"{large}: its latents are of images of 32 pixels", "makes 16")
     assert_one_line(lfm(*command, "--out", tmp_path), "--out", "is a folder")
     assert_one_line(lfm("likelihood", tasks.runs / "inpaint", small_set.latents), "no masks")

@@ -173,7 +173,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(
         (none, nearest, ("data.held_back", "--held-back")),
         (run, ("--held-back", small_set.latents), ("--held-back", "--nearest")),
         (run, (*nearest, "--held-back", small_set.latents), ("--held-back", "holds the latents of --nearest")),
-        (run, ("--nearest", small_set.raw), (small_set.raw, "raw shards", "latents")),
+        (run, ("--nearest", small_set.raw), (small_set.raw, "raw shards", "latent ones")),
         (run, ("--metrics", "memorised-latents"), ("memorised-latents", "--nearest")),
         (run, ("--nearest", tasks.latents), ("data.held_back", "--held-back")),
     ):
