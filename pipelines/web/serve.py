@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lfm import weights_file
+from lfm import storage, weights_file
 from lfm.errors import ConfigError
 from lfm.weights_file import WeightsHeader
 from lfm.world import World
@@ -25,12 +26,13 @@ from pipelines.web.image_maker import ImageMaker
 from pipelines.web.web_options import UiConfig
 
 PRIVACY = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+SECONDS_TO_CLOSE = 10
 MOST_UPLOAD = 200_000_000  # bytes of a file
 CSS = ".lfm-canvas, .lfm-canvas * {user-select: none}"  # else a stroke selects text, and the next one drags it
 
 
-def run(config: UiConfig, announce: Callable[[str], None]) -> None:
-    """Serve the page until the process is interrupted.
+def run(config: UiConfig, announce: Callable[[str], None]) -> NoReturn:
+    """Serve the page until the process is interrupted, and end the process.
 
     Args:
         config: the options.
@@ -40,12 +42,22 @@ def run(config: UiConfig, announce: Callable[[str], None]) -> None:
         ConfigError: gradio is missing, or the address is in use or not of this machine.
         CheckpointError: a run has no weights, or they cannot be read; the weights of the first run are loaded at once.
     """
+    code = 0
     with serving(config) as address:
         announce(f"{address} makes images with {', '.join(config.runs)}; Ctrl-C ends it")
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            return
+            pass
+        except SystemExit as stop:  # by SIGTERM
+            code = int(stop.code or 0)
+        limit = threading.Timer(SECONDS_TO_CLOSE, storage.exit_at_once, (code,))
+        limit.daemon = True
+        limit.start()
+    # Threads of the server that make images, or wait for a browser, would keep the process alive.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    storage.exit_at_once(code)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tests.support.commands import REPOSITORY, free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SECONDS = 30
-SECONDS_TO_END = 120  # of the server, on a busy machine
+SECONDS_TO_END = 60  # of the server, on a busy machine
 MILLISECONDS_TO_SETTLE = 1000  # of the canvas, after its image or its brush has changed
 
 
