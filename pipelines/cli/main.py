@@ -6,6 +6,7 @@ import click
 
 from pipelines.cli import config_commands, data_commands, evaluation_commands, installation_commands, model_commands
 from pipelines.cli.stage_command import StageGroup
+from pipelines.cli.verbosity import verbosity_options
 
 COMMANDS = (
     data_commands.shard,
@@ -48,6 +49,7 @@ def main() -> None:
     """
 
 
+main.params += verbosity_options()
 for command in COMMANDS:
     main.add_command(command)
 

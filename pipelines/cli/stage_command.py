@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lfm.errors import LfmError, hide_credentials, printable
+from pipelines.cli.verbosity import TRACEBACK, environment_restored, verbosity_options
 from pipelines.common.options import Argument, Flag, PythonOnly, Section, problem
 from pipelines.common.processes import logs_without_credentials, stopped_by_sigterm
 
@@ -34,6 +35,10 @@ class StageCommand(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command and exit: 2 where the user can repair something, 130 after an interrupt."""
+        with environment_restored():
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
             with stopped_by_sigterm(), logs_without_credentials():
                 return super().main(*args, **kwargs | {"standalone_mode": False})
@@ -45,7 +50,7 @@ class StageCommand(click.Command):
         except click.ClickException as error:
             _fail(error.format_message())
         except (LfmError, OSError) as error:
-            if os.environ.get("LFM_TRACEBACK"):
+            if os.environ.get(TRACEBACK):
                 raise
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 _fail(f"{error.filename or 'the disk'}: no space left; make room and run the same command")
@@ -99,7 +104,7 @@ def stage_command(config_class: type, name: str | None = None) -> Callable[[Call
         command = StageCommand(
             name or function.__name__,
             callback=callback,
-            params=[_parameter(key, field) for key, field in described],
+            params=[*(_parameter(key, field) for key, field in described), *verbosity_options()],
             help=function.__doc__,
         )
         command.sections = _sections(described)
@@ -234,7 +239,7 @@ def _sections(described: list[tuple[str, FieldInfo]]) -> dict[str, list[str]]:
         if section := _marker(field, Section):
             title = section.title
         sections.setdefault("Arguments" if _marker(field, Argument) else title, []).append(key)
-    sections[title].append("help")
+    sections[title] += ["quiet", "verbose", "help"]
     return sections
 
 

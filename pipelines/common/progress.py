@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from typing import TextIO
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from lfm.errors import hide_credentials
 
+QUIET = "LFM_QUIET"  # environment variable: show no progress
 COUNTS = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
@@ -37,7 +39,7 @@ class Progress(tqdm):
         total: number of items.
         unit: name of the items.
         done: number of items that were finished before this process started; the rate excludes them.
-        quiet: show nothing (on every rank but the main one).
+        quiet: show nothing (on every rank but the main one); the environment variable `QUIET` does the same.
     """
 
     monitor_interval = 0  # no monitor thread
@@ -52,7 +54,7 @@ class Progress(tqdm):
             total=total,
             unit=f" {unit}",
             initial=done,
-            disable=quiet,
+            disable=quiet or bool(os.environ.get(QUIET)),
             file=stream if terminal else LineWriter(stream),
             dynamic_ncols=terminal,
             mininterval=0.2 if terminal else 60.0,

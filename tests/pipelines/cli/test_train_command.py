@@ -36,6 +36,7 @@ def test_one_process_needs_no_launcher(commands: Commands) -> None:
 
 def test_every_option_of_the_launch_file_is_passed_on(commands: Commands) -> None:
     special = {"--config", "--set", "--local_rank", "--dry-run", "--ranks", "--rate"}  # the last two are of dry runs
+    special |= {"-q", "-v"}  # passed on by environment variables
     options = [option for option in train.params if isinstance(option, click.Option) and option.opts[0] not in special]
     assert len(options) > 4
     arguments = [part for option in options for part in (option.opts[0], *([] if option.is_flag else [_value(option)]))]
