@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from lfm.errors import LfmError, hide_credentials, printable
 from pipelines.cli.verbosity import TRACEBACK, environment_restored, verbosity_options
-from pipelines.common.options import Argument, Flag, PythonOnly, Section, problem
+from pipelines.common.options import Argument, Flag, PythonOnly, Section, expand_home, problem
 from pipelines.common.processes import logs_without_credentials, stopped_by_sigterm
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
@@ -170,7 +170,7 @@ def _fields(config_class: Any) -> Iterator[tuple[str, FieldInfo]]:
 def _config_of(config_class: type, values: Mapping[str, Any], flags: Mapping[str, str]) -> Any:
     """Return the configuration of a command line; a wrong value is named with its flag."""
     try:
-        return config_class(**values)
+        return config_class(**expand_home(dict(values)))
     except ValidationError as error:
         first = error.errors()[0]
         raise click.UsageError(f"{flags[str(first['loc'][0])]} {first['input']}: {problem(first)}") from error

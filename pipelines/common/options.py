@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field
@@ -26,6 +27,17 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
+
+
+def expand_home(value: Any) -> Any:
+    """Return a value in which `~/` at the start of a text is the home folder, as in a shell; also in lists and mappings."""
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_home, value))
+    if isinstance(value, dict):
+        return {key: expand_home(item) for key, item in value.items()}
+    return value
 
 
 @dataclass_transform(frozen_default=True)

@@ -16,6 +16,7 @@ from lfm import storage
 from lfm.errors import ConfigError, StorageError
 from pipelines.common.experiment.config_checks import check
 from pipelines.common.experiment.config_schema import ExperimentConfig, backbone_of, validate
+from pipelines.common.options import expand_home
 
 # Keys that belong to the YAML file and not to DeepSpeed's JSON file, with the key of the YAML file.
 OWNED_BY_YAML = {
@@ -46,7 +47,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     content = _read_yaml(Path(path), (), [])
     for override in overrides:
         _put(content, override)
-    config = validate(content, Path(path).name)
+    config = validate(expand_home(content), Path(path).name)
     settings = config.deepspeed
     if isinstance(settings, str):
         settings = _read_json(Path(path).parent / settings)
@@ -67,7 +68,7 @@ def _read_yaml(path: Path, extending: tuple[Path, ...], files: list[Path]) -> di
     files.append(path)
     if len(files) > MOST_FILES:
         raise ConfigError(f"{path}: extends: reads more than {MOST_FILES} files; merge some of them")
-    content = parse_yaml(read_text(path), str(path)) or {}
+    content = expand_home(parse_yaml(read_text(path), str(path)) or {})
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
     if isinstance(content.get("deepspeed"), str):

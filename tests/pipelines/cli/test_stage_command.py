@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
@@ -17,6 +18,7 @@ from lfm.errors import ConfigError
 from pipelines.cli import model_commands
 from pipelines.cli.main import COMMANDS
 from pipelines.cli.stage_command import StageCommand, show, stage_command
+from pipelines.common.experiment.config_file import load
 from pipelines.common.options import (
     Argument,
     Count,
@@ -37,7 +39,7 @@ from pipelines.evaluation.evaluation_options import EvaluateConfig, LikelihoodCo
 from pipelines.exchange.exchange_options import ExportConfig, ImportConfig
 from pipelines.monitoring.status_options import StatusConfig
 from pipelines.training.training_options import EmaConfig, LaunchedTrainOptions, TrainOptions
-from tests.support.commands import assert_one_line, lfm
+from tests.support.commands import REPOSITORY, assert_one_line, lfm
 
 OPTION_CLASSES = {
     "shard": ShardConfig,
@@ -246,3 +248,14 @@ def test_no_help_text_needs_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == f"{[0] * len(COMMANDS)} []"
+
+
+def test_the_home_folder_is_written_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no shell replaces it: in the YAML, in --set, and in --out=~/folder; spaces may be in paths."""
+    monkeypatch.setenv("HOME", str(tmp_path / "my home"))
+    assert lfm("scenes", "~/drawn scenes", "--num", 2, "--image-size", 32).exit_code == 0
+    assert (tmp_path / "my home" / "drawn scenes" / "images").is_dir()
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: {REPOSITORY}/configs/demo.yaml\ndata: {{shards: ~/latents}}\n")
+    config = load(str(file), ("run=~/runs/mine",))
+    assert (config.run, config.data.shards) == (f"{tmp_path}/my home/runs/mine", f"{tmp_path}/my home/latents")
