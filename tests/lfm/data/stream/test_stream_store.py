@@ -17,10 +17,13 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lfm import storage
+from lfm.data.columns.selection import Selection
 from lfm.data.manifest import publish
+from lfm.data.stream import shard_file
 from lfm.data.stream.latent_stream import LatentStream
 from lfm.data.stream.mixture import single_source
 from lfm.data.stream.sample_order import Order
@@ -95,6 +98,30 @@ def test_each_fault_is_overcome_and_the_samples_are_the_same(
         assert read(remote, cache, 0, 8) == expected, kind
         assert proxy.plan == [] and cache.counts["downloads"] == 5
         assert kind != "flip" or cache.counts["retries"] == 2
+
+
+def test_ranges_overcome_each_fault_that_they_can_see(
+    proxy: FaultProxy, remote: Latents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed bit among the values is not seen: the checksum is of the whole shard."""
+    monkeypatch.setattr(shard_file, "GAP_BYTES", 0)
+    selection = Selection(np.array([1, 0, 2, 5], np.uint16), np.array([1, 1, 0, 2, 0, 0]))
+
+    def subset(folder: str, cache: Cache) -> dict:
+        whole = single_source(folder, remote.manifest)
+        mixture = replace(whole, sources=(replace(whole.sources[0], selection=selection),))
+        stream = LatentStream(mixture, replace(OPTIONS, global_batch=4), World(), cache)
+        return samples_of(*(stream.batch(4 * number) for number in range(2)))
+
+    local = Latents(str(tmp_path / "local"))
+    expected = subset(local.folder, Cache(tmp_path / "none"))
+    for kind in FAULTS:
+        if kind != "flip":
+            at = {"status": 503, "slow": 200_000}.get(kind, 700)
+            proxy.plan = [Fault(kind, at), None] * 2  # type: ignore[arg-type]
+            cache = Cache(tmp_path / kind)
+            assert subset(remote.folder, cache) == expected, kind
+            assert proxy.plan == [] and cache.counts["downloads"] == 3
 
 
 def test_a_full_cache_asks_for_nothing(proxy: FaultProxy, remote: Latents, tmp_path: Path) -> None:
