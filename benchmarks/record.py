@@ -1,16 +1,16 @@
 """The record: how many samples and how much time each technique needs for what the paper's recipe reaches.
 
-    python benchmarks/record.py OUT [--latents LATENTS] [--only NAME ...] [--seeds 3] [--long] [--tune] [--dry-run]
+    python benchmarks/record.py OUT [--latents LATENTS] [--only NAME ...] [--seeds 3] [--long] [--unet] [--tune] [--dry-run]
     python benchmarks/record.py OUT --images TRAIN --test TEST [...]
 
 Trains the paper's recipe, and every entry of `ENTRIES`, which changes it, on drawn scenes with `lfm compare`: on the same
 samples, noise and times, several seeds each. LATENTS are latents of scenes, of which the last shard is held back; by default
 they are made in OUT as `lfm demo` makes them. --tune trains `TUNING` instead, one seed each: the values among which those of
-the recipe were chosen. --long trains three times as long, with `LONG_ENTRIES` and `LONG_TUNING`. --images trains on
-photographs in class folders, with `PHOTOGRAPHS_ENTRIES` and `PHOTOGRAPHS_TUNING`, and measures the distance of fd-lite to those
-of TEST. All of it resumes.
+the recipe were chosen. --long trains three times as long, with `LONG_ENTRIES` and `LONG_TUNING`. --unet trains
+`UNET_ENTRIES`, the paper's other backbone. --images trains on photographs in class folders, with `PHOTOGRAPHS_ENTRIES` and
+`PHOTOGRAPHS_TUNING`, and measures the distance of fd-lite to those of TEST. All of it resumes.
 
-Each finished entry is written to record.jsonl beside this file (record_long.jsonl, record_photographs.jsonl), or in OUT with
+Each finished entry is written to record.jsonl beside this file (record_long.jsonl and so on), or in OUT with
 --results; from all lines there the table of docs/record.md and its plot are made. The target is the mean of the recipe's last
 measurements over its seeds. Its ratio of samples is where the mean curve of an entry reaches it; the ratio of CPU seconds
 multiplies it by the ratio of the CPU time per sample. --dry-run trains one entry for two steps, and writes into OUT alone.
@@ -116,9 +116,9 @@ ENTRIES: dict[str, Changes] = {
         "train.optimizer": "muon",
     },
     "token dropout 0.5": {"model.token_dropout": 0.5},
-    "ADM U-Net": UNET,
-    "ADM U-Net, batch 16": {**UNET, **batch_16(20_480, 8)},
 }
+
+UNET_ENTRIES: dict[str, Changes] = {"ADM U-Net": UNET, "ADM U-Net, batch 16": {**UNET, **batch_16(20_480, 8)}}
 
 TUNING: dict[str, Changes] = {
     **{f"learning rate {rate:g}": {"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
@@ -145,12 +145,10 @@ LONG_ENTRIES: dict[str, Changes] = {
         "flow.layer_sync_weight": 0.2,
         "flow.layer_sync_blocks": [0, 2],
     },
-    "ADM U-Net, batch 16, a third of the budget": {**UNET, **batch_16(20_480, 8)},
 }
 
 LONG_TUNING: dict[str, Changes] = {
     **{f"learning rate {rate:g}": {"train.learning_rate": rate} for rate in (2e-3, 8e-3)},
-    "batch 16": {"train.learning_rate": 2e-3, **batch_16(61_440, 4)},
     "cosine schedule, warmup": {"train.schedule": "cosine", "train.warmup_steps": 20},
 }
 
@@ -202,6 +200,7 @@ RECORDS = {
     record.name: record
     for record in (
         Record("record", ENTRIES, TUNING, {}),
+        Record("record_unet", UNET_ENTRIES, TUNING, {}),
         Record("record_long", LONG_ENTRIES, LONG_TUNING, LONG),
         Record("record_photographs", PHOTOGRAPHS_ENTRIES, PHOTOGRAPHS_TUNING, PHOTOGRAPHS),
     )
@@ -355,13 +354,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of entries; by default all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--long", action="store_true", help="train three times as long")
+    parser.add_argument("--unet", action="store_true", help="train the paper's other backbone")
     parser.add_argument("--tune", action="store_true", help="train the candidates of the recipe instead, one seed each")
     parser.add_argument("--results", type=Path, help="folder of record.jsonl and record.md; by default those here")
     parser.add_argument("--dry-run", action="store_true", help="in the smallest size")
     options = parser.parse_args()
     if bool(options.images) != bool(options.test):
         parser.error("give --images and --test together, or neither for drawn scenes")
-    record = RECORDS["record_photographs" if options.images else "record_long" if options.long else "record"]
+    name = "photographs" if options.images else "long" if options.long else "unet" if options.unet else ""
+    record = RECORDS[f"record_{name}" if name else "record"]
     out = data_folder = options.out.absolute()
     if record.budget:
         out = out / record.name.removeprefix("record_")
