@@ -107,6 +107,7 @@ class DiT(VelocityNetwork):
         internal: bool = False,
         latent: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """See `VelocityNetwork.forward`."""
         assert all(0 <= index < self.config.depth for index in return_tokens), f"return_tokens {return_tokens}"
         self.check_inputs(state, condition)
         patches = self._embed_patches(state, condition)  # (B, hidden, h/p, w/p)
@@ -151,9 +152,11 @@ class DiT(VelocityNetwork):
 
     @staticmethod
     def adapt(adaptation: Adaptation) -> None:
+        """See `VelocityNetwork.adapt`; the rules are those of `lfm.models.dit_adaptation`."""
         adapt_dit(adaptation)
 
     def scale_for_width(self, reference_width: int) -> dict[str, float]:
+        """See `VelocityNetwork.scale_for_width`."""
         # Of Yang & Hu 2022, table 8: matrices whose inputs are features have a learning rate of 1 / width, and weights of
         # variance 1 / width, as Xavier's; weights of inputs of a fixed size have neither. The output begins at 0.
         width = self.config.hidden_size

@@ -143,6 +143,7 @@ class DiTConfig(DiTArchitecture, ModelConfig):
 
     @property
     def flops_per_sample(self) -> int:
+        """See `ModelConfig.flops_per_sample`."""
         width, tokens, patch_area = self.hidden_size, self.num_tokens, self.patch_size**2
         mlp = (3 if self.mlp == "swiglu" else 2) * width * self.mlp_width
 

@@ -86,6 +86,7 @@ class UNet(VelocityNetwork):
         internal: bool = False,
         latent: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """See `VelocityNetwork.forward`."""
         assert kept_tokens is None and not internal and not latent, "the U-Net has no token dropout, and one velocity"
         self.check_inputs(state, condition)
         signal = self.time_embedding(time)  # (B, embedding)
@@ -127,6 +128,7 @@ class UNet(VelocityNetwork):
 
     @staticmethod
     def adapt(adaptation: Adaptation) -> None:
+        """See `VelocityNetwork.adapt`; the rules are those of input channels and of the class projection."""
         adapt_input_channels(adaptation, "input.weight")
         if "class_embedding.projection.weight" in {**adaptation.initial, **adaptation.weights}:
             adapt_class_projection(adaptation, "class_embedding.projection.weight")
@@ -183,6 +185,7 @@ class ResidualBlock(nn.Module):
             self.attention = SelfAttention(outputs, config.heads_of(outputs), config.attention)
 
     def forward(self, features: Tensor, signal: Tensor) -> Tensor:
+        """Return features (B, out, h', w') of features (B, in, h, w) and the embedded time and class, (B, width)."""
         hidden = resample(silu(self.norm1(features)), self.shape)  # (B, in, h', w')
         hidden = self.conv1(hidden)  # (B, out, h', w')
         modulation = self.modulation(signal)[:, :, None, None]  # (B, out or 2 out, 1, 1)
