@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
@@ -19,32 +19,21 @@ TRACEBACK = "LFM_TRACEBACK"  # errors end with a traceback
 
 def verbosity_options() -> list[click.Parameter]:
     """Return the options."""
-    return [
-        click.Option(
-            ["-q", "--quiet"],
-            is_flag=True,
-            expose_value=False,
-            callback=_setting(QUIET),
-            help="Show no progress; the plan, warnings, errors and results remain.",
-        ),
-        click.Option(
-            ["-v", "--verbose"],
-            is_flag=True,
-            expose_value=False,
-            callback=_setting(TRACEBACK),
-            help="Log more, and show where in the code an error occurred.",
-        ),
-    ]
+    quiet = "Show no progress; the plan, warnings, errors and results remain."
+    verbose = "Log more, and show where in the code an error occurred."
+    return [_option("-q", "--quiet", QUIET, quiet), _option("-v", "--verbose", TRACEBACK, verbose)]
 
 
-def _setting(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+def _option(short: str, long: str, variable: str, text: str) -> click.Option:
+    """Return an option that sets an environment variable."""
+
     def callback(context: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
-            os.environ[name] = "1"
-            if name == TRACEBACK:
+            os.environ[variable] = "1"
+            if variable == TRACEBACK:
                 logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
-    return callback
+    return click.Option([short, long], is_flag=True, expose_value=False, callback=callback, help=text)
 
 
 @contextmanager
