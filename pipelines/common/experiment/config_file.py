@@ -47,7 +47,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     content = _read_yaml(Path(path), (), [])
     for override in overrides:
         _put(content, override)
-    config = validate(expand_home(content), Path(path).name)
+    config = validate(content, Path(path).name)
     settings = config.deepspeed
     if isinstance(settings, str):
         settings = _read_json(Path(path).parent / settings)
@@ -68,7 +68,7 @@ def _read_yaml(path: Path, extending: tuple[Path, ...], files: list[Path]) -> di
     files.append(path)
     if len(files) > MOST_FILES:
         raise ConfigError(f"{path}: extends: reads more than {MOST_FILES} files; merge some of them")
-    content = expand_home(parse_yaml(read_text(path), str(path)) or {})
+    content = parse_yaml(read_text(path), str(path)) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
     if isinstance(content.get("deepspeed"), str):
@@ -103,13 +103,13 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Return the content of a YAML text; errors name it by `name`.
+    """Return the content of a YAML text, with `~/` as the home folder; errors name it by `name`.
 
     Raises:
         ConfigError: It is not YAML, or nested too deeply.
     """
     try:
-        return _limited(YAML(typ="safe", pure=True).load(io.StringIO(text)))
+        return expand_home(_limited(YAML(typ="safe", pure=True).load(io.StringIO(text))))
     except (YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
